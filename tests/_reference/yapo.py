@@ -1,0 +1,42 @@
+"""Forward and loss of arXiv 2601.08441, step by step, on top of sae-lens' own encoder and decoder."""
+
+import torch
+from torch import Tensor, nn
+
+
+def published_forward(h: Tensor, code: Tensor, sae: nn.Module, strength: float) -> Tensor:
+    """h' = Dec(ReLU(f + strength * v)) + (h - Dec(f)), with f = Enc(h), the output of the block detached."""
+    h = h.detach()
+    with torch.no_grad():
+        f = sae.encode(h)
+        reconstruction = sae.decode(f)
+    error = h - reconstruction
+    with torch.no_grad():
+        sae.encode(h)  # layer_norm SAEs keep each token's statistics for exactly one decode
+    return sae.decode(torch.relu(f + strength * code)) + error
+
+
+def steer_block(block: nn.Module, code: Tensor, sae: nn.Module, strength: float):
+    """Hooks the published forward onto a block of an unwrapped model; returns the hook's handle."""
+
+    def hook(module, args, output):
+        if isinstance(output, tuple):
+            return (published_forward(output[0], code, sae, strength), *output[1:])
+        return published_forward(output, code, sae, strength)
+
+    return block.register_forward_hook(hook)
+
+
+def completion_logp(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Sum of the log-probabilities of the completion's tokens, (batch,), in float32."""
+    logp = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    token_logp = logp.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (token_logp * completion_mask[:, 1:]).sum(-1)
+
+
+def bidirectional_loss(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, direction: float | Tensor, beta: float
+) -> Tensor:
+    """-log sigmoid(d * beta * [(logp(y_w) - ref(y_w)) - (logp(y_l) - ref(y_l))]), the mean over the batch."""
+    margin = (logp_w - ref_w) - (logp_l - ref_l)
+    return -torch.log(torch.sigmoid(direction * beta * margin)).mean()

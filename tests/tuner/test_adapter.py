@@ -1,0 +1,266 @@
+import copy
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from yapo_peft import AdapterFileError, SAEMismatchError, UnsupportedOperationError, YaPOConfig, steering
+from yapo_peft.tuner.strength import steered_layers
+
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+def steered_model(architecture="llama", dtype=torch.float32, density=0.5, **options):
+    options = {"layers": 2, "sae": make_sae()} | options
+    model = get_peft_model(make_model(architecture, dtype), YaPOConfig(**options))
+    if density:
+        set_code(model, random_code(density))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_code_a_zero_multiplier_and_a_disabled_adapter_change_no_bit(architecture, dtype):
+    ids = random_ids()
+    base = make_model(architecture, dtype)(ids).logits
+    model = steered_model(architecture, dtype, density=0)
+    assert torch.equal(model(ids).logits, base)
+    set_code(model, random_code())
+    assert not torch.equal(model(ids).logits, base)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, base)
+    with steering(model, 0):
+        assert torch.equal(model(ids).logits, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_stay_in_float32(dtype):
+    model = steered_model(dtype=dtype)
+    code = steered_layers(model)[0].yapo_code["default"]
+    before = code.detach().clone()
+    assert code.dtype == torch.float32
+    model.to(dtype)
+    assert torch.equal(steered_layers(model)[0].yapo_code["default"], before)
+
+
+def test_only_codes_are_parameters_of_the_adapter():
+    model = steered_model(layers=[0, 3], sae=[make_sae(), make_sae()])
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable == [f"base_model.model.model.layers.{i}.yapo_code.default" for i in (0, 3)]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * D_SAE
+    names = set(model.state_dict()) - set(trainable)
+    assert {name.replace("base_model.model.", "").replace(".base_layer", "") for name in names} == set(
+        make_model().state_dict()
+    )
+
+
+def test_two_adapters_share_one_sae():
+    model = steered_model()
+    model.add_adapter("second", YaPOConfig(layers=2, sae=make_sae()))
+    (layer,) = steered_layers(model)
+    assert layer.yapo_sae["default"] is layer.yapo_sae["second"]
+
+
+def test_save_and_load_keep_every_bit(architecture, tmp_path):
+    ids, model = random_ids(), steered_model(architecture, density=0.3)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
+        loaded = PeftModel.from_pretrained(make_model(architecture), tmp_path, **options)
+        assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_random_initialisation_is_small_and_not_zero():
+    code = steered_layers(steered_model(density=0, init_weights=False))[0].yapo_code["default"]
+    assert 0 < code.abs().max() < 0.2
+
+
+def test_the_multiplier_of_the_config_is_the_strength_at_load_time(tmp_path):
+    ids, model = random_ids(), steered_model()
+    with steering(model, -1.5):
+        expected = model(ids).logits
+    model.peft_config["default"].multiplier = -1.5
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(make_model(), tmp_path)(ids).logits, expected)
+
+
+def test_auto_class_loads_straight_from_a_folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    base = type(make_model()).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, YaPOConfig(layers=2, sae=make_sae(), task_type="CAUSAL_LM"))
+    set_code(model, random_code())
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(random_ids()).logits, model(random_ids()).logits)
+
+
+def test_the_file_holds_indices_and_values_only(tmp_path):
+    sae = make_sae()
+    sae_wide = type(sae)(type(sae.cfg)(d_in=32, d_sae=4608))
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=sae_wide))
+    code = torch.zeros(4608)
+    code[torch.randperm(4608)[:500]] = torch.randn(500)
+    set_code(model, code)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).stat().st_size < 8192
+    tensors = load_file(tmp_path / FILE)
+    name = "base_model.model.model.layers.2.yapo_code"
+    assert set(tensors) == {f"{name}.indices", f"{name}.values"}
+    assert torch.equal(tensors[f"{name}.indices"], code.nonzero().squeeze(-1).int())
+    assert torch.equal(tensors[f"{name}.values"], code[code != 0])
+
+
+def damage(tmp_path, change):
+    steered_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+
+
+INDICES, VALUES = (f"base_model.model.model.layers.2.yapo_code.{part}" for part in ("indices", "values"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({VALUES: t[VALUES][:-1].clone()}), r"indices of shape \(\d+,\) and values of shape"),
+        (lambda t: t.update({INDICES: t[INDICES] + D_SAE}), rf"names feature \d+, but its SAE has {D_SAE}"),
+        (lambda t: t.update({INDICES: torch.zeros_like(t[INDICES])}), "names a feature twice"),
+        (lambda t: t.update({VALUES: t[VALUES] * float("nan")}), "NaN or infinite"),
+        (lambda t: t.update({INDICES: t[INDICES].float()}), "float32 indices"),
+        (lambda t: t.pop(VALUES), "but not the other half"),
+        (lambda t: t.update({"lora_A.weight": torch.zeros(1)}), "'lora_A.weight', which is no YaPO code"),
+        (lambda t: t.clear(), r"holds codes for layers \[\], its config steers \[2\]"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, change, message):
+    damage(tmp_path, change)
+    with pytest.raises(AdapterFileError, match=message):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    steered_model().save_pretrained(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AdapterFileError, match=r"adapter_model.safetensors' is truncated or no safetensors file"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+def test_another_sae_than_the_one_trained_on_is_refused(tmp_path, sae_folder):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae_path=sae_folder("gated", seed=11)))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["sae_path"] = sae_folder("standard", seed=12)
+    config["sae_identity"][0]["content_hash"] = "0" * 64
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        SAEMismatchError, match=r"another SAE than the one found for layer 2 \(.*architecture: 'gated' wh"
+    ):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+def test_a_model_of_another_width_is_refused(tmp_path):
+    steered_model().save_pretrained(tmp_path)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = LlamaForCausalLM(LlamaConfig(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=64))
+    with pytest.raises(SAEMismatchError, match="width 32, but the model's are 48 wide"):
+        PeftModel.from_pretrained(wide, tmp_path)
+
+
+def test_transformers_can_attach_and_delete_it():
+    ids, model = random_ids(), make_model()
+    base = model(ids).logits
+    model.add_adapter(YaPOConfig(layers=2, sae=make_sae()))
+    set_code(model, random_code())
+    assert not torch.equal(model(ids).logits, base)
+    with steering(model, 0):
+        assert torch.equal(model(ids).logits, base)
+    model.disable_adapters()
+    assert torch.equal(model(ids).logits, base)
+
+
+def test_transformers_own_loader_is_refused_with_the_way_that_works(tmp_path):
+    steered_model().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedOperationError, match=r"Load the adapter with peft\.PeftModel"):
+        make_model().load_adapter(str(tmp_path))
+
+
+def test_unload_gives_back_the_untouched_model(architecture):
+    ids, model = random_ids(), steered_model(architecture)
+    base = model.unload()
+    assert torch.equal(base(ids).logits, make_model(architecture)(ids).logits)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert set(base.state_dict()) == set(make_model(architecture).state_dict())
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused_with_the_reason(method):
+    with pytest.raises(UnsupportedOperationError, match="its shift depends on the token"):
+        getattr(steered_model(), method)()
+
+
+def test_an_adapter_per_row_is_refused():
+    with pytest.raises(UnsupportedOperationError, match="adapter_names="):
+        steered_model()(random_ids(), adapter_names=["default", "__base__"])
+
+
+def test_deepcopy_is_independent(architecture):
+    ids, model = random_ids(), steered_model(architecture)
+    expected = model(ids).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids).logits, expected)
+    set_code(copied, torch.zeros(D_SAE))
+    assert torch.equal(copied(ids).logits, make_model(architecture)(ids).logits)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_several_active_adapters_add_their_shifts():
+    ids, model = random_ids(), steered_model()
+    model.add_adapter("second", YaPOConfig(layers=2, sae=make_sae("standard", seed=3)))
+    set_code(model, random_code(seed=5), "second")
+    states = {}
+    for name in ("default", "second", ["default", "second"]):
+        model.base_model.set_adapter(name)
+        states[str(name)] = model(ids, output_hidden_states=True).hidden_states[3]
+    base = make_model()(ids, output_hidden_states=True).hidden_states[3]
+    together = states["['default', 'second']"]
+    torch.testing.assert_close(together - base, (states["default"] - base) + (states["second"] - base))
+
+
+def test_with_several_layers_the_lowest_code_gets_its_gradient_through_the_others():
+    model = steered_model(layers=[1, 3], sae=[make_sae(), make_sae()])
+    inputs = model.get_input_embeddings()(random_ids()).detach().requires_grad_()
+    model(inputs_embeds=inputs).logits.logsumexp(-1).sum().backward()
+    lower, upper = (layer.yapo_code["default"].grad for layer in steered_layers(model))
+    assert lower.any()
+    assert upper.any()
+    assert inputs.grad is None
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(architecture, use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = steered_model(architecture, layers=[1, 2], sae=[make_sae(), make_sae()])
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        with steering(model, -1.0):
+            loss = model(random_ids(), use_cache=False).logits.logsumexp(-1).sum()
+        # The strength of the forward pass counts, not the one that holds when the backward pass recomputes blocks.
+        loss.backward()
+        gradients.append(torch.stack([layer.yapo_code["default"].grad for layer in steered_layers(model)]))
+    torch.testing.assert_close(*gradients)

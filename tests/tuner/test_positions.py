@@ -1,0 +1,85 @@
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
+from peft import get_peft_model
+
+from yapo_peft import YaPOConfig
+
+PROMPT, ANSWER = 5, 4
+
+
+def model_at(positions, architecture="llama", layer=2):
+    model = get_peft_model(make_model(architecture), YaPOConfig(layers=layer, sae=make_sae(), positions=positions))
+    set_code(model, random_code())
+    return model
+
+
+def moved_tokens(model, **inputs):
+    """Tokens whose state after the steered block differs from the base model's."""
+    with torch.no_grad():
+        steered = model(output_hidden_states=True, **inputs).hidden_states[3]
+        with model.disable_adapter():
+            base = model(output_hidden_states=True, **inputs).hidden_states[3]
+    return (steered != base).any(-1)
+
+
+def labels_of(ids):
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("positions", "with_labels", "expected"),
+    [
+        ("all", False, [1] * 9),
+        ("all", True, [1] * 9),
+        ("completion", True, [0] * 5 + [1] * 4),
+        ("completion", False, [0] * 9),
+        ("last", True, [0] * 4 + [1] * 5),
+        ("last", False, [0] * 8 + [1]),
+    ],
+)
+def test_tokens_that_are_steered(positions, with_labels, expected):
+    ids = random_ids(2, PROMPT + ANSWER)
+    inputs = {"input_ids": ids} | ({"labels": labels_of(ids)} if with_labels else {})
+    assert moved_tokens(model_at(positions), **inputs).int().tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_is_the_last_attended_token(side):
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, slice(0, 2) if side == "left" else slice(4, 6)] = 0
+    moved = moved_tokens(model_at("last"), input_ids=random_ids(2, 6), attention_mask=mask)
+    assert moved[0].nonzero().flatten().tolist() == [5 if side == "left" else 3]
+    assert moved[1].nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["all", "completion", "last"])
+def test_generation_steers_what_scoring_with_labels_steers(architecture, positions):
+    model = model_at(positions, architecture)
+    prompt = random_ids(2, PROMPT)
+    options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
+    generated = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+    with torch.no_grad():
+        scored = model(input_ids=generated, labels=labels_of(generated)).logits[:, PROMPT - 1 : -1]
+    scored[..., 2] = -torch.inf  # min_new_tokens forbids the end of the sequence
+    assert torch.equal(scored.argmax(-1), generated[:, PROMPT:])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_cache_and_left_padding_change_nothing(architecture, positions):
+    model = model_at(positions, architecture)
+    short, long = random_ids(1, PROMPT, seed=1), random_ids(1, PROMPT + 3, seed=2)
+    padded = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1), long])
+    mask = (padded != 0).long()
+    options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(input_ids=padded, attention_mask=mask, **options)[:, -ANSWER:]
+    for row, prompt in enumerate((short, long)):
+        for use_cache in (True, False) if positions == "all" else (True,):
+            alone = model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=use_cache, **options
+            )
+            assert torch.equal(alone[0, -ANSWER:], together[row])

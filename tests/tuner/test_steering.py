@@ -1,0 +1,121 @@
+import pytest
+import torch
+from _reference.yapo import published_forward, steer_block
+from conftest import (
+    ARCHITECTURES,
+    D_MODEL,
+    D_SAE,
+    SAE_KINDS,
+    inference_sae,
+    make_model,
+    make_sae,
+    random_code,
+    random_ids,
+    set_code,
+)
+from peft import get_peft_model
+
+from yapo_peft import YaPOConfig, steering
+from yapo_peft.sae.loader import _extract
+from yapo_peft.tuner.steering import steering_shift
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@pytest.mark.parametrize("kind", SAE_KINDS)
+@pytest.mark.parametrize("strength", [-2.0, -1.0, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.0, 1 / D_SAE, 0.5, 1.0])
+def test_values_and_gradients_equal_the_published_forward(kind, strength, density, tmp_path):
+    sae = inference_sae(make_sae(kind), tmp_path)
+    weights, _ = _extract(sae)
+    h, weight_of_loss = torch.randn(2, 7, D_MODEL) * 3, torch.randn(2, 7, D_MODEL)
+
+    ours = random_code(density).requires_grad_()
+    shift, _ = steering_shift(h, ours, weights, strength)
+    ((h + shift) * weight_of_loss).sum().backward()
+
+    published = random_code(density).requires_grad_()
+    expected = published_forward(h, published, sae, strength)
+    (expected * weight_of_loss).sum().backward()
+
+    torch.testing.assert_close(h + shift, expected.detach(), rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(ours.grad, published.grad, rtol=1e-4, atol=1e-4)
+    # Entries that are still zero learn from the tokens on which their feature is active.
+    assert ours.grad[ours.detach() == 0].any() or density == 1.0
+    with torch.no_grad():
+        never_active = (sae.encode(h) == 0).all(dim=(0, 1))
+    assert not ours.grad[never_active & (ours.detach() == 0)].any()
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("strength", [-1.0, 1.0])
+def test_run_time_normalisation_equals_the_published_forward(normalization, strength):
+    sae = make_sae("standard", normalize_activations=normalization)
+    weights, _ = _extract(sae)
+    h, code = torch.randn(2, 7, D_MODEL) * 3, random_code()
+    shift, _ = steering_shift(h, code, weights, strength)
+    torch.testing.assert_close(h + shift, published_forward(h, code, sae, strength), rtol=1e-4, atol=1e-4)
+
+
+def test_one_strength_per_row_equals_row_by_row():
+    weights, _ = _extract(make_sae())
+    h, code = torch.randn(3, 4, D_MODEL), random_code()
+    strengths = torch.tensor([-1.0, 0.0, 2.0])
+    together, _ = steering_shift(h, code, weights, strengths)
+    for row, strength in enumerate(strengths.tolist()):
+        alone, _ = steering_shift(h[row : row + 1], code, weights, strength)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+    assert not together[1].any()
+
+
+def test_a_feature_that_overflows_half_precision_leaves_no_nan():
+    weights = _extract(make_sae("standard"))[0].to(torch.device("cpu"), torch.float16)
+    h = torch.full((1, 1, D_MODEL), 60000.0, dtype=torch.float16) * weights.W_enc[:, 0].sign()
+    assert weights.encode(h)[0].isinf().any()
+    shift, _ = steering_shift(h, random_code(density=1.0).abs(), weights, 1.0)
+    assert shift.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strength", [-1.0, 1.0])
+def test_the_whole_model_equals_the_published_forward(architecture, dtype, strength):
+    sae, code, ids, layer = make_sae(), random_code(), random_ids(), 2
+    model = make_model(architecture, dtype)
+    steered = get_peft_model(model, YaPOConfig(layers=layer, sae=sae))
+    set_code(steered, code)
+    with steering(steered, strength):
+        output = steered(ids, output_hidden_states=True)
+
+    reference = make_model(architecture, dtype)
+    blocks = reference.transformer.h if architecture == "gpt2" else reference.model.layers
+    steer_block(blocks[layer], code.to(dtype), sae.to(dtype=dtype), strength)
+    expected = reference(ids, output_hidden_states=True)
+
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * 10}
+    torch.testing.assert_close(output.logits, expected.logits, **close)
+    for index, (ours, theirs) in enumerate(zip(output.hidden_states, expected.hidden_states, strict=True)):
+        torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 50, msg=f"{index}")
+    # The states up to the steered block are untouched, the one it puts out is steered.
+    untouched = make_model(architecture, dtype)(ids, output_hidden_states=True).hidden_states
+    for index in range(layer + 1):
+        assert torch.equal(output.hidden_states[index], untouched[index])
+    assert not torch.equal(output.hidden_states[layer + 1], untouched[layer + 1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_through_the_whole_model_equal_the_published_forward(architecture):
+    sae, ids, layer = make_sae(), random_ids(), 1
+    model = get_peft_model(make_model(architecture), YaPOConfig(layers=layer, sae=sae))
+    set_code(model, random_code(0.3))
+    model(ids).logits.logsumexp(-1).sum().backward()
+    (name, ours), *others = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert name.endswith(f"{layer}.yapo_code.default")
+    assert not others
+
+    reference = make_model(architecture)
+    published = random_code(0.3).requires_grad_()
+    blocks = reference.transformer.h if architecture == "gpt2" else reference.model.layers
+    steer_block(blocks[layer], published, sae, 1.0)
+    reference(ids).logits.logsumexp(-1).sum().backward()
+    torch.testing.assert_close(ours.grad, published.grad, rtol=1e-4, atol=1e-5 * float(published.grad.abs().max()))

@@ -1,0 +1,252 @@
+"""Loads sparse autoencoders with sae-lens, once per process. The only file that imports sae_lens."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import SAENotFoundError, UnsupportedSAEError
+from .identity import SAEIdentity, content_hash
+from .weights import Activation, SAEWeights
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "standard": "relu",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+    "gated": "gated",
+}
+_REFUSED = {
+    "transcoder": "it predicts another activation than the one it reads",
+    "skip_transcoder": "it predicts another activation than the one it reads",
+    "jumprelu_transcoder": "it predicts another activation than the one it reads",
+    "jumprelu_skip_transcoder": "it predicts another activation than the one it reads",
+    "temporal": "its features depend on other tokens",
+    "matching_pursuit": "its encoder is iterative, not element-wise",
+    "abstopk": "its features can be negative, and steering keeps them at or above zero",
+}
+
+_by_source: dict[tuple[str, ...], weakref.ref[FrozenSAE]] = {}
+_by_hash: weakref.WeakValueDictionary[str, FrozenSAE] = weakref.WeakValueDictionary()
+_registered: dict[str, FrozenSAE] = {}
+
+
+class FrozenSAE:
+    """A sparse autoencoder shared by every adapter that uses it.
+
+    It is no module and holds no parameters: it is never trained, saved or moved with a model. Copies for a device
+    and a dtype are made when first asked for, and shared.
+
+    Attributes:
+        identity: What adapters record of it.
+        hook_name: The activation it was trained on, in TransformerLens' names, or None where unknown.
+    """
+
+    def __init__(self, weights: SAEWeights, identity: SAEIdentity, hook_name: str | None = None) -> None:
+        self.identity = identity
+        self.hook_name = hook_name
+        self._native = weights
+        self._copies: dict[tuple[torch.device, torch.dtype], SAEWeights] = {}
+
+    def weights(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
+        """Returns the weights on a device, in a dtype."""
+        key = (device, dtype)
+        if key not in self._copies:
+            self._copies[key] = self._native.to(device, dtype)
+        return self._copies[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenSAE:
+        return self
+
+    def __repr__(self) -> str:
+        return f"FrozenSAE({self.identity}, hook_name={self.hook_name!r})"
+
+    @property
+    def block(self) -> int | None:
+        """The block whose output this autoencoder reads, or None where it does not say.
+
+        Raises:
+            UnsupportedSAEError: It says, and it is something else than the output of a block.
+        """
+        if not self.hook_name:
+            return None
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)|(?:.*\.)?(?:layers|h)\.(\d+)", self.hook_name)
+        if match is None:
+            raise UnsupportedSAEError(
+                f"The SAE reads {self.hook_name!r}, which is not the output of a block. Steering needs an SAE of the "
+                "residual stream, such as one trained on 'blocks.15.hook_resid_post'."
+            )
+        if match[3] is not None:
+            return int(match[3])
+        return int(match[1]) - (match[2] == "pre")
+
+
+def load_sae(
+    *, release: str | None = None, sae_id: str | None = None, path: str | None = None, content_hash: str | None = None
+) -> FrozenSAE:
+    """Returns an SAE, loading it only if this process does not hold it yet.
+
+    Args:
+        release: Name of a release in sae-lens' directory; needs `sae_id`.
+        sae_id: Name of the SAE within the release.
+        path: A local folder in sae-lens' format (`cfg.json`, `sae_weights.safetensors`).
+        content_hash: Hash of the SAE that is wanted. One that was handed in with that hash is used instead.
+
+    Raises:
+        SAENotFoundError: There is no such release, id or folder, or nothing says where to look.
+        UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
+    """
+    if content_hash is not None and content_hash in _by_hash:
+        return _by_hash[content_hash]
+    if path is not None:
+        source = ("path", str(Path(path).resolve()))
+    elif release is not None and sae_id is not None:
+        source = ("release", release, sae_id)
+    else:
+        raise SAENotFoundError(
+            "Nothing says which SAE to use: give sae_release and sae_id, or sae_path, or hand the SAE in with "
+            "yapo_peft.register_sae(sae) before the adapter is loaded."
+        )
+    reference = _by_source.get(source)
+    frozen = reference() if reference is not None else None
+    if frozen is None:
+        sae = _from_folder(path) if path is not None else _from_release(*source[1:])
+        frozen = _freeze(sae, release if path is None else None, sae_id if path is None else None)
+        _by_source[source] = weakref.ref(frozen)
+    return frozen
+
+
+def register_sae(sae: SAE[Any]) -> str:
+    """Hands an SAE in, so that configs and saved adapters that record its hash find it without a path.
+
+    It stays in memory for the life of the process.
+
+    Args:
+        sae: An SAE object of sae-lens; a training SAE is used as it would be at inference.
+
+    Returns:
+        Its content hash.
+
+    Raises:
+        UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
+    """
+    frozen = _freeze(sae, None, None)
+    _registered[frozen.identity.content_hash] = frozen
+    return frozen.identity.content_hash
+
+
+def _from_folder(path: str) -> SAE[Any]:
+    from sae_lens import SAE
+
+    folder = Path(path)
+    missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not (folder / name).is_file()]
+    if missing:
+        raise SAENotFoundError(
+            f"No SAE in {str(folder)!r}: {' and '.join(missing)} missing. sae_path must be a folder that sae-lens' "
+            "save_model or save_inference_model wrote; a relative one starts at the working directory "
+            f"({str(Path.cwd())!r})."
+        )
+    return SAE.load_from_disk(folder, device="cpu")
+
+
+def _from_release(release: str, sae_id: str) -> SAE[Any]:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    if release in directory and sae_id not in directory[release].saes_map:
+        known = sorted(directory[release].saes_map)
+        raise SAENotFoundError(
+            f"Release {release!r} has no SAE {sae_id!r}. It has {len(known)}, such as {', '.join(known[:5])}."
+        )
+    if release not in directory and "/" not in release:
+        raise SAENotFoundError(
+            f"sae-lens knows no release {release!r}, and it is no 'owner/name' of a Hub repository. The known ones are "
+            "listed by sae_lens.loading.pretrained_saes_directory.get_pretrained_saes_directory()."
+        )
+    try:
+        return SAE.from_pretrained(release, sae_id, device="cpu")
+    except (OSError, ValueError) as error:
+        raise SAENotFoundError(f"Could not fetch SAE {sae_id!r} of release {release!r}: {error}") from error
+
+
+def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None) -> FrozenSAE:
+    weights, architecture = _extract(sae)
+    identity = SAEIdentity(
+        release=release,
+        sae_id=sae_id,
+        d_in=weights.d_in,
+        d_sae=weights.d_sae,
+        architecture=architecture,
+        content_hash=content_hash(weights),
+    )
+    # The same content under another name is the same SAE: one copy in memory.
+    frozen = _by_hash.get(identity.content_hash)
+    hook_name = sae.cfg.metadata.hook_name
+    if frozen is None or frozen.hook_name != hook_name:
+        frozen = FrozenSAE(weights, identity, hook_name)
+        _by_hash[identity.content_hash] = frozen
+    return frozen
+
+
+@torch.no_grad()
+def _extract(sae: SAE[Any]) -> tuple[SAEWeights, str]:
+    """The tensors of an SAE as the encoder of `SAEWeights` wants them, and the name of its architecture."""
+    from sae_lens import TrainingSAE
+
+    state = sae.state_dict()
+    cfg: dict[str, Any] = sae.cfg.to_dict()
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(state)
+        cfg = sae.cfg.get_inference_sae_cfg_dict()
+    architecture = str(cfg["architecture"])
+    _require_supported(architecture, cfg)
+    activation = _ACTIVATIONS[architecture]
+    state = {name: value.detach() for name, value in state.items()}
+    W_enc, W_dec = state["W_enc"], state["W_dec"]
+    b_enc = state["b_gate"] if activation == "gated" else state["b_enc"]
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        # Such a TopK SAE ranks features as if the decoder had unit rows; folding the norms in is the same.
+        norm = W_dec.norm(dim=-1)
+        W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
+    weights = SAEWeights(
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_in=state["b_dec"] if cfg["apply_b_dec_to_input"] else None,
+        activation=activation,
+        threshold=state["threshold"] if activation == "jumprelu" else None,
+        magnitude_scale=state["r_mag"].exp() if activation == "gated" else None,
+        magnitude_bias=state["b_mag"] if activation == "gated" else None,
+        k=int(cfg["k"]) if activation == "topk" else None,
+        normalization=cfg["normalize_activations"] if cfg["normalize_activations"] in _NORMALIZATIONS else "none",
+    )
+    return weights, architecture
+
+
+_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+def _require_supported(architecture: str, cfg: dict[str, Any]) -> None:
+    if architecture not in _ACTIVATIONS:
+        reason = _REFUSED.get(architecture, "it is not known here")
+        raise UnsupportedSAEError(
+            f"SAE architecture {architecture!r} cannot steer: {reason}. Supported: {', '.join(_ACTIVATIONS)}."
+        )
+    # sae-lens folds a scaling factor into the weights when it loads or finishes an SAE that used one.
+    if cfg["normalize_activations"] not in (*_NORMALIZATIONS, "expected_average_only_in"):
+        raise UnsupportedSAEError(
+            f"The SAE normalises its input by {cfg['normalize_activations']!r}, which has no steering rule here; fold "
+            "it into the weights first (sae-lens does so at the end of training)."
+        )
+    if cfg.get("reshape_activations", "none") != "none":
+        raise UnsupportedSAEError(
+            f"The SAE reshapes its input ({cfg['reshape_activations']!r}): it reads attention heads, not the output "
+            "of a block."
+        )

@@ -1,0 +1,107 @@
+"""The tensors of a frozen sparse autoencoder and its encoder, as pure functions of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Activation = Literal["relu", "jumprelu", "topk", "gated"]
+Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
+
+
+@dataclass(frozen=True)
+class SAEWeights:
+    """A sparse autoencoder with a linear decoder, `Dec(f) = f @ W_dec + b_dec`, and features `f >= 0`.
+
+    Steering needs the encoder and the rows of the decoder; the decoder's bias cancels and is only an input bias
+    of the encoders that subtract it.
+
+    Attributes:
+        W_enc: Encoder, `(d_in, d_sae)`.
+        b_enc: Encoder bias, `(d_sae,)`. For "gated", the bias of the gate.
+        W_dec: Decoder, `(d_sae, d_in)`.
+        b_in: What the encoder subtracts from its input, `(d_in,)`, or None.
+        activation: How pre-activations become features.
+        threshold: For "jumprelu": features at or below it are off, `(d_sae,)`.
+        magnitude_scale: For "gated": `exp(r_mag)`, `(d_sae,)`.
+        magnitude_bias: For "gated": `b_mag`, `(d_sae,)`.
+        k: For "topk": how many features a token keeps.
+        normalization: What happens to a token before the encoder and, inverted, after the decoder.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_in: Tensor | None = None
+    activation: Activation = "relu"
+    threshold: Tensor | None = None
+    magnitude_scale: Tensor | None = None
+    magnitude_bias: Tensor | None = None
+    k: int | None = None
+    normalization: Normalization = "none"
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations that the autoencoder reads."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_dec.shape[0]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the name and the value of each tensor, in a fixed order."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                yield field.name, value
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
+        """Returns the same weights on another device, in another dtype; shares what need not change."""
+        return dataclasses.replace(self, **{name: value.to(device, dtype) for name, value in self.tensors()})
+
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of each token.
+
+        Args:
+            h: Activations, `(..., d_in)`, in the dtype of the weights.
+
+        Returns:
+            The features `f >= 0`, `(..., d_sae)`, and the factor by which the decoder's output is multiplied at
+            each token, `(..., 1)`, or None where it is one.
+        """
+        x, scale = self._normalize(h)
+        if self.b_in is not None:
+            x = x - self.b_in
+        product = x @ self.W_enc
+        pre = product + self.b_enc
+        if self.activation == "relu":
+            return pre.relu(), scale
+        if self.activation == "jumprelu":
+            assert self.threshold is not None
+            return pre.relu() * (pre > self.threshold), scale
+        if self.activation == "topk":
+            assert self.k is not None
+            top = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu()), scale
+        assert self.magnitude_scale is not None
+        assert self.magnitude_bias is not None
+        magnitude = (product * self.magnitude_scale + self.magnitude_bias).relu()
+        return magnitude * (pre > 0), scale
+
+    def _normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """sae-lens' run-time normalisations; the mean that layer_norm adds back cancels in the steering."""
+        if self.normalization == "layer_norm":
+            x = h - h.mean(dim=-1, keepdim=True)
+            std = x.std(dim=-1, keepdim=True)
+            return x / (std + 1e-5), std
+        if self.normalization == "constant_norm_rescale":
+            coefficient = self.d_in**0.5 / h.norm(dim=-1, keepdim=True)
+            return h * coefficient, 1 / coefficient
+        return h, None

@@ -1,0 +1,155 @@
+"""The config of a sparse steering adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import InitVar, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.peft_types import PeftType
+
+from ..errors import AdapterFileError, ConfigError
+from .positions import POSITIONS
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+
+class YaPOPeftType(str, Enum):  # noqa: UP042 (as PEFT's own, whose members it stands among)
+    """The method's name in PEFT's tables, for which PEFT's own enumeration has no entry."""
+
+    YAPO = "YAPO"
+
+
+@dataclass
+class YaPOConfig(PeftConfig):
+    """Config of a sparse steering adapter: which blocks, which SAEs, how strong, on which tokens.
+
+    Attributes:
+        layers: Indices of the blocks whose output is steered, one or several; negative ones count from the end.
+        sae_release: Release of each layer's SAE in sae-lens' directory. One name serves all layers.
+        sae_id: SAE of each layer within the release.
+        sae_path: A local sae-lens folder for each layer, instead of a release and an id.
+        multiplier: Strength with which a loaded adapter starts: 1 as trained, 0 off, negative for the opposite.
+        positions: Tokens to steer: "all" as published, "completion" for generated tokens only, or "last" for every
+            token from which the next one is predicted.
+        init_weights: True starts from a zero code, which changes nothing; False from a small random one, for tests.
+        sae_identity: What the adapter remembers of each SAE. Filled in when it is attached; leave it empty.
+        sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Not saved: only their content
+            hash is, and whoever loads the adapter hands the same SAE in with `yapo_peft.register_sae`.
+
+    Raises:
+        ConfigError: A field has a value that cannot work, or the SAEs do not match the layers in number.
+    """
+
+    layers: int | list[int] | None = field(default=None, metadata={"help": "Blocks to steer; negative from the end."})
+    sae_release: str | list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE."})
+    sae_id: str | list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
+    sae_path: str | list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
+    multiplier: float = field(default=1.0, metadata={"help": "Strength with which a loaded adapter starts."})
+    positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
+    init_weights: bool = field(default=True, metadata={"help": "True: zero code. False: small random code."})
+    sae_identity: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Filled in by the library."})
+    sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
+
+    def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:
+        super().__post_init__()
+        self.peft_type = cast(PeftType, YaPOPeftType.YAPO)
+        # PEFT reads this attribute; it follows from `layers` once the model is known, so it is no field.
+        self.target_modules: list[str] | None = None
+        self.layers = self._checked_layers()
+        if sae is not None:
+            self._take(sae if isinstance(sae, list) else [sae])
+        self._check_saes(len(self.layers))
+        self._check_values()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):  # noqa: ANN206
+        """As PEFT's, and checks that the adapter's file beside a local config is whole before anything is loaded.
+
+        Raises:
+            AdapterFileError: The file is truncated or no safetensors file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            _require_whole(file)
+        return config
+
+    def layer_indices(self) -> list[int]:
+        """The layers as a list."""
+        assert isinstance(self.layers, list)
+        return self.layers
+
+    def sae_source(self, position: int) -> dict[str, str | None]:
+        """Where the SAE of the layer at `position` in `layers` comes from, as `load_sae` wants it."""
+        identity = self.sae_identity[position] if self.sae_identity else {}
+        return {
+            "release": _pick(self.sae_release, position),
+            "sae_id": _pick(self.sae_id, position),
+            "path": _pick(self.sae_path, position),
+            "content_hash": identity.get("content_hash"),
+        }
+
+    def _checked_layers(self) -> list[int]:
+        layers = [self.layers] if isinstance(self.layers, int) else self.layers
+        is_index = isinstance(layers, list | tuple) and all(type(index) is int for index in layers)
+        if not is_index or not layers:
+            raise ConfigError(f"layers={self.layers!r}: give the index of a block, or a list of indices.")
+        return list(layers)
+
+    def _take(self, saes: list[SAE[Any]]) -> None:
+        from ..sae import register_sae
+
+        if self.sae_release or self.sae_id or self.sae_path or self.sae_identity:
+            raise ConfigError("Give either sae= or sae_release and sae_id, or sae_path, not several of them.")
+        self.sae_identity = [{"content_hash": register_sae(sae)} for sae in saes]
+
+    def _check_saes(self, count: int) -> None:
+        if self.sae_path is not None and (self.sae_release is not None or self.sae_id is not None):
+            raise ConfigError(
+                f"sae_path={self.sae_path!r} and sae_release={self.sae_release!r}, sae_id={self.sae_id!r} are both "
+                "given: keep either the local folder or the release and its id."
+            )
+        if (self.sae_release is None) != (self.sae_id is None):
+            raise ConfigError(
+                f"sae_release={self.sae_release!r} and sae_id={self.sae_id!r} go together: give both, or neither."
+            )
+        if self.sae_path is None and self.sae_release is None and self.sae_identity is None:
+            raise ConfigError(f"layers={self.layers} have no SAE: give sae_release and sae_id, or sae_path, or sae=.")
+        given = {"sae_id": self.sae_id, "sae_path": self.sae_path, "sae_identity": self.sae_identity}
+        if isinstance(self.sae_release, list):
+            given["sae_release"] = self.sae_release
+        for name, value in given.items():
+            number = len(value) if isinstance(value, list) else 1
+            if value is not None and number != count:
+                raise ConfigError(f"{name} names {number} SAEs for {count} layers ({self.layers}): give one per layer.")
+
+    def _check_values(self) -> None:
+        if self.positions not in POSITIONS:
+            raise ConfigError(f"positions={self.positions!r}: choose one of {', '.join(map(repr, POSITIONS))}.")
+        is_number = isinstance(self.multiplier, int | float) and not isinstance(self.multiplier, bool)
+        if not is_number or not math.isfinite(self.multiplier):
+            raise ConfigError(f"multiplier={self.multiplier!r}: give a finite number, such as 1.0 or -0.5.")
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"init_weights={self.init_weights!r}: give True (zero code) or False (random code).")
+
+
+def _pick(value: str | list[str] | None, position: int) -> str | None:
+    return value[position] if isinstance(value, list) else value
+
+
+def _require_whole(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"{str(file)!r} is truncated or no safetensors file ({error}). Save or download the adapter again."
+        ) from error

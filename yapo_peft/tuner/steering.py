@@ -1,0 +1,39 @@
+"""The steering itself, as a pure function of activations, code, autoencoder and strength."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..sae.weights import SAEWeights
+
+
+def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: float | Tensor) -> tuple[Tensor, Tensor]:
+    """What steering adds to the output of a block.
+
+    The published forward is `Dec(ReLU(f + strength * code)) + (h - Dec(f))` with `f = Enc(h)`. The decoder is linear
+    and its bias cancels, so that is `h + (ReLU(f + strength * code) - f) @ W_dec`. The difference is formed as
+    `strength * code` where the feature stays on and `-f` where it is cut: the same values and the same gradient
+    (none where `f + strength * code <= 0`, as ReLU'(0) = 0), exactly zero for a zero code, and no overflow.
+
+    Args:
+        h: Output of the block, `(batch, seq, d_model)`.
+        code: The learned vector, `(d_sae,)`, in float32.
+        sae: The frozen autoencoder, on the device and in the dtype of `h`.
+        strength: Factor of the code, one for all or one per row, `(batch,)`.
+
+    Returns:
+        The shift of the activations, shaped and typed as `h`, and the shift of each feature, `(batch, seq, d_sae)`.
+
+    Source: arXiv 2601.08441, the sparse steering forward.
+    """
+    features, scale = sae.encode(h)
+    if isinstance(strength, Tensor):
+        strength = strength.to(code).view(-1, 1, 1)
+    wanted = strength * code
+    features = features.to(wanted.dtype)
+    moved = torch.where(features + wanted > 0, wanted, -features)
+    shift = moved.to(sae.W_dec.dtype) @ sae.W_dec
+    if scale is not None:
+        shift = shift * scale
+    return shift.to(h.dtype), moved

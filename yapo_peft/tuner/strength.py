@@ -1,0 +1,100 @@
+"""Dials adapters up, down or negative, for good or within a context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .layer import Strength, YaPOLayer
+
+
+@contextmanager
+def steering(model: nn.Module, multiplier: Strength, adapter_name: str | None = None) -> Generator[None]:
+    """Steers with another strength within a `with` block, and restores what was before it, also on exceptions.
+
+    Contexts can be nested. Which parameters are trainable does not change.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a YaPO adapter.
+        multiplier: 1 as trained, 0 off, negative for the opposite; or one per row of the batch, `(batch,)`.
+        adapter_name: The adapter that steers within the block, instead of the active ones.
+
+    Raises:
+        ConfigError: The model has no such adapter, or the multiplier is not finite.
+    """
+    layers = _layers_with(model, adapter_name)
+    _require_strength(multiplier)
+    before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
+    try:
+        for layer in layers:
+            if adapter_name is not None:
+                layer._active_adapter = [adapter_name]
+            for name in layer.active_adapters:
+                if name in layer.multiplier:
+                    layer.multiplier[name] = multiplier
+        mark_lowest(model)
+        yield
+    finally:
+        for layer, active, multipliers in before:
+            layer._active_adapter = active
+            layer.multiplier.update({name: value for name, value in multipliers.items() if name in layer.multiplier})
+        mark_lowest(model)
+
+
+def set_multiplier(model: nn.Module, multiplier: Strength, adapter_name: str | None = None) -> None:
+    """Sets the strength of an adapter, active or not, until it is set again.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a YaPO adapter.
+        multiplier: 1 as trained, 0 off, negative for the opposite; or one per row of the batch, `(batch,)`.
+        adapter_name: Which adapter; None for the active ones.
+
+    Raises:
+        ConfigError: The model has no such adapter, or the multiplier is not finite.
+    """
+    layers = _layers_with(model, adapter_name)
+    _require_strength(multiplier)
+    for layer in layers:
+        for name in [adapter_name] if adapter_name is not None else layer.active_adapters:
+            if name in layer.multiplier:
+                layer.multiplier[name] = multiplier
+    mark_lowest(model)
+
+
+def steered_layers(model: nn.Module) -> list[YaPOLayer]:
+    """The steered layers of a model, from the bottom up."""
+    found = [module for module in model.modules() if isinstance(module, YaPOLayer)]
+    return sorted(found, key=lambda layer: layer.index)
+
+
+def mark_lowest(model: nn.Module) -> None:
+    """Tells each steered layer whether it is the lowest that steers: there, and only there, the gradient ends."""
+    lowest_seen = False
+    for layer in steered_layers(model):
+        layer.is_lowest = not lowest_seen
+        lowest_seen = lowest_seen or any(name in layer.yapo_code for name in layer.active_adapters)
+
+
+def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
+    layers = steered_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no YaPO adapter: attach one with get_peft_model(model, YaPOConfig(...)), or "
+            "load one with PeftModel.from_pretrained."
+        )
+    known = sorted({name for layer in layers for name in layer.yapo_code})
+    if adapter_name is not None and adapter_name not in known:
+        raise ConfigError(f"There is no YaPO adapter {adapter_name!r}; the model has {', '.join(map(repr, known))}.")
+    return layers
+
+
+def _require_strength(multiplier: Strength) -> None:
+    if isinstance(multiplier, Tensor):
+        if multiplier.dim() != 1 or not multiplier.isfinite().all():
+            raise ConfigError(f"multiplier={multiplier!r}: give one finite number per row of the batch, (batch,).")
+    elif isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
+        raise ConfigError(f"multiplier={multiplier!r}: give a finite number, or a tensor with one per row.")
