@@ -1,0 +1,1 @@
+"""Measures of a steered model, one file each, and their pictures."""

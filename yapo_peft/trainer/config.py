@@ -1,0 +1,100 @@
+"""The config of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from trl import DPOConfig
+
+from ..errors import ConfigError, UnsupportedOperationError
+
+Direction = Literal["batch", "example", "both"]
+Reference = Literal["unsteered", "none"]
+
+_ONE_SIDED = {
+    "apo_down": "it lowers the likelihood of both answers, so its two directions do not oppose each other",
+}
+_SORTED = {
+    "aot": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
+    "aot_unpaired": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
+}
+_ABSOLUTE = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
+
+
+@dataclass
+class YaPOTrainingConfig(DPOConfig):
+    """TRL's `DPOConfig` with the published defaults of YaPO and the choices of its bidirectional loss.
+
+    Where nothing is said here, TRL's and transformers' defaults hold: beta 0.1 and AdamW without weight decay, as
+    published, and `max_length` 1024.
+
+    Attributes:
+        direction: How the direction `d` in {-1, +1} is drawn: one per "batch" as published, one per "example", or
+            "both" in each step (twice the forward passes, and no noise from the draw).
+        reference: What log-probabilities are compared to: the same model "unsteered", as published, or "none", which
+            leaves the reference out and is another objective.
+        learning_rate: As published, in units of SAE activations: an SAE with larger activations needs a larger one.
+        num_train_epochs: As published.
+        per_device_train_batch_size: As published.
+        lr_scheduler_type: As published.
+        warmup_steps: As published.
+        gradient_checkpointing: Older name of `activation_checkpointing`, which is off unless set, unlike in TRL: no
+            gradient reaches the blocks below the steered one, so there is less to save than in other training.
+
+    Raises:
+        ConfigError: A choice is unknown, or two of them contradict each other.
+        UnsupportedOperationError: A loss type or an option of TRL makes no sense when the direction alternates.
+
+    Source: arXiv 2601.08441 (objective and hyper-parameters); arXiv 2406.00045 (bidirectional objective).
+    """
+
+    direction: str = field(
+        default="batch", metadata={"help": "Draw the steering direction per 'batch', per 'example', or use 'both'."}
+    )
+    reference: str = field(
+        default="unsteered", metadata={"help": "Compare log-probabilities to the model 'unsteered', or to 'none'."}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate, in units of SAE activations."})
+    num_train_epochs: float = field(default=20.0, metadata={"help": "Number of passes over the training set."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs per device and step."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=100, metadata={"help": "Steps over which the learning rate rises."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Older name of activation_checkpointing, which is off unless set."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction not in get_args(Direction):
+            raise ConfigError(f"direction={self.direction!r}: choose one of {get_args(Direction)}.")
+        if self.reference not in get_args(Reference):
+            raise ConfigError(f"reference={self.reference!r}: choose one of {get_args(Reference)}.")
+        for loss_type in self.loss_type:
+            self._check_loss(loss_type)
+        if self.sync_ref_model:
+            raise UnsupportedOperationError(
+                "sync_ref_model=True moves the reference during training; here the reference is the model unsteered."
+            )
+        if self.reference == "none":
+            self._check_without_reference()
+
+    def _check_loss(self, loss_type: str) -> None:
+        reason = _ONE_SIDED.get(loss_type)
+        if reason is None and self.direction == "example":
+            reason = _SORTED.get(loss_type)
+        if reason is None and self.reference == "none" and loss_type in _ABSOLUTE:
+            reason = "it judges each answer by its own ratio to the reference, and reference='none' has none"
+        if reason is not None:
+            raise UnsupportedOperationError(f"loss_type={loss_type!r} cannot train a steering code: {reason}.")
+
+    def _check_without_reference(self) -> None:
+        if self.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs=True has nothing to compute with reference='none': leave it out."
+            )
+        if self.f_divergence_type != "reverse_kl":
+            raise ConfigError(
+                f"f_divergence_type={self.f_divergence_type!r} measures the distance to a reference; reference='none' "
+                "has none."
+            )

@@ -1,0 +1,71 @@
+"""Checks of a preference dataset, before a model is loaded or trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from ..errors import DatasetError
+
+_TOKENIZED = {"prompt_ids", "chosen_ids", "rejected_ids"}
+_PREFERENCE = {"chosen", "rejected"}
+
+
+def require_preferences(dataset: Any, name: str) -> None:
+    """Raises unless a dataset, or each of a dict of them, holds preference pairs.
+
+    Args:
+        dataset: A `Dataset`, an `IterableDataset`, or a dict of them.
+        name: What to call it in messages, such as "train_dataset".
+
+    Raises:
+        DatasetError: It is empty, or lacks the columns of TRL's preference format.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            require_preferences(part, f"{name}[{key!r}]")
+        return
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DatasetError(f"{name} is empty: training and evaluation need at least one preference pair.")
+    columns = set(first)
+    if not (columns >= _PREFERENCE or columns >= _TOKENIZED):
+        missing = sorted(_PREFERENCE - columns)
+        raise DatasetError(
+            f"{name} has the columns {sorted(columns)}, but lacks {missing}: a preference dataset has 'chosen' and "
+            "'rejected', and 'prompt' unless they start with it (TRL's preference format)."
+        )
+
+
+def require_room(before: Any, after: Any, max_length: int | None, name: str) -> str | None:
+    """Compares a dataset before and after TRL dropped the pairs whose prompt fills `max_length`.
+
+    Returns:
+        A warning if some were dropped, else None.
+
+    Raises:
+        DatasetError: None is left.
+    """
+    if isinstance(after, IterableDataset):
+        if next(iter(after), None) is None:
+            raise DatasetError(_nothing_left(name, max_length))
+        return None
+    dropped = len(before) - len(after)
+    if dropped == len(before):
+        raise DatasetError(_nothing_left(name, max_length))
+    if dropped:
+        return (
+            f"{dropped} of {len(before)} pairs of the {name} dataset are left out: their prompt alone fills "
+            f"max_length={max_length}, so that no answer token would remain."
+        )
+    return None
+
+
+def _nothing_left(name: str, max_length: int | None) -> str:
+    return (
+        f"No pair of the {name} dataset is left: every prompt alone fills max_length={max_length}, so that no answer "
+        "token would remain. Raise max_length, or shorten the prompts."
+    )

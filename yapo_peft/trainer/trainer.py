@@ -1,0 +1,319 @@
+"""The trainer: TRL's DPOTrainer, made bidirectional."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOTrainer
+
+from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
+from ..tuner import YaPOConfig, YaPOLayer, steering
+from ..tuner.strength import steered_layers
+from .config import YaPOTrainingConfig
+from .data import require_preferences, require_room
+from .objective import draw_directions, orient, pair_order, preference_margin
+
+_SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
+
+
+class YaPOTrainer(DPOTrainer):
+    """Learns codes from preference pairs, with a direction that alternates between +1 and -1.
+
+    It takes what TRL's `DPOTrainer` takes, except for a reference model: the reference is the same model unsteered.
+    A pair that points to -1 is steered with strength -1 and enters TRL's loss with its answers swapped. All metrics
+    are those of the pair as labelled: chosen means chosen, whichever way the steering points.
+
+    Besides TRL's metrics it logs, for the direction `plus` or `minus`, `loss/*` and `margin/*` (in nats); of the codes,
+    `code/nonzero`, `code/norm` and `code/tokens_moved` (share of tokens with a feature that moved). Evaluation uses
+    fixed signs: `eval_loss` is the mean of both directions, TRL's metrics are those at +1, and `eval_accuracy/plus`,
+    `/zero` and `/minus` are the shares of pairs whose chosen answer is the more likely one at +1, 0 and -1.
+
+    Args:
+        model: A model, or the name or path of one, together with `peft_config`; or a `PeftModel` with a YaPO adapter.
+        args: The training config; published defaults if None.
+        peft_config: The adapter to attach.
+        **kwargs: As for `DPOTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
+
+    Raises:
+        ConfigError: There is no YaPO adapter to train.
+        DatasetError: A dataset is empty, lacks columns, or leaves no room for answers.
+        UnsupportedOperationError: A reference model is given.
+
+    Source: arXiv 2601.08441, the bidirectional objective; arXiv 2406.00045.
+    """
+
+    _tag_names = ["trl", "yapo"]
+    _name = "YaPO"
+    _paper = {
+        "title": "YaPO: Learnable Sparse Activation Steering Vectors for Domain Adaptation",
+        "id": "2601.08441",
+        "citation": "",
+    }
+    args: YaPOTrainingConfig
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: YaPOTrainingConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is not None and not isinstance(args, YaPOTrainingConfig):
+            raise ConfigError(f"args is a {type(args).__name__}: YaPOTrainer takes a YaPOTrainingConfig.")
+        if kwargs.get("ref_model") is not None:
+            raise UnsupportedOperationError("ref_model cannot be set: the reference is the same model, unsteered.")
+        _require_adapter(model, peft_config)
+        require_preferences(train_dataset, "train_dataset")
+        require_preferences(eval_dataset, "eval_dataset")
+        self._drawn_at, self._micro_batch = -1, 0
+        with _no_reference_adapter(model):
+            super().__init__(
+                model=cast(Any, model),
+                args=args if args is not None else YaPOTrainingConfig(output_dir=_default_output_dir(model)),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        self._layers = steered_layers(self.model)
+        for layer in self._layers:
+            layer.track_moved = True
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        require_preferences(dataset, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        warning = require_room(dataset, prepared, args.max_length, dataset_name)
+        if warning is not None:
+            warnings.warn(warning, UserWarning, stacklevel=2)
+        return prepared
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        inputs = self._with_reference(inputs)
+        pairs = len(inputs["ref_chosen_logps"])
+        if not self.model.training:
+            return self._evaluation_loss(model, inputs, pairs, return_outputs)
+        both = [torch.ones(pairs), -torch.ones(pairs)]
+        directions = both if self.args.direction == "both" else [self._draw(pairs)]
+        results = [self._directed_loss(model, inputs, direction, return_outputs) for direction in directions]
+        loss = torch.stack([result.loss for result in results]).mean()
+        self._require_finite(loss)
+        self._log_codes()
+        return (loss, results[0].outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], pairs: int, return_outputs: bool) -> Any:
+        plus = self._directed_loss(model, inputs, torch.ones(pairs), return_outputs)
+        with self._metrics_kept(except_for=frozenset({"loss/minus", "margin/minus"})):
+            minus = self._directed_loss(model, inputs, -torch.ones(pairs), return_outputs=False)
+        for sign, logps in ((1.0, plus.logps), (0.0, self._unsteered_logps(inputs)), (-1.0, minus.logps)):
+            chosen, rejected = logps
+            self._log_each(f"accuracy/{_SIGN_NAMES[sign]}", (chosen > rejected).float())
+        loss = (plus.loss + minus.loss) / 2
+        return (loss, plus.outputs) if return_outputs else loss
+
+    def _directed_loss(
+        self, model: nn.Module, inputs: dict[str, Any], directions: Tensor, return_outputs: bool
+    ) -> _DirectedLoss:
+        """TRL's loss of one forward pass with pairs that point in given directions.
+
+        TRL's code runs twice on that pass: on the oriented batch for the loss, and on the batch as labelled for the
+        metrics, so that they keep their meaning whichever way the pairs point.
+        """
+        uniform = bool((directions == directions[0]).all())
+        strength = float(directions[0]) if uniform else torch.cat([directions, directions])
+        oriented = orient(inputs, directions)
+        replay = _Replay(model)
+        with self._given_reference():
+            with self._metrics_kept(), steering(self.accelerator.unwrap_model(self.model), strength):
+                loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
+            moved = self._share_of_tokens_moved(oriented["attention_mask"])
+            replay.reorder(pair_order(directions))
+            with torch.no_grad():
+                labelled = super()._compute_loss(cast(Any, replay), inputs, return_outputs)
+        chosen, rejected = replay.log_probs.sum(dim=1).chunk(2)
+        margin = preference_margin(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        for sign in (1.0, -1.0):
+            self._log_each(f"margin/{_SIGN_NAMES[sign]}", margin[directions.to(margin.device) == sign])
+        if uniform:
+            self._log_each(f"loss/{_SIGN_NAMES[float(directions[0])]}", loss.detach()[None])
+        self._log_each("code/tokens_moved", moved)
+        return _DirectedLoss(loss, (chosen, rejected), labelled[1] if return_outputs else None)
+
+    def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the log-probabilities of its answers under the reference; zeros where there is none."""
+        if "ref_chosen_logps" in inputs and self.args.reference == "unsteered":
+            return inputs
+        if self.args.reference == "none":
+            chosen = rejected = torch.zeros(len(inputs["input_ids"]) // 2, device=self.accelerator.device)
+        else:
+            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+        return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def _unsteered_logps(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.args.reference == "unsteered" and self.ld_alpha is None:
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        ld_alpha, self.ld_alpha = self.ld_alpha, None
+        try:
+            return cast(tuple[Tensor, Tensor], self.compute_ref_log_probs(self.model, inputs))
+        finally:
+            self.ld_alpha = ld_alpha
+
+    def _draw(self, pairs: int) -> Tensor:
+        step = self.state.global_step
+        self._micro_batch = self._micro_batch + 1 if step == self._drawn_at else 0
+        self._drawn_at = step
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        rank = self.accelerator.process_index
+        return draw_directions(pairs, self.args.direction, seed, step, self._micro_batch, rank)
+
+    @contextmanager
+    def _given_reference(self) -> Generator[None]:
+        """TRL reads the reference from the batch only if it thinks that it was precomputed."""
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = precomputed
+
+    @contextmanager
+    def _metrics_kept(self, except_for: frozenset[str] = frozenset()) -> Generator[None]:
+        """Keeps the metrics and the count of tokens as they are, except for some that may grow."""
+        metrics, tokens = self._metrics, self._total_train_tokens
+        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        try:
+            yield
+        finally:
+            for mode, values in self._metrics.items():
+                for name in values.keys() & except_for:
+                    metrics[mode][name].extend(values[name])
+            self._metrics, self._total_train_tokens = metrics, tokens
+
+    def _log_each(self, name: str, values: Tensor) -> None:
+        """Logs a metric of single pairs or tokens; the mean over all of them is what is reported."""
+        mode = "train" if self.model.training else "eval"
+        gathered = cast(Tensor, self.accelerator.gather_for_metrics(values.detach().float())).tolist()
+        if gathered:
+            self._metrics[mode][name].extend(gathered)
+
+    def _log_codes(self) -> None:
+        codes = [layer.yapo_code[name].detach() for layer in self._layers for name in layer.steering_adapters]
+        if codes:
+            everything = torch.cat([code.cpu() for code in codes])
+            self._metrics["train"]["code/nonzero"].append(float(everything.count_nonzero()))
+            self._metrics["train"]["code/norm"].append(float(everything.norm()))
+
+    def _share_of_tokens_moved(self, attention_mask: Tensor) -> Tensor:
+        attended = attention_mask.bool()
+        shares = [
+            (layer.moved_tokens.to(attended.device) & attended).sum() / attended.sum()
+            for layer in self._layers
+            if layer.moved_tokens is not None
+        ]
+        return torch.stack(shares).mean()[None] if shares else torch.zeros(0, device=attended.device)
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Stops before the optimizer can spoil the codes, and saves them as they are."""
+        if loss.isfinite():
+            return
+        step = self.state.global_step
+        codes = [code for layer in self._layers for code in layer.yapo_code.values()]
+        if step > 0 and all(code.isfinite().all() for code in codes):
+            self._save_checkpoint(self.model, trial=None)
+        output_dir = cast(str, self.args.output_dir)
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        kept = f"The codes before it are in {last!r}." if last else "No step had been taken: nothing was learned yet."
+        raise NonFiniteLossError(
+            f"The loss is {float(loss)} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
+            "or train in float32 if the model overflows."
+        )
+
+
+class _DirectedLoss:
+    def __init__(self, loss: Tensor, logps: tuple[Tensor, Tensor], outputs: Any) -> None:
+        self.loss = loss
+        self.logps = logps
+        self.outputs = outputs
+
+
+class _Replay:
+    """Stands for the model: runs the scoring forward once, and answers later ones with its result."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._model = model
+        self._scored: Any = None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head"):
+            return self._model(**kwargs)
+        if self._scored is None:
+            self._scored = self._model(**kwargs)
+        return self._scored
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probabilities of the answers' tokens, `(2 * pairs, seq - 1)`, in nats."""
+        return self._scored.log_probs.detach()
+
+    def reorder(self, order: Tensor) -> None:
+        """Reorders the rows of the result."""
+        for name, value in list(self._scored.items()):
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(order):
+                self._scored[name] = value.detach()[order.to(value.device)]
+
+
+@contextmanager
+def _no_reference_adapter(model: Any) -> Generator[None]:
+    """Keeps TRL from adding a frozen copy of a ready adapter, named "ref": steering off is the reference.
+
+    TRL reads `peft_config["default"]` and calls `add_adapter("ref", ...)`; both are answered without effect.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    alias = "default" not in model.peft_config
+    if alias:
+        model.peft_config["default"] = model.peft_config[model.active_adapters[0]]
+    model.__dict__["add_adapter"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.__dict__["add_adapter"]
+        if alias:
+            del model.peft_config["default"]
+
+
+def _require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
+    if peft_config is not None:
+        if not isinstance(peft_config, YaPOConfig):
+            raise ConfigError(f"peft_config is a {type(peft_config).__name__}: YaPOTrainer trains a YaPOConfig.")
+        return
+    layers = steered_layers(model) if isinstance(model, PeftModel) else []
+    if not layers:
+        raise ConfigError(
+            "There is no YaPO adapter to train: give peft_config=YaPOConfig(...), or a PeftModel that has one."
+        )
+    if not any(_is_trainable(layer) for layer in layers):
+        raise ConfigError(
+            "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
+        )
+
+
+def _is_trainable(layer: YaPOLayer) -> bool:
+    return any(layer.yapo_code[name].requires_grad for name in layer.active_adapters if name in layer.yapo_code)
+
+
+def _default_output_dir(model: Any) -> str:
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    return f"{name.rstrip('/').split('/')[-1]}-YaPO"
