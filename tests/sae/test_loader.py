@@ -1,5 +1,5 @@
 import pytest
-from conftest import make_sae
+from tiny import make_sae
 
 from yapo_peft import SAEMismatchError, SAENotFoundError, UnsupportedSAEError, register_sae
 from yapo_peft.sae import load_sae

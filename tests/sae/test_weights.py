@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import D_MODEL, SAE_KINDS, inference_sae, make_sae
+from tiny import D_MODEL, SAE_KINDS, inference_sae, make_sae
 
 from yapo_peft.sae import load_sae
 from yapo_peft.sae.loader import _extract

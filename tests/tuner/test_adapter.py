@@ -3,9 +3,9 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, SAEMismatchError, UnsupportedOperationError, YaPOConfig, steering
 from yapo_peft.tuner.strength import steered_layers

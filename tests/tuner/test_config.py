@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from conftest import DEPTH, make_model, make_sae
 from peft import PeftConfig, get_peft_model
+from tiny import DEPTH, make_model, make_sae
 
 from yapo_peft import ConfigError, SAEMismatchError, SAENotFoundError, UnsupportedSAEError, YaPOConfig
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
 from peft import get_peft_model
+from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import YaPOConfig
 

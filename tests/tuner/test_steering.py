@@ -1,7 +1,8 @@
 import pytest
 import torch
 from _reference.yapo import published_forward, steer_block
-from conftest import (
+from peft import get_peft_model
+from tiny import (
     ARCHITECTURES,
     D_MODEL,
     D_SAE,
@@ -13,7 +14,6 @@ from conftest import (
     random_ids,
     set_code,
 )
-from peft import get_peft_model
 
 from yapo_peft import YaPOConfig, steering
 from yapo_peft.sae.loader import _extract

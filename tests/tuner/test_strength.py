@@ -2,8 +2,8 @@ import contextlib
 
 import pytest
 import torch
-from conftest import D_SAE, make_model, make_sae, random_code, random_ids, set_code
 from peft import get_peft_model
+from tiny import D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import ConfigError, YaPOConfig, set_multiplier, steering
 from yapo_peft.tuner.strength import steered_layers

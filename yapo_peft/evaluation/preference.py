@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
 from ..tuner import steering
+from ..tuner.strength import steered_layers
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,27 @@ def answer_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, an
         attention_mask: `(batch, seq)`.
         answer_mask: 1 on the tokens of the answer, `(batch, seq)`.
     """
-    labels = input_ids.masked_fill(answer_mask == 0, -100)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).logits
+    scored = answer_mask[:, 1:].bool()
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if _needs_labels(model):
+        first = 0
+        inputs["labels"] = input_ids.masked_fill(answer_mask == 0, -100)
+    else:
+        # Nothing before the first answer is scored, so the LM head need not run there.
+        first = int(scored.any(dim=0).int().argmax())
+        inputs["logits_to_keep"] = input_ids.shape[1] - first
+    logits = model(**inputs).logits[:, :-1]
     total = torch.zeros(len(input_ids), device=logits.device)
-    for row, scored in enumerate(answer_mask[:, 1:].bool()):
-        row_logits = logits[row, :-1][scored].float()
-        token_logps = row_logits.log_softmax(-1).gather(-1, input_ids[row, 1:][scored][:, None])
-        total[row] = token_logps.sum()
+    for row, positions in enumerate(scored):
+        targets = input_ids[row, 1:][positions]
+        logps = logits[row][positions[first:]].float().log_softmax(-1)
+        total[row] = logps.gather(-1, targets[:, None]).sum()
     return total
+
+
+def _needs_labels(model: nn.Module) -> bool:
+    """Whether an adapter must be told which tokens are the answer."""
+    return any(layer.positions[name] != "all" for layer in steered_layers(model) for name in layer.steering_adapters)
 
 
 def _score(model: nn.Module, batches: list[dict[str, Tensor]], multiplier: float, progress: Any) -> PreferenceScore:

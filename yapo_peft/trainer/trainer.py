@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
-from ..tuner import YaPOConfig, YaPOLayer, steering
+from ..tuner import steering
 from ..tuner.strength import steered_layers
+from .adapters import no_reference_adapter, require_adapter
 from .config import YaPOTrainingConfig
 from .data import require_preferences, require_room
 from .objective import draw_directions, orient, pair_order, preference_margin
+from .replay import Replay
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
 
@@ -56,7 +59,14 @@ class YaPOTrainer(DPOTrainer):
     _paper = {
         "title": "YaPO: Learnable Sparse Activation Steering Vectors for Domain Adaptation",
         "id": "2601.08441",
-        "citation": "",
+        "citation": textwrap.dedent("""\
+            @misc{bounhar2026yapo,
+                title         = {{YaPO: Learnable Sparse Activation Steering Vectors for Domain Adaptation}},
+                author        = {Abdelaziz Bounhar and Rania Hossam Elmohamady Elbadry and Hadi Abdine and
+                                 Preslav Nakov and Michalis Vazirgiannis and Guokan Shang},
+                year          = 2026,
+                eprint        = {arXiv:2601.08441},
+            }"""),
     }
     args: YaPOTrainingConfig
     model: nn.Module
@@ -75,11 +85,11 @@ class YaPOTrainer(DPOTrainer):
             raise ConfigError(f"args is a {type(args).__name__}: YaPOTrainer takes a YaPOTrainingConfig.")
         if kwargs.get("ref_model") is not None:
             raise UnsupportedOperationError("ref_model cannot be set: the reference is the same model, unsteered.")
-        _require_adapter(model, peft_config)
+        require_adapter(model, peft_config)
         require_preferences(train_dataset, "train_dataset")
         require_preferences(eval_dataset, "eval_dataset")
         self._drawn_at, self._micro_batch = -1, 0
-        with _no_reference_adapter(model):
+        with no_reference_adapter(model):
             super().__init__(
                 model=cast(Any, model),
                 args=args if args is not None else YaPOTrainingConfig(output_dir=_default_output_dir(model)),
@@ -134,7 +144,7 @@ class YaPOTrainer(DPOTrainer):
         uniform = bool((directions == directions[0]).all())
         strength = float(directions[0]) if uniform else torch.cat([directions, directions])
         oriented = orient(inputs, directions)
-        replay = _Replay(model)
+        replay = Replay(model)
         with self._given_reference():
             with self._metrics_kept(), steering(self.accelerator.unwrap_model(self.model), strength):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
@@ -235,7 +245,7 @@ class YaPOTrainer(DPOTrainer):
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         kept = f"The codes before it are in {last!r}." if last else "No step had been taken: nothing was learned yet."
         raise NonFiniteLossError(
-            f"The loss is {float(loss)} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
+            f"The loss is {loss.item()} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
             "or train in float32 if the model overflows."
         )
 
@@ -245,73 +255,6 @@ class _DirectedLoss:
         self.loss = loss
         self.logps = logps
         self.outputs = outputs
-
-
-class _Replay:
-    """Stands for the model: runs the scoring forward once, and answers later ones with its result."""
-
-    def __init__(self, model: Callable[..., Any]) -> None:
-        self._model = model
-        self._scored: Any = None
-
-    def __call__(self, **kwargs: Any) -> Any:
-        if not kwargs.get("fused_lm_head"):
-            return self._model(**kwargs)
-        if self._scored is None:
-            self._scored = self._model(**kwargs)
-        return self._scored
-
-    @property
-    def log_probs(self) -> Tensor:
-        """Log-probabilities of the answers' tokens, `(2 * pairs, seq - 1)`, in nats."""
-        return self._scored.log_probs.detach()
-
-    def reorder(self, order: Tensor) -> None:
-        """Reorders the rows of the result."""
-        for name, value in list(self._scored.items()):
-            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(order):
-                self._scored[name] = value.detach()[order.to(value.device)]
-
-
-@contextmanager
-def _no_reference_adapter(model: Any) -> Generator[None]:
-    """Keeps TRL from adding a frozen copy of a ready adapter, named "ref": steering off is the reference.
-
-    TRL reads `peft_config["default"]` and calls `add_adapter("ref", ...)`; both are answered without effect.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    alias = "default" not in model.peft_config
-    if alias:
-        model.peft_config["default"] = model.peft_config[model.active_adapters[0]]
-    model.__dict__["add_adapter"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del model.__dict__["add_adapter"]
-        if alias:
-            del model.peft_config["default"]
-
-
-def _require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
-    if peft_config is not None:
-        if not isinstance(peft_config, YaPOConfig):
-            raise ConfigError(f"peft_config is a {type(peft_config).__name__}: YaPOTrainer trains a YaPOConfig.")
-        return
-    layers = steered_layers(model) if isinstance(model, PeftModel) else []
-    if not layers:
-        raise ConfigError(
-            "There is no YaPO adapter to train: give peft_config=YaPOConfig(...), or a PeftModel that has one."
-        )
-    if not any(_is_trainable(layer) for layer in layers):
-        raise ConfigError(
-            "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
-        )
-
-
-def _is_trainable(layer: YaPOLayer) -> bool:
-    return any(layer.yapo_code[name].requires_grad for name in layer.active_adapters if name in layer.yapo_code)
 
 
 def _default_output_dir(model: Any) -> str:

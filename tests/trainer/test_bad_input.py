@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel, get_peft_model
+from tiny import make_model, make_sae, preference_rows, trained_codes
+from trl import DPOConfig
+
+from yapo_peft import (
+    ConfigError,
+    DatasetError,
+    NonFiniteLossError,
+    UnsupportedOperationError,
+    YaPOConfig,
+    YaPOTrainer,
+    YaPOTrainingConfig,
+)
+from yapo_peft.tuner.strength import steered_layers
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"direction": "up"}, ConfigError, "direction='up': choose one of"),
+        ({"reference": "model"}, ConfigError, "reference='model': choose one of"),
+        ({"loss_type": "apo_down"}, UnsupportedOperationError, "'apo_down' cannot train a steering code: it lowers"),
+        ({"loss_type": "aot", "direction": "example"}, UnsupportedOperationError, "it sorts a batch"),
+        ({"loss_type": "bco_pair", "reference": "none"}, UnsupportedOperationError, "reference='none' has none"),
+        ({"sync_ref_model": True}, UnsupportedOperationError, "moves the reference"),
+        ({"reference": "none", "precompute_ref_log_probs": True}, ConfigError, "nothing to compute"),
+        ({"reference": "none", "f_divergence_type": "forward_kl"}, ConfigError, "f_divergence_type='forward_kl'"),
+    ],
+)
+def test_choices_that_cannot_work_are_refused(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        YaPOTrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+
+
+def test_unknown_option_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'directions'"):
+        YaPOTrainingConfig(output_dir=str(tmp_path), directions="both")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train_dataset is empty"),
+        (
+            [{"prompt": "w1", "answer": "w2"}],
+            r"has the columns \['answer', 'prompt'\], but lacks \['chosen', 'rejected'\]",
+        ),
+        ([{"text": "w1"}], r"lacks \['chosen', 'rejected'\]"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_datasets_without_pairs_are_refused(build, rows, message, streaming):
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
+    with pytest.raises(DatasetError, match=message):
+        build(train_dataset=dataset)
+
+
+def test_datasets_are_checked_before_a_model_is_loaded():
+    config = YaPOConfig(layers=0, sae_path="nowhere")
+    with pytest.raises(DatasetError, match="train_dataset is empty"):
+        YaPOTrainer("no/such/model", train_dataset=Dataset.from_list([]), peft_config=config)
+
+
+def test_an_eval_dataset_is_checked_by_its_name(build, pairs):
+    with pytest.raises(DatasetError, match=r"eval_dataset\['held_out'\] is empty"):
+        build(init={"eval_dataset": {"held_out": Dataset.from_list([])}})
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_prompts_that_fill_max_length_are_refused(build, pairs, streaming):
+    dataset = pairs.to_iterable_dataset() if streaming else pairs
+    with pytest.raises(
+        DatasetError, match="No pair of the train dataset is left: every prompt alone fills max_length=3"
+    ):
+        build(train_dataset=dataset, max_length=3)
+
+
+def test_a_few_such_prompts_are_named_and_left_out(build):
+    rows = preference_rows(8)
+    rows[2]["prompt"][0]["content"] = " ".join(["w1"] * 40)
+    with pytest.warns(UserWarning, match="1 of 8 pairs of the train dataset are left out: .* max_length=30"):
+        trainer = build(train_dataset=Dataset.from_list(rows), max_length=30)
+    assert len(trainer.train_dataset) == 7
+
+
+def test_a_nan_loss_stops_says_the_step_and_keeps_the_codes(build):
+    trainer = build(max_steps=6, save_strategy="no", direction="both")
+    directed, seen = trainer._directed_loss, []
+
+    def breaks_in_the_third_step(*args, **kwargs):
+        result = directed(*args, **kwargs)
+        if trainer.state.global_step == 2:
+            seen.append(trained_codes(trainer).clone())
+            result.loss = result.loss * float("nan")
+        return result
+
+    trainer._directed_loss = breaks_in_the_third_step
+    with pytest.raises(
+        NonFiniteLossError, match=r"The loss is nan in step 3. The codes before it are in '.*checkpoint-2'"
+    ):
+        trainer.train()
+    kept = PeftModel.from_pretrained(make_model(), Path(trainer.args.output_dir) / "checkpoint-2")
+    assert torch.equal(steered_layers(kept)[0].yapo_code["default"], seen[0][0])
+    resumed = build(max_steps=6, save_strategy="no", direction="both")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": make_model()}, ConfigError, "no YaPO adapter to train: give peft_config"),
+        ({"args": DPOConfig}, ConfigError, "args is a DPOConfig: YaPOTrainer takes a YaPOTrainingConfig"),
+        ({"ref_model": make_model()}, UnsupportedOperationError, "ref_model cannot be set"),
+        ({"peft_config": "lora"}, ConfigError, "peft_config is a LoraConfig"),
+        ({"frozen": True}, ConfigError, "adapter is frozen: load it with is_trainable=True"),
+    ],
+    ids=["no adapter", "other args", "reference model", "other method", "frozen"],
+)
+def test_bad_arguments_are_refused(tmp_path, pairs, tokenizer, change, error, message):
+    from peft import LoraConfig
+
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+    if change.get("frozen"):
+        model.requires_grad_(False)
+    config = change.get("args", YaPOTrainingConfig)
+    args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, activation_checkpointing=False)
+    options = {"ref_model": change["ref_model"]} if "ref_model" in change else {}
+    if "peft_config" in change:
+        model, options["peft_config"] = make_model(), LoraConfig()
+    with pytest.raises(error, match=message):
+        YaPOTrainer(change.get("model", model), args, train_dataset=pairs, processing_class=tokenizer, **options)

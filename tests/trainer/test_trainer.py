@@ -1,0 +1,239 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from _reference.yapo import bidirectional_loss, completion_logp, steer_block
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tiny import ARCHITECTURES, make_model, make_sae, preference_rows, random_code, trained_codes
+
+from yapo_peft import (
+    YaPOConfig,
+    YaPOTrainer,
+    YaPOTrainingConfig,
+)
+from yapo_peft.trainer.objective import draw_directions
+from yapo_peft.tuner.strength import steered_layers
+
+
+def first_batch(trainer):
+    trainer.model.train()
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def published_step(architecture, batch, code, direction, reference, beta=0.1, layer=2, sae=None):
+    """Loss and gradient of the published step, on an unwrapped model with full logits."""
+    code = code.clone().requires_grad_()
+    model = make_model(architecture)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    scored = (batch["input_ids"], batch["completion_mask"])
+    with torch.no_grad():
+        ref = (
+            completion_logp(model(**inputs).logits, *scored)
+            if reference == "unsteered"
+            else torch.zeros(len(scored[0]))
+        )
+    blocks = model.transformer.h if architecture == "gpt2" else model.model.layers
+    losses = []
+    for row_direction in sorted(set(direction.tolist())):
+        handle = steer_block(blocks[layer], code, sae or make_sae(), row_direction)
+        logp = completion_logp(model(**inputs).logits, *scored)
+        handle.remove()
+        pairs = direction == row_direction
+        w, lose = (part[pairs] for part in logp.chunk(2))
+        ref_w, ref_l = (part[pairs] for part in ref.chunk(2))
+        losses.append(bidirectional_loss(w, lose, ref_w, ref_l, row_direction, beta) * pairs.sum())
+    loss = sum(losses) / len(direction)
+    loss.backward()
+    return loss.detach(), code.grad
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("direction", ["batch", "example", "both"])
+@pytest.mark.parametrize("reference", ["unsteered", "none"])
+def test_a_step_has_the_published_loss_and_gradient(build, architecture, direction, reference):
+    code = random_code(0.3)
+    trainer = build(architecture, code=code, direction=direction, reference=reference, seed=3)
+    batch = first_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradient = steered_layers(trainer.model)[0].yapo_code["default"].grad
+    if direction == "both":
+        steps = [published_step(architecture, batch, code, sign * torch.ones(4), reference) for sign in (1.0, -1.0)]
+        expected, expected_gradient = (sum(parts) / 2 for parts in zip(*steps, strict=True))
+    else:
+        drawn = draw_directions(4, direction, 3, 0, 0, 0)
+        expected, expected_gradient = published_step(architecture, batch, code, drawn, reference)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4 * float(expected_gradient.abs().max()))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_metrics_mean_the_same_whichever_way_the_direction_points(build, sign, monkeypatch):
+    code = random_code(0.5)
+    trainer = build(code=code)
+    monkeypatch.setattr(trainer, "_draw", lambda pairs: sign * torch.ones(pairs))
+    batch = first_batch(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    logged = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
+
+    model, sae = make_model(), make_sae()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    scored = (batch["input_ids"], batch["completion_mask"])
+    with torch.no_grad():
+        ref_w, ref_l = completion_logp(model(**inputs).logits, *scored).chunk(2)
+        steer_block(model.model.layers[2], code, sae, sign)
+        w, lose = completion_logp(model(**inputs).logits, *scored).chunk(2)
+    margin = (w - ref_w) - (lose - ref_l)
+    name = "plus" if sign > 0 else "minus"
+    expected = {
+        "logps/chosen": w.mean(),
+        "logps/rejected": lose.mean(),
+        "rewards/chosen": 0.1 * (w - ref_w).mean(),
+        "rewards/rejected": 0.1 * (lose - ref_l).mean(),
+        "rewards/margins": 0.1 * margin.mean(),
+        "rewards/accuracies": (margin > 0).float().mean(),
+        f"margin/{name}": margin.mean(),
+        f"loss/{name}": bidirectional_loss(w, lose, ref_w, ref_l, sign, 0.1),
+        "code/nonzero": code.count_nonzero(),
+        "code/norm": code.norm(),
+    }
+    for key, value in expected.items():
+        assert logged[key] == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
+    other = "minus" if sign > 0 else "plus"
+    assert f"margin/{other}" not in logged
+    assert 0 < logged["code/tokens_moved"] <= 1
+
+
+def test_evaluation_uses_fixed_signs(build, pairs, tokenizer):
+    code = random_code(0.5)
+    trainer = build(code=code, init={"eval_dataset": pairs}, per_device_eval_batch_size=3)
+    measured = trainer.evaluate()
+    assert measured == {**trainer.evaluate(), **{k: v for k, v in measured.items() if "runtime" in k or "second" in k}}
+
+    hits, losses = {}, []
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(len(pairs))])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    scored = (batch["input_ids"], batch["completion_mask"])
+    for sign, name in ((0.0, "zero"), (1.0, "plus"), (-1.0, "minus")):
+        model = make_model()
+        if sign:
+            steer_block(model.model.layers[2], code, make_sae(), sign)
+        with torch.no_grad():
+            w, lose = completion_logp(model(**inputs).logits, *scored).chunk(2)
+        if sign == 0:
+            reference = (w, lose)
+        else:
+            losses.append(bidirectional_loss(w, lose, *reference, sign, 0.1))
+        hits[name] = float((w > lose).float().mean())
+    assert {name: measured[f"eval_accuracy/{name}"] for name in hits} == pytest.approx(hits)
+    # Trainer averages the loss over batches of 3, 3 and 2 pairs, weighted by their number.
+    assert measured["eval_loss"] == pytest.approx(float(sum(losses) / 2), rel=0.05)
+
+
+@pytest.mark.parametrize("direction", ["batch", "example", "both"])
+def test_resuming_gives_the_same_codes_bit_for_bit(build, direction):
+    options = {
+        "direction": direction,
+        "max_steps": 6,
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
+    whole = build(**options)
+    whole.train()
+    assert trained_codes(whole).any()
+    resumed = build(**options)
+    resumed.train(resume_from_checkpoint=str(Path(resumed.args.output_dir) / "checkpoint-3"))
+    assert torch.equal(trained_codes(resumed), trained_codes(whole))
+
+
+def test_training_lowers_the_loss_and_moves_nothing_but_the_code(build, pairs):
+    trainer = build(max_steps=40, direction="both", learning_rate=0.3)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "yapo" not in n}
+    first = trainer.evaluate(pairs)["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate(pairs)
+    assert after["eval_loss"] < first - 0.02
+    assert after["eval_margin/plus"] > 0 > after["eval_margin/minus"]
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"activation_checkpointing": True},
+        {"precompute_ref_log_probs": True},
+        {"bf16": True},
+        {"loss_type": ["ipo"]},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]},
+        {"loss_type": ["aot"], "direction": "both"},
+        {"ld_alpha": 0.5, "reference": "none"},
+        {"use_weighting": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_of_trl_work(build, options, pairs):
+    trainer = build(**options)
+    trainer.train()
+    assert trained_codes(trainer).any()
+    assert trained_codes(trainer).dtype == torch.float32
+    assert 0 <= trainer.evaluate(pairs)["eval_accuracy/zero"] <= 1
+
+
+def test_precomputed_and_live_references_agree(build):
+    live, precomputed = build(direction="both"), build(direction="both", precompute_ref_log_probs=True)
+    live.train()
+    precomputed.train()
+    torch.testing.assert_close(trained_codes(live), trained_codes(precomputed), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_dataset_formats(build, conversational, streaming):
+    dataset = Dataset.from_list(preference_rows(8, conversational))
+    trainer = build(train_dataset=dataset.to_iterable_dataset() if streaming else dataset)
+    trainer.train()
+    assert trained_codes(trainer).any()
+
+
+def test_a_model_by_name_with_an_adapter_config(build, tmp_path, pairs, tokenizer):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    args = YaPOTrainingConfig(
+        output_dir=str(tmp_path / "out"), max_steps=2, learning_rate=0.1, warmup_steps=0, report_to="none",
+        bf16=False, use_cpu=True, direction="both",
+    )  # fmt: skip
+    config = YaPOConfig(layers=[1, 2], sae=[make_sae(), make_sae()], task_type="CAUSAL_LM")
+    trainer = YaPOTrainer(str(tmp_path / "base"), args, train_dataset=pairs, peft_config=config)
+    trainer.train()
+    trainer.save_model()
+    assert trained_codes(trainer).any(dim=1).all()
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "out")
+    assert torch.equal(
+        trained_codes(trainer), torch.stack([layer.yapo_code["default"] for layer in steered_layers(loaded)])
+    )
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["layers"] == [1, 2]
+
+
+def test_a_ready_adapter_of_any_name_is_trained_without_a_copy(build):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()), adapter_name="polite")
+    trainer = build(model)
+    trainer.train()
+    assert list(trainer.model.peft_config) == ["polite"]
+    assert "add_adapter" not in vars(trainer.model)
+    assert steered_layers(trainer.model)[0].yapo_code["polite"].any()
+
+
+def test_defaults_are_the_published_ones(tmp_path):
+    args = YaPOTrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    published = (5e-4, 20, 4, "cosine", 100, 0.1, 0.0, "batch", "unsteered", ["sigmoid"])
+    names = (
+        "learning_rate num_train_epochs per_device_train_batch_size lr_scheduler_type warmup_steps beta weight_decay"
+    )
+    names = [*names.split(), "direction", "reference", "loss_type"]
+    assert tuple(getattr(args, name) for name in names) == published
+    assert not args.activation_checkpointing
+    assert args.optim.value.startswith("adamw")

@@ -1,0 +1,59 @@
+"""What the trainer asks of the adapter that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+
+from ..errors import ConfigError
+from ..tuner import YaPOConfig, YaPOLayer
+from ..tuner.strength import steered_layers
+
+
+@contextmanager
+def no_reference_adapter(model: Any) -> Generator[None]:
+    """Keeps TRL from adding a frozen copy of a ready adapter, named "ref": steering off is the reference.
+
+    TRL reads `peft_config["default"]` and calls `add_adapter("ref", ...)`; both are answered without effect.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    alias = "default" not in model.peft_config
+    if alias:
+        model.peft_config["default"] = model.peft_config[model.active_adapters[0]]
+    model.__dict__["add_adapter"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.__dict__["add_adapter"]
+        if alias:
+            del model.peft_config["default"]
+
+
+def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
+    """Raises unless there is a YaPO adapter to train.
+
+    Raises:
+        ConfigError: There is none, it is frozen, or `peft_config` is another method's.
+    """
+    if peft_config is not None:
+        if not isinstance(peft_config, YaPOConfig):
+            raise ConfigError(f"peft_config is a {type(peft_config).__name__}: YaPOTrainer trains a YaPOConfig.")
+        return
+    layers = steered_layers(model) if isinstance(model, PeftModel) else []
+    if not layers:
+        raise ConfigError(
+            "There is no YaPO adapter to train: give peft_config=YaPOConfig(...), or a PeftModel that has one."
+        )
+    if not any(_is_trainable(layer) for layer in layers):
+        raise ConfigError(
+            "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
+        )
+
+
+def _is_trainable(layer: YaPOLayer) -> bool:
+    return any(layer.yapo_code[name].requires_grad for name in layer.active_adapters if name in layer.yapo_code)

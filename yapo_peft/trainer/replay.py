@@ -1,0 +1,35 @@
+"""Lets TRL's loss run twice on one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class Replay:
+    """Stands for the model: runs the scoring forward once, and answers later ones with its result."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._model = model
+        self._scored: Any = None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """Scores the batch the first time; other forwards go to the model."""
+        if not kwargs.get("fused_lm_head"):
+            return self._model(**kwargs)
+        if self._scored is None:
+            self._scored = self._model(**kwargs)
+        return self._scored
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probabilities of the answers' tokens, `(2 * pairs, seq - 1)`, in nats."""
+        return self._scored.log_probs.detach()
+
+    def reorder(self, order: Tensor) -> None:
+        """Reorders the rows of the result."""
+        for name, value in list(self._scored.items()):
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(order):
+                self._scored[name] = value.detach()[order.to(value.device)]
