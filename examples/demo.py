@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--set", default="enthusiasm", choices=SETS, help="embedded preference set")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the adapter and the picture")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--held-out", type=int, default=60, help="held-out pairs to score")
     parser.add_argument("--learning-rate", type=float, default=2e-2, help="in units of SAE activations")
     options = parser.parse_args()
     console = Console()
 
     console.rule("1. A frozen chat model, and an adapter of one vector")
     model, tokenizer = load_model_and_tokenizer()
-    # A code that steers token by token: as published, every token is steered.
     config = YaPOConfig(layers=sae_layer(), sae_path=sae_folder(), task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
@@ -58,7 +58,9 @@ def main() -> None:
     console.print(f"Trained in {time.monotonic() - started:.0f} seconds.")
 
     console.rule("3. Held-out preference, from strongly against to strongly for")
-    scores = sweep_preferences(model, preferences(options.set, "test"), tokenizer, MULTIPLIERS)
+    held_out = preferences(options.set, "test")
+    held_out = held_out.select(range(min(options.held_out, len(held_out))))
+    scores = sweep_preferences(model, held_out, tokenizer, MULTIPLIERS)
     table = Table("multiplier", "chosen answer more likely", "mean margin (nats)")
     for score in scores:
         table.add_row(f"{score.multiplier:+.1f}", f"{100 * score.accuracy:.0f} %", f"{score.margin:+.1f}")

@@ -137,7 +137,8 @@ def cached_activations(
         first[filled + torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)[:-1]])] = True
         filled += int(lengths.sum())
     values = np.memmap(path, np.float16, "r", shape=(total, width))
-    norms = torch.cat([torch.from_numpy(values[i : i + 65536]).float().norm(dim=1) for i in range(0, total, 65536)])
+    parts = (torch.from_numpy(values[i : i + 65536].copy()) for i in range(0, total, 65536))
+    norms = torch.cat([part.float().norm(dim=1) for part in parts])
     limit = OUTLIER_FACTOR * float(norms.median())
     return Activations(values, torch.nonzero(~first & (norms < limit)).squeeze(1), limit)
 

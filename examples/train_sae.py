@@ -95,6 +95,7 @@ def fit(store: Activations, options: argparse.Namespace) -> BatchTopKTrainingSAE
             total_training_samples=options.samples,
             train_batch_size_samples=options.batch,
             lr=options.learning_rate,
+            lr_end=options.learning_rate / 10,
             lr_warm_up_steps=steps // 20,
             lr_decay_steps=steps // 4,
             autocast=options.bf16,

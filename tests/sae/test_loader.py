@@ -16,6 +16,13 @@ def test_the_same_content_is_one_object_whatever_its_name(sae_folder):
     assert load_sae(content_hash=first.identity.content_hash) is first
 
 
+def test_a_folder_that_exists_is_read_whatever_was_handed_in(sae_folder, tmp_path):
+    handed_in = register_sae(make_sae("standard", seed=21))
+    folder = sae_folder("standard", seed=22)
+    assert load_sae(path=folder, content_hash=handed_in).identity.content_hash != handed_in
+    assert load_sae(path=str(tmp_path / "gone"), content_hash=handed_in).identity.content_hash == handed_in
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"kind": "standard"}])
 def test_another_content_has_another_hash(sae_folder, change):
     kind = change.pop("kind", "jumprelu")

@@ -119,3 +119,17 @@ def test_gradients_through_the_whole_model_equal_the_published_forward(architect
     steer_block(blocks[layer], published, sae, 1.0)
     reference(ids).logits.logsumexp(-1).sum().backward()
     torch.testing.assert_close(ours.grad, published.grad, rtol=1e-4, atol=1e-5 * float(published.grad.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_token_that_counts(architecture, side):
+    model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae()))
+    set_code(model, random_code())
+    ids, padding = random_ids(1, 6), torch.zeros(1, 3, dtype=torch.long)
+    padded = torch.cat([padding, ids] if side == "left" else [ids, padding], dim=1)
+    mask = (padded != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = model(ids).logits
+    beside = model(padded, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(beside[:, 3:] if side == "left" else beside[:, :6], alone, rtol=1e-4, atol=1e-4)

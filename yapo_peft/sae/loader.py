@@ -96,16 +96,18 @@ def load_sae(
         release: Name of a release in sae-lens' directory; needs `sae_id`.
         sae_id: Name of the SAE within the release.
         path: A local folder in sae-lens' format (`cfg.json`, `sae_weights.safetensors`).
-        content_hash: Hash of the SAE that is wanted. One that was handed in with that hash is used instead.
+        content_hash: Hash of the SAE that is wanted. One that was handed in with that hash is used instead of one
+            that would have to be fetched, or whose folder is gone.
 
     Raises:
         SAENotFoundError: There is no such release, id or folder, or nothing says where to look.
         UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
     """
-    if content_hash is not None and content_hash in _by_hash:
-        return _by_hash[content_hash]
-    if path is not None:
+    handed_in = _registered.get(content_hash or "")
+    if path is not None and (handed_in is None or Path(path).is_dir()):
         source = ("path", str(Path(path).resolve()))
+    elif handed_in is not None:
+        return handed_in
     elif release is not None and sae_id is not None:
         source = ("release", release, sae_id)
     else:
@@ -116,7 +118,7 @@ def load_sae(
     reference = _by_source.get(source)
     frozen = reference() if reference is not None else None
     if frozen is None:
-        sae = _from_folder(path) if path is not None else _from_release(*source[1:])
+        sae = _from_folder(path) if path is not None else _from_release(source[1], source[2])
         frozen = _freeze(sae, release if path is None else None, sae_id if path is None else None)
         _by_source[source] = weakref.ref(frozen)
     return frozen

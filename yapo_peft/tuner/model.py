@@ -112,6 +112,7 @@ class YaPOModel(BaseTuner):
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then lets each layer know whether it is the lowest."""
         super().inject_adapter(*args, **kwargs)
+        self._saes_to_attach = {}
         mark_lowest(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

