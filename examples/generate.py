@@ -30,7 +30,10 @@ def main() -> None:
 
 @torch.no_grad()
 def answers(model, tokenizer, prompts: list[str], multiplier: float, max_new_tokens: int = 48) -> list[str]:
-    """Greedy answers to prompts, each rendered as a chat of one user message."""
+    """Greedy answers to prompts, each rendered as a chat of one user message.
+
+    A mild repetition penalty keeps the small embedded model from going in circles.
+    """
     model.eval()
     found = []
     for prompt in prompts:
@@ -38,7 +41,7 @@ def answers(model, tokenizer, prompts: list[str], multiplier: float, max_new_tok
         rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = tokenizer(rendered, return_tensors="pt", add_special_tokens=False).to(model.device)
         with steering(model, multiplier):
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.1)
         found.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return found
 

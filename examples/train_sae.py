@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,11 @@ def main() -> None:
     ]
     sae = fit(stores[0], options)
     save(sae, options)
-    measures = measure(SAE.load_from_disk(options.out), model, options.layer, stores[1], held_out)
+    sample = random.Random(options.seed).sample(held_out, len(held_out))
+    sample = sample[
+        : next((i for i, n in enumerate(accumulate(map(len, sample)), 1) if n >= options.loss_tokens), None)
+    ]
+    measures = measure(SAE.load_from_disk(options.out), model, options.layer, stores[1], sample)
     (options.out / "measures.json").write_text(json.dumps(measures, indent=2) + "\n")
     print(json.dumps(measures, indent=2))
 
@@ -56,6 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--holdout", type=float, default=0.05, help="share of each source to measure on")
     parser.add_argument("--max-tokens", type=int, default=10**9, help="tokens to read of each source, about")
+    parser.add_argument(
+        "--loss-tokens", type=int, default=20_000, help="held-out tokens to measure the model's loss on"
+    )
     parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"], help="as saved")
     parser.add_argument("--bf16", action="store_true", help="mixed precision: fast on GPUs, and on CPUs with AMX")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,8 +141,10 @@ def save(sae: BatchTopKTrainingSAE, options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def measure(sae: Any, model: Any, layer: int, store: Activations, held_out: list[list[int]]) -> dict[str, float]:
-    """How well the saved SAE explains held-out tokens, and what the model loses when it reads the reconstruction."""
+def measure(sae: Any, model: Any, layer: int, store: Activations, sample: list[list[int]]) -> dict[str, float]:
+    """How well the saved SAE explains held-out tokens, and what the model loses, on a sample of them, when it reads the
+    reconstruction.
+    """
     sae = sae.to(dtype=torch.float32)
     fired, active, error, squares = torch.zeros(sae.cfg.d_sae), 0, 0.0, 0.0
     mean = torch.stack([store.rows(part).sum(0) for part in torch.arange(len(store.kept)).split(8192)]).sum(0)
@@ -145,12 +156,13 @@ def measure(sae: Any, model: Any, layer: int, store: Activations, held_out: list
         active += int((features > 0).sum())
         error += float((sae.decode(features) - rows).square().sum())
         squares += float((rows - mean).square().sum())
-    clean = spliced_loss(model, layer, held_out, store.limit, None)
-    reconstructed = spliced_loss(model, layer, held_out, store.limit, sae)
-    zeroed = spliced_loss(model, layer, held_out, store.limit, torch.zeros_like)
-    averaged = spliced_loss(model, layer, held_out, store.limit, lambda hidden: mean.expand_as(hidden))
+    clean = spliced_loss(model, layer, sample, store.limit, None)
+    reconstructed = spliced_loss(model, layer, sample, store.limit, sae)
+    zeroed = spliced_loss(model, layer, sample, store.limit, torch.zeros_like)
+    averaged = spliced_loss(model, layer, sample, store.limit, lambda hidden: mean.expand_as(hidden))
     return {
         "held_out_tokens": len(store.kept),
+        "loss_tokens": sum(map(len, sample)),
         "explained_variance": 1 - error / squares,
         "l0": active / len(store.kept),
         "dead_features": float((fired == 0).float().mean()),

@@ -133,6 +133,14 @@ def test_evaluation_uses_fixed_signs(build, pairs, tokenizer):
 
 
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])
+def test_tokens_are_counted_once(build, direction):
+    trainer = build(direction=direction)
+    batch = first_batch(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    assert trainer._metrics["train"]["num_tokens"] == [int(batch["attention_mask"].sum())]
+
+
+@pytest.mark.parametrize("direction", ["batch", "example", "both"])
 def test_resuming_gives_the_same_codes_bit_for_bit(build, direction):
     options = {
         "direction": direction,

@@ -117,7 +117,11 @@ class YaPOTrainer(DPOTrainer):
             return self._evaluation_loss(model, inputs, pairs, return_outputs)
         both = [torch.ones(pairs), -torch.ones(pairs)]
         directions = both if self.args.direction == "both" else [self._draw(pairs)]
+        seen = self._total_train_tokens
         results = [self._directed_loss(model, inputs, direction, return_outputs) for direction in directions]
+        # TRL counts the tokens of each pass; the batch is one, whichever ways it was steered.
+        self._total_train_tokens = seen + (self._total_train_tokens - seen) // len(directions)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss = torch.stack([result.loss for result in results]).mean()
         self._require_finite(loss)
         self._log_codes()
@@ -155,8 +159,8 @@ class YaPOTrainer(DPOTrainer):
         chosen, rejected = replay.log_probs.sum(dim=1).chunk(2)
         margin = preference_margin(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
         for sign in (1.0, -1.0):
-            self._log_each(f"margin/{_SIGN_NAMES[sign]}", margin[directions.to(margin.device) == sign])
-        if uniform:
+            self._log_each(f"margin/{_SIGN_NAMES[sign]}", margin, where=directions.to(margin.device) == sign)
+        if self.args.direction != "example" or not self.model.training:
             self._log_each(f"loss/{_SIGN_NAMES[float(directions[0])]}", loss.detach()[None])
         self._log_each("code/tokens_moved", moved)
         return _DirectedLoss(loss, (chosen, rejected), labelled[1] if return_outputs else None)
@@ -210,12 +214,15 @@ class YaPOTrainer(DPOTrainer):
                     metrics[mode][name].extend(values[name])
             self._metrics, self._total_train_tokens = metrics, tokens
 
-    def _log_each(self, name: str, values: Tensor) -> None:
-        """Logs a metric of single pairs or tokens; the mean over all of them is what is reported."""
+    def _log_each(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Logs a metric of single pairs; the mean over all of them, or those of a mask, is what is reported."""
         mode = "train" if self.model.training else "eval"
-        gathered = cast(Tensor, self.accelerator.gather_for_metrics(values.detach().float())).tolist()
-        if gathered:
-            self._metrics[mode][name].extend(gathered)
+        gathered = cast(Tensor, self.accelerator.gather_for_metrics(values.detach().float()))
+        if where is not None:
+            # Gathered whole and then filtered: processes can hold different numbers of pairs of a direction.
+            gathered = gathered[cast(Tensor, self.accelerator.gather_for_metrics(where))]
+        if gathered.numel():
+            self._metrics[mode][name].extend(gathered.tolist())
 
     def _log_codes(self) -> None:
         codes = [layer.yapo_code[name].detach() for layer in self._layers for name in layer.steering_adapters]
