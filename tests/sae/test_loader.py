@@ -1,4 +1,5 @@
 import pytest
+import torch
 from tiny import make_sae
 
 from yapo_peft import SAEMismatchError, SAENotFoundError, UnsupportedSAEError, register_sae
@@ -14,6 +15,20 @@ def test_the_same_content_is_one_object_whatever_its_name(sae_folder):
     first = load_sae(path=sae_folder("jumprelu"))
     assert register_sae(make_sae("jumprelu")) == first.identity.content_hash
     assert load_sae(content_hash=first.identity.content_hash) is first
+
+
+def test_an_sae_that_is_handed_in_is_copied():
+    sae = make_sae("standard", seed=31)
+    frozen = load_sae(content_hash=register_sae(sae))
+    before = frozen._native.W_dec.clone()
+    sae.W_dec.data.mul_(2)
+    assert torch.equal(frozen._native.W_dec, before)
+
+
+def test_copies_made_in_inference_mode_can_be_trained_with(sae_folder):
+    with torch.inference_mode():
+        weights = load_sae(path=sae_folder("standard", seed=32)).weights(torch.device("cpu"), torch.bfloat16)
+    assert not any(value.is_inference() for _, value in weights.tensors())
 
 
 def test_a_folder_that_exists_is_read_whatever_was_handed_in(sae_folder, tmp_path):

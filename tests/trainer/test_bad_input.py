@@ -27,6 +27,7 @@ from yapo_peft.tuner.strength import steered_layers
         ({"loss_type": "apo_down"}, UnsupportedOperationError, "'apo_down' cannot train a steering code: it lowers"),
         ({"loss_type": "aot", "direction": "example"}, UnsupportedOperationError, "it sorts a batch"),
         ({"loss_type": "bco_pair", "reference": "none"}, UnsupportedOperationError, "reference='none' has none"),
+        ({"beta": 0.0}, ConfigError, "beta=0.0: give a positive number"),
         ({"sync_ref_model": True}, UnsupportedOperationError, "moves the reference"),
         ({"reference": "none", "precompute_ref_log_probs": True}, ConfigError, "nothing to compute"),
         ({"reference": "none", "f_divergence_type": "forward_kl"}, ConfigError, "f_divergence_type='forward_kl'"),
@@ -50,6 +51,7 @@ def test_unknown_option_is_refused(tmp_path):
             [{"prompt": "w1", "answer": "w2"}],
             r"has the columns \['answer', 'prompt'\], but lacks \['chosen', 'rejected'\]",
         ),
+        ([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}], r"but lacks \['chosen', 'rejected'\]"),
         ([{"text": "w1"}], r"lacks \['chosen', 'rejected'\]"),
     ],
 )

@@ -7,6 +7,7 @@ from _reference.yapo import bidirectional_loss, completion_logp, steer_block
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import ARCHITECTURES, make_model, make_sae, preference_rows, random_code, trained_codes
+from transformers.utils import is_torch_bf16_gpu_available
 
 from yapo_peft import (
     YaPOConfig,
@@ -244,4 +245,6 @@ def test_defaults_are_the_published_ones(tmp_path):
     names = [*names.split(), "direction", "reference", "loss_type"]
     assert tuple(getattr(args, name) for name in names) == published
     assert not args.activation_checkpointing
+    # Also without use_cpu, on a machine whose accelerator has no bf16 or that has none.
+    assert YaPOTrainingConfig(output_dir=str(tmp_path), report_to="none").bf16 == is_torch_bf16_gpu_available()
     assert args.optim.value.startswith("adamw")

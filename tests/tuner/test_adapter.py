@@ -77,6 +77,21 @@ def test_save_and_load_keep_every_bit(architecture, tmp_path):
         assert torch.equal(loaded(ids).logits, expected)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_second_adapter_on_another_layer_can_be_loaded(tmp_path, low_cpu_mem_usage):
+    ids, other = random_ids(), steered_model(layers=1, sae=make_sae("standard", seed=4))
+    other.save_pretrained(tmp_path)
+    model = steered_model()
+    expected = model(ids).logits
+    model.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(model(ids).logits, expected)
+    model.set_adapter("other")
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(model(ids).logits, expected)
+
+
 def test_random_initialisation_is_small_and_not_zero():
     code = steered_layers(steered_model(density=0, init_weights=False))[0].yapo_code["default"]
     assert 0 < code.abs().max() < 0.2

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from peft import PeftConfig, get_peft_model
 from tiny import DEPTH, make_model, make_sae
@@ -30,6 +31,19 @@ def test_bad_values_are_named(options, message):
     options = {"sae_path": "x"} | options
     with pytest.raises(ConfigError, match=message):
         YaPOConfig(**options)
+
+
+def test_tuples_and_numpy_numbers_become_plain_ones():
+    config = YaPOConfig(layers=(np.int64(0), 1), sae_path=["x", "y"], multiplier=np.float32(0.5))
+    assert config.layers == [0, 1]
+    assert all(type(index) is int for index in config.layers)
+    assert type(config.multiplier) is float
+
+
+@pytest.mark.parametrize("name", ["v1.0", "values"])
+def test_adapter_names_that_cannot_name_a_parameter_are_refused(name):
+    with pytest.raises(ConfigError, match=f"adapter_name='{name}' cannot name a parameter"):
+        get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae()), adapter_name=name)
 
 
 def test_unknown_option_is_refused():

@@ -3,7 +3,7 @@ import torch
 from peft import get_peft_model
 from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
 
-from yapo_peft import YaPOConfig
+from yapo_peft import UnsupportedOperationError, YaPOConfig
 
 PROMPT, ANSWER = 5, 4
 
@@ -83,3 +83,14 @@ def test_cache_and_left_padding_change_nothing(architecture, positions):
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=use_cache, **options
             )
             assert torch.equal(alone[0, -ANSWER:], together[row])
+
+
+@pytest.mark.parametrize("positions", ["completion", "last"])
+def test_assisted_generation_is_refused_where_it_would_steer_other_tokens(positions):
+    ids = random_ids(1, PROMPT)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": ANSWER, "do_sample": False}
+    with pytest.raises(UnsupportedOperationError, match=f"positions='{positions}' cannot tell them apart"):
+        model_at(positions).generate(**inputs, prompt_lookup_num_tokens=2)
+    model = model_at("all")
+    assisted = model.generate(**inputs, prompt_lookup_num_tokens=2, pad_token_id=0)
+    assert torch.equal(assisted, model.generate(**inputs, pad_token_id=0))

@@ -1,5 +1,6 @@
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -80,6 +81,22 @@ def test_one_strength_per_row(model):
     for row, strength in enumerate(strengths.tolist()):
         with steering(model, strength):
             torch.testing.assert_close(together[row], logits(model)[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("multiplier", [np.float32(-1.5), np.int64(2), torch.tensor(0.5), 2])
+def test_numbers_of_other_libraries_are_numbers(model, multiplier):
+    with steering(model, float(multiplier)):
+        expected = logits(model)
+    with steering(model, multiplier):
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_wrong_number_of_rows_is_named(model):
+    with (
+        pytest.raises(ConfigError, match="multiplier has 3 values for a batch of 2 rows"),
+        steering(model, torch.ones(3)),
+    ):
+        logits(model)
 
 
 @pytest.mark.parametrize(

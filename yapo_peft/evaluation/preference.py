@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ def sweep_preferences(
     model: nn.Module,
     dataset: Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    multipliers: Sequence[float] = (-2.0, -1.0, 0.0, 1.0, 2.0),
+    multipliers: Iterable[float] = (-2.0, -1.0, 0.0, 1.0, 2.0),
     *,
     adapter_name: str | None = None,
     batch_size: int = 8,
@@ -61,16 +61,17 @@ def sweep_preferences(
         ConfigError: `multipliers` is empty or holds a value that is not finite, `batch_size` is not positive, or there
             is no such adapter.
     """
-    if not multipliers or batch_size < 1:
+    strengths = [float(multiplier) for multiplier in multipliers]
+    if not strengths or batch_size < 1:
         raise ConfigError(
-            f"multipliers={multipliers!r}, batch_size={batch_size}: need one strength and one pair at least."
+            f"multipliers={strengths!r}, batch_size={batch_size}: need one strength and one pair at least."
         )
     padding = cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
     batches = _batches([_tokenize(row, tokenizer) for row in dataset], batch_size, padding)
-    progress = tqdm(total=len(multipliers) * len(batches), desc="Scoring preferences", unit="batch")
+    progress = tqdm(total=len(strengths) * len(batches), desc="Scoring preferences", unit="batch")
     scores = []
     with progress:
-        for multiplier in multipliers:
+        for multiplier in strengths:
             with steering(model, multiplier, adapter_name):
                 scores.append(_score(model, batches, multiplier, progress))
     return scores

@@ -58,7 +58,9 @@ class FrozenSAE:
         """Returns the weights on a device, in a dtype."""
         key = (device, dtype)
         if key not in self._copies:
-            self._copies[key] = self._native.to(device, dtype)
+            # A copy made in inference mode could not be used in training later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._copies[key] = self._native.to(device, dtype)
         return self._copies[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenSAE:
@@ -118,8 +120,11 @@ def load_sae(
     reference = _by_source.get(source)
     frozen = reference() if reference is not None else None
     if frozen is None:
-        sae = _from_folder(path) if path is not None else _from_release(source[1], source[2])
-        frozen = _freeze(sae, release if path is None else None, sae_id if path is None else None)
+        with torch.inference_mode(False):
+            if source[0] == "path":
+                frozen = _freeze(_from_folder(source[1]), None, None)
+            else:
+                frozen = _freeze(_from_release(source[1], source[2]), release, sae_id)
         _by_source[source] = weakref.ref(frozen)
     return frozen
 
@@ -127,7 +132,7 @@ def load_sae(
 def register_sae(sae: SAE[Any]) -> str:
     """Hands an SAE in, so that configs and saved adapters that record its hash find it without a path.
 
-    It stays in memory for the life of the process.
+    A copy stays in memory for the life of the process; what happens to `sae` later does not change it.
 
     Args:
         sae: An SAE object of sae-lens; a training SAE is used as it would be at inference.
@@ -138,7 +143,8 @@ def register_sae(sae: SAE[Any]) -> str:
     Raises:
         UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
     """
-    frozen = _freeze(sae, None, None)
+    with torch.inference_mode(False):
+        frozen = _freeze(sae, None, None, copy=True)
     _registered[frozen.identity.content_hash] = frozen
     return frozen.identity.content_hash
 
@@ -178,7 +184,7 @@ def _from_release(release: str, sae_id: str) -> SAE[Any]:
         raise SAENotFoundError(f"Could not fetch SAE {sae_id!r} of release {release!r}: {error}") from error
 
 
-def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None) -> FrozenSAE:
+def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None, copy: bool = False) -> FrozenSAE:
     weights, architecture = _extract(sae)
     identity = SAEIdentity(
         release=release,
@@ -192,7 +198,7 @@ def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None) -> FrozenSAE
     frozen = _by_hash.get(identity.content_hash)
     hook_name = sae.cfg.metadata.hook_name
     if frozen is None or frozen.hook_name != hook_name:
-        frozen = FrozenSAE(weights, identity, hook_name)
+        frozen = FrozenSAE(weights.clone() if copy else weights, identity, hook_name)
         _by_hash[identity.content_hash] = frozen
     return frozen
 

@@ -66,6 +66,10 @@ class SAEWeights:
         """Returns the same weights on another device, in another dtype; shares what need not change."""
         return dataclasses.replace(self, **{name: value.to(device, dtype) for name, value in self.tensors()})
 
+    def clone(self) -> SAEWeights:
+        """Returns a copy that shares no memory."""
+        return dataclasses.replace(self, **{name: value.clone() for name, value in self.tensors()})
+
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of each token.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from ..errors import ConfigError, UnsupportedOperationError
@@ -65,7 +66,12 @@ class YaPOTrainingConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16 and not is_torch_bf16_gpu_available():
+            # TRL turns bf16 on unless told not to, and then refuses machines without it.
+            self.bf16 = False
         super().__post_init__()
+        if self.beta <= 0:
+            raise ConfigError(f"beta={self.beta}: give a positive number; at 0 the loss does not depend on the code.")
         if self.direction not in get_args(Direction):
             raise ConfigError(f"direction={self.direction!r}: choose one of {get_args(Direction)}.")
         if self.reference not in get_args(Reference):

@@ -8,7 +8,6 @@ from datasets import Dataset, IterableDataset
 
 from ..errors import DatasetError
 
-_TOKENIZED = {"prompt_ids", "chosen_ids", "rejected_ids"}
 _PREFERENCE = {"chosen", "rejected"}
 
 
@@ -32,7 +31,7 @@ def require_preferences(dataset: Any, name: str) -> None:
     if first is None:
         raise DatasetError(f"{name} is empty: training and evaluation need at least one preference pair.")
     columns = set(first)
-    if not (columns >= _PREFERENCE or columns >= _TOKENIZED):
+    if not columns >= _PREFERENCE:
         missing = sorted(_PREFERENCE - columns)
         raise DatasetError(
             f"{name} has the columns {sorted(columns)}, but lacks {missing}: a preference dataset has 'chosen' and "

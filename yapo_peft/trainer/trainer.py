@@ -250,7 +250,7 @@ class YaPOTrainer(DPOTrainer):
             self._save_checkpoint(self.model, trial=None)
         output_dir = cast(str, self.args.output_dir)
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        kept = f"The codes before it are in {last!r}." if last else "No step had been taken: nothing was learned yet."
+        kept = f"The codes before it are in {last!r}." if last else "There is no checkpoint from before it."
         raise NonFiniteLossError(
             f"The loss is {loss.item()} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
             "or train in float32 if the model overflows."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -96,11 +97,10 @@ class YaPOConfig(PeftConfig):
         }
 
     def _checked_layers(self) -> list[int]:
-        layers = [self.layers] if isinstance(self.layers, int) else self.layers
-        is_index = isinstance(layers, list | tuple) and all(type(index) is int for index in layers)
-        if not is_index or not layers:
+        layers = [self.layers] if isinstance(self.layers, Integral) else self.layers
+        if not isinstance(layers, list | tuple) or not layers or not all(map(_is_index, layers)):
             raise ConfigError(f"layers={self.layers!r}: give the index of a block, or a list of indices.")
-        return list(layers)
+        return [int(index) for index in layers]
 
     def _take(self, saes: list[SAE[Any]]) -> None:
         from ..sae import register_sae
@@ -132,11 +132,16 @@ class YaPOConfig(PeftConfig):
     def _check_values(self) -> None:
         if self.positions not in POSITIONS:
             raise ConfigError(f"positions={self.positions!r}: choose one of {', '.join(map(repr, POSITIONS))}.")
-        is_number = isinstance(self.multiplier, int | float) and not isinstance(self.multiplier, bool)
+        is_number = isinstance(self.multiplier, Real) and not isinstance(self.multiplier, bool)
         if not is_number or not math.isfinite(self.multiplier):
             raise ConfigError(f"multiplier={self.multiplier!r}: give a finite number, such as 1.0 or -0.5.")
+        self.multiplier = float(self.multiplier)
         if not isinstance(self.init_weights, bool):
             raise ConfigError(f"init_weights={self.init_weights!r}: give True (zero code) or False (random code).")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _pick(value: str | list[str] | None, position: int) -> str | None:

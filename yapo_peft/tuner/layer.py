@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..errors import UnsupportedOperationError
+from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from .blocks import hidden_states, with_hidden_states
 from .positions import TokenSelector
@@ -81,7 +81,9 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         steered = h
         for adapter_name in steering:
             sae = self.yapo_sae[adapter_name].weights(h.device, h.dtype)
-            shift, moved = steering_shift(h, self.yapo_code[adapter_name], sae, self.multiplier[adapter_name])
+            code, strength = self.yapo_code[adapter_name].to(h.device), self.multiplier[adapter_name]
+            _require_rows(strength, len(h))
+            shift, moved = steering_shift(h, code, sae, strength)
             mask = self._selector.mask(self.positions[adapter_name], h)
             if mask is not None:
                 shift = shift.masked_fill(~mask[..., None], 0)
@@ -129,6 +131,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return None if steered is hidden else with_hidden_states(output, steered)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.yapo_code:
+            return
         code = self.yapo_code[adapter_name]
         own = next((parameter.device for parameter in self.base_layer.parameters()), code.device)
         target = own if device is None else device
@@ -143,6 +147,14 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             if code.dtype != torch.float32:
                 code.data = codes[name].to(code.device)
         return self
+
+
+def _require_rows(strength: Strength, rows: int) -> None:
+    if isinstance(strength, Tensor) and len(strength) != rows:
+        raise ConfigError(
+            f"multiplier has {len(strength)} values for a batch of {rows} rows: give one per row. Beam search and "
+            "num_return_sequences repeat each row: repeat its multiplier as often."
+        )
 
 
 MERGE_REFUSED = (

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..errors import SAEMismatchError, UnsupportedOperationError
+from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
 from ..sae import FrozenSAE, load_sae
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .codes_on_disk import pack_codes, unpack_codes
@@ -39,6 +39,12 @@ class YaPOModel(BaseTuner):
                 "peft.AutoPeftModelForCausalLM.from_pretrained(folder)."
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+            raise ConfigError(
+                f"adapter_name={adapter_name!r} cannot name a parameter: use no dots, and no name of a dict's methods."
+            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Finds the blocks and loads the SAEs, before PEFT changes anything and outside its meta-device context."""
@@ -143,6 +149,15 @@ class YaPOModel(BaseTuner):
                 "adapter_names= (another adapter for each row of a batch) is not supported by YaPO. Use one adapter "
                 "per batch; strengths can differ by row: steering(model, multiplier=tensor_with_one_per_row)."
             )
+        if _drafts_tokens(kwargs):
+            layers = steered_layers(self.model)
+            chosen = {layer.positions[name] for layer in layers for name in layer.steering_adapters} - {"all"}
+            if chosen:
+                raise UnsupportedOperationError(
+                    "Assisted generation checks drafted tokens together with the prompt, where "
+                    f"positions={min(chosen)!r} cannot tell them apart. Generate without an assistant, or use an "
+                    "adapter with positions='all'."
+                )
         yield
 
     @classmethod
@@ -168,3 +183,10 @@ class YaPOModel(BaseTuner):
         }
         unpacked = unpack_codes(state_dict, widths)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
+
+
+def _drafts_tokens(kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` lets something draft tokens ahead of the model."""
+    config = kwargs.get("generation_config")
+    settings = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    return any(kwargs.get(name) is not None or getattr(config, name, None) is not None for name in settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ from .layer import Strength, YaPOLayer
 def steering(model: nn.Module, multiplier: Strength, adapter_name: str | None = None) -> Generator[None]:
     """Steers with another strength within a `with` block, and restores what was before it, also on exceptions.
 
-    Contexts can be nested. Which parameters are trainable does not change.
+    Contexts can be nested. Which parameters are trainable does not change. The strength is a state of the model, so
+    threads that share one cannot steer it differently at the same time.
 
     Args:
         model: A `PeftModel`, or a transformers model with a YaPO adapter.
@@ -27,7 +29,7 @@ def steering(model: nn.Module, multiplier: Strength, adapter_name: str | None = 
         ConfigError: The model has no such adapter, or the multiplier is not finite.
     """
     layers = _layers_with(model, adapter_name)
-    _require_strength(multiplier)
+    multiplier = _checked(multiplier)
     before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
     try:
         for layer in layers:
@@ -57,7 +59,7 @@ def set_multiplier(model: nn.Module, multiplier: Strength, adapter_name: str | N
         ConfigError: The model has no such adapter, or the multiplier is not finite.
     """
     layers = _layers_with(model, adapter_name)
-    _require_strength(multiplier)
+    multiplier = _checked(multiplier)
     for layer in layers:
         for name in [adapter_name] if adapter_name is not None else layer.active_adapters:
             if name in layer.multiplier:
@@ -92,9 +94,14 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
     return layers
 
 
-def _require_strength(multiplier: Strength) -> None:
+def _checked(multiplier: Strength) -> Strength:
+    """A strength as layers keep it: a float, or a tensor with one per row."""
+    if isinstance(multiplier, Tensor) and multiplier.dim() == 0:
+        multiplier = float(multiplier)
     if isinstance(multiplier, Tensor):
         if multiplier.dim() != 1 or not multiplier.isfinite().all():
             raise ConfigError(f"multiplier={multiplier!r}: give one finite number per row of the batch, (batch,).")
-    elif isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
+        return multiplier
+    if isinstance(multiplier, bool) or not isinstance(multiplier, Real) or not math.isfinite(multiplier):
         raise ConfigError(f"multiplier={multiplier!r}: give a finite number, or a tensor with one per row.")
+    return float(multiplier)
