@@ -100,6 +100,7 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
         save_strategy="no",
         report_to="none",
         bf16=False,
+        dataloader_pin_memory=False,
     )
     train_dataset = preferences(options.set, "train")
     YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer).train()

@@ -9,6 +9,7 @@ import argparse
 
 import torch
 from peft import AutoPeftModelForCausalLM
+from peft.utils import infer_device
 from transformers import AutoTokenizer
 
 from yapo_peft import steering
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--multipliers", nargs="+", type=float, default=[-1.0, 0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=48)
     options = parser.parse_args()
-    model = AutoPeftModelForCausalLM.from_pretrained(options.adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(options.adapter).to(infer_device())
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
     for multiplier in options.multipliers:
         (answer,) = answers(model, tokenizer, [options.prompt], multiplier, options.max_new_tokens)
