@@ -75,14 +75,18 @@ def sequences(sources: list[str], tokenizer: Any, length: int, holdout: float, l
     train, held_out = [], []
     for source in sources:
         found: list[list[int]] = []
+        read = 0
         for document in read_documents(source):
             if isinstance(document, str):
                 ids = tokenizer(document, verbose=False)["input_ids"]
-                found += [ids[i : i + length] for i in range(0, len(ids) - length // 4, length)]
+                pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
             else:
                 rendered = tokenizer.apply_chat_template(document, tokenize=False)
-                found.append(tokenizer(rendered, add_special_tokens=False)["input_ids"][:length])
-            if sum(map(len, found[-1:])) and len(found) * length > limit * 4:
+                pieces = [tokenizer(rendered, add_special_tokens=False)["input_ids"][:length]]
+            # The first token is never trained on, so a piece needs more than a few.
+            found += [piece for piece in pieces if len(piece) > 8]
+            read += sum(map(len, pieces))
+            if read >= limit:
                 break
         cut = len(found) - max(1, round(len(found) * holdout))
         train += found[:cut]

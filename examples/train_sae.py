@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--context", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--holdout", type=float, default=0.05, help="share of each source to measure on")
-    parser.add_argument("--max-tokens", type=int, default=10**9, help="tokens to read of each source, about")
+    parser.add_argument("--max-tokens", type=int, default=5_000_000, help="tokens to read of each source")
     parser.add_argument(
         "--loss-tokens", type=int, default=20_000, help="held-out tokens to measure the model's loss on"
     )

@@ -50,11 +50,15 @@ def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokeniz
     tokenizer.save_pretrained(tmp_path / "model")
     text = " ".join(f"w{i * i % 97}" for i in range(6000))
     (tmp_path / "text.txt").write_text(text)
-    chats = [{"question": f"w{i} w{i + 1}", "answer": f"w{2 * i} w3"} for i in range(20)]
+    chats = [{"question": f"w{i} w{i + 1}", "answer": f"w{2 * i} w3 w4"} for i in range(20)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     command = [sys.executable, str(ROOT / "examples" / "train_sae.py"), "--model", "model", "--layer", "1"]
     options = ["--out", "sae", "--d-sae", "64", "--k", "8", "--samples", "20000", "--batch", "256", "--context", "32"]
-    sources = ["--text", "text.txt", "chats.jsonl:question:answer"]
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "data.jsonl").write_text(
+        "\n".join(json.dumps({"story": text[i : i + 400]}) for i in range(99))
+    )
+    sources = ["--text", "text.txt", "chats.jsonl:question:answer", "hub:stories:train:story"]
     subprocess.run([*command, *options, *sources], cwd=tmp_path, check=True, capture_output=True)
     measures = json.loads((tmp_path / "sae" / "measures.json").read_text())
     assert 0.3 < measures["explained_variance"] <= 1

@@ -17,6 +17,18 @@ def test_the_same_content_is_one_object_whatever_its_name(sae_folder):
     assert load_sae(content_hash=first.identity.content_hash) is first
 
 
+def test_a_release_keeps_its_name_when_its_content_was_there_before(monkeypatch):
+    from yapo_peft.sae import loader
+
+    handed_in = load_sae(content_hash=register_sae(make_sae("standard", seed=41)))
+    monkeypatch.setattr(loader, "_from_release", lambda release, sae_id: make_sae("standard", seed=41))
+    released = load_sae(release="some-release", sae_id="layer_1")
+    assert (released.identity.release, released.identity.sae_id) == ("some-release", "layer_1")
+    assert released.identity.content_hash == handed_in.identity.content_hash
+    cpu = torch.device("cpu")
+    assert released.weights(cpu, torch.bfloat16) is handed_in.weights(cpu, torch.bfloat16)
+
+
 def test_an_sae_that_is_handed_in_is_copied():
     sae = make_sae("standard", seed=31)
     frozen = load_sae(content_hash=register_sae(sae))

@@ -63,6 +63,12 @@ class FrozenSAE:
                 self._copies[key] = self._native.to(device, dtype)
         return self._copies[key]
 
+    def under_another_name(self, identity: SAEIdentity, hook_name: str | None) -> FrozenSAE:
+        """Returns the same SAE as another source names it; both share their memory."""
+        renamed = FrozenSAE(self._native, identity, hook_name)
+        renamed._copies = self._copies
+        return renamed
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenSAE:
         return self
 
@@ -194,12 +200,13 @@ def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None, copy: bool =
         architecture=architecture,
         content_hash=content_hash(weights),
     )
-    # The same content under another name is the same SAE: one copy in memory.
     frozen = _by_hash.get(identity.content_hash)
     hook_name = sae.cfg.metadata.hook_name
-    if frozen is None or frozen.hook_name != hook_name:
+    if frozen is None:
         frozen = FrozenSAE(weights.clone() if copy else weights, identity, hook_name)
-        _by_hash[identity.content_hash] = frozen
+    elif frozen.hook_name != hook_name or (release is not None and frozen.identity != identity):
+        frozen = frozen.under_another_name(identity, hook_name)
+    _by_hash[identity.content_hash] = frozen
     return frozen
 
 
