@@ -67,10 +67,10 @@ def test_adapters_of_other_positions_score_as_they_were_trained(tokenizer):
 
 def test_scoring_changes_neither_mode_nor_strength(tokenizer):
     model = steered().train()
-    before = model.base_model.model.model.layers[2].multiplier["default"]
+    before = model.base_model.model.model.layers[2].yapo.multiplier["default"]
     score_preferences(model, preference_rows(2), tokenizer, -1.0)
     assert model.training
-    assert model.base_model.model.model.layers[2].multiplier["default"] == before
+    assert model.base_model.model.model.layers[2].yapo.multiplier["default"] == before
 
 
 @pytest.mark.parametrize(

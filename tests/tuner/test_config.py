@@ -40,12 +40,6 @@ def test_tuples_and_numpy_numbers_become_plain_ones():
     assert type(config.multiplier) is float
 
 
-@pytest.mark.parametrize("name", ["v1.0", "values"])
-def test_adapter_names_that_cannot_name_a_parameter_are_refused(name):
-    with pytest.raises(ConfigError, match=f"adapter_name='{name}' cannot name a parameter"):
-        get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae()), adapter_name=name)
-
-
 def test_unknown_option_is_refused():
     with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
         YaPOConfig(layers=0, sae_path="x", alpha=1)

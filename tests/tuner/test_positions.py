@@ -3,7 +3,8 @@ import torch
 from peft import get_peft_model
 from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
 
-from yapo_peft import UnsupportedOperationError, YaPOConfig
+from yapo_peft import YaPOConfig
+from yapo_peft.tuner.strength import steered_layers
 
 PROMPT, ANSWER = 5, 4
 
@@ -86,11 +87,18 @@ def test_cache_and_left_padding_change_nothing(architecture, positions):
 
 
 @pytest.mark.parametrize("positions", ["completion", "last"])
-def test_assisted_generation_is_refused_where_it_would_steer_other_tokens(positions):
-    ids = random_ids(1, PROMPT)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": ANSWER, "do_sample": False}
-    with pytest.raises(UnsupportedOperationError, match=f"positions='{positions}' cannot tell them apart"):
-        model_at(positions).generate(**inputs, prompt_lookup_num_tokens=2)
-    model = model_at("all")
-    assisted = model.generate(**inputs, prompt_lookup_num_tokens=2, pad_token_id=0)
-    assert torch.equal(assisted, model.generate(**inputs, pad_token_id=0))
+def test_a_second_turn_that_reuses_the_cache_is_prompt_again(positions):
+    model, first = model_at(positions), random_ids(1, PROMPT)
+    options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
+    turn = model.generate(first, attention_mask=torch.ones_like(first), return_dict_in_generate=True, **options)
+    second = torch.cat([turn.sequences, random_ids(1, 6, seed=3)], dim=1)
+    steered = []
+
+    def watch(module, args, output):
+        steered.append((output != args[0]).any(-1)[0].int().tolist())
+
+    steered_layers(model)[0].register_forward_hook(watch)
+    model.generate(second, attention_mask=torch.ones_like(second), past_key_values=turn.past_key_values, **options)
+    # The last answer's last token is not in the cache yet.
+    assert steered[0] == [0] * 7 if positions == "completion" else [0] * 6 + [1]
+    assert all(step == [1] for step in steered[1:])

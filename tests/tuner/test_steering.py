@@ -110,7 +110,7 @@ def test_gradients_through_the_whole_model_equal_the_published_forward(architect
     set_code(model, random_code(0.3))
     model(ids).logits.logsumexp(-1).sum().backward()
     (name, ours), *others = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    assert name.endswith(f"{layer}.yapo_code.default")
+    assert name.endswith(f"{layer}.yapo.yapo_code.default")
     assert not others
 
     reference = make_model(architecture)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import AdapterFileError
 
 _INDICES, _VALUES = ".indices", ".values"
-_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo_code)(?P<part>\.indices|\.values)")
+_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values)")
 
 
 def pack_codes(codes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def pack_codes(codes: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[str, Tensor]:
+def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[int, Tensor]:
     """Restores the codes that `pack_codes` packed.
 
     Args:
@@ -38,7 +38,7 @@ def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[str,
         widths: Number of features of each steered layer, by the index of its block.
 
     Returns:
-        Codes by name, `(d_sae,)` each in float32.
+        Codes by the index of the block, `(d_sae,)` each in float32.
 
     Raises:
         AdapterFileError: A tensor is missing, unknown, or has a type, shape or index that does not fit.
@@ -57,7 +57,7 @@ def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[str,
         raise AdapterFileError(
             f"The adapter's file holds codes for layers {sorted(layers.values())}, its config steers {sorted(widths)}."
         )
-    return {name: _unpack(name, parts[name], widths[layer]) for name, layer in layers.items()}
+    return {layer: _unpack(name, parts[name], widths[layer]) for name, layer in layers.items()}
 
 
 def _unpack(name: str, parts: dict[str, Tensor], width: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.peft_types import PeftType
+from peft.utils.peft_types import PeftType, TaskType
 
 from ..errors import AdapterFileError, ConfigError
 from .positions import POSITIONS
@@ -42,6 +42,8 @@ class YaPOConfig(PeftConfig):
         sae_identity: What the adapter remembers of each SAE. Filled in when it is attached; leave it empty.
         sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Not saved: only their content
             hash is, and whoever loads the adapter hands the same SAE in with `yapo_peft.register_sae`.
+        task_type: As PEFT's; "CAUSAL_LM" unless given. A model without a language-model head needs its own, such as
+            "FEATURE_EXTRACTION" or "SEQ_CLS".
 
     Raises:
         ConfigError: A field has a value that cannot work, or the SAEs do not match the layers in number.
@@ -60,6 +62,9 @@ class YaPOConfig(PeftConfig):
     def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:
         super().__post_init__()
         self.peft_type = cast(PeftType, YaPOPeftType.YAPO)
+        if self.task_type is None:
+            # Only PEFT's class for this task hands `generate` to the tuner.
+            self.task_type = TaskType.CAUSAL_LM
         # PEFT reads this attribute; it follows from `layers` once the model is known, so it is no field.
         self.target_modules: list[str] | None = None
         self.layers = self._checked_layers()

@@ -1,8 +1,8 @@
-"""The layer that wraps a decoder block and steers its output."""
+"""The layer that steers the output of a decoder block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,18 +12,33 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from .blocks import hidden_states, with_hidden_states
-from .positions import TokenSelector
+from .call import Call, Strength
+from .positions import tokens_to_steer
 from .steering import steering_shift
 
-Strength = float | Tensor
+CHILD_NAME = "yapo"
+
+
+class Code(nn.Parameter):
+    """A code: float32 also where a trainer assigns `.data` in another dtype, as TRL does on quantised models."""
+
+    @property
+    def data(self) -> Tensor:
+        """The values, `(d_sae,)` in float32."""
+        return torch.Tensor.data.__get__(self)  # pyright: ignore
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        torch.Tensor.data.__set__(self, value.float())  # pyright: ignore
 
 
 class YaPOLayer(nn.Module, BaseTunerLayer):
-    """A decoder block whose output is steered by the active adapters.
+    """Steers the output of a decoder block, whose child it is.
 
-    Steering runs in the block's first forward hook rather than around it, so that whatever records the block's
-    output (`output_hidden_states`, other hooks) sees the steered one, and gradient checkpointing of the block does
-    not repeat it. Several active adapters each steer the block's own output, and their shifts add up.
+    The block stays in its place and of its class, so that other adapters can be injected into it, before or after,
+    and whatever looks for blocks finds it. Steering runs in the block's first forward hook: whatever records the
+    block's output (`output_hidden_states`, other hooks) sees the steered one, and gradient checkpointing of the block
+    does not repeat it. Several active adapters each steer the block's own output, and their shifts add up.
 
     Attributes:
         yapo_code: The code of each adapter, `(d_sae,)` in float32: the only parameters.
@@ -31,6 +46,9 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         multiplier: The strength of each adapter, or one per row of the batch, `(batch,)`.
         positions: The tokens that each adapter steers.
         index: Which block this is.
+        call: The current call of the model, shared by all its steered layers.
+        merged_adapters: The adapters whose shift is in a bias of the block.
+        replaced_biases: The modules whose bias merging replaced, and the bias that was there.
         is_lowest: Whether no block below is steered: the gradient ends here.
         track_moved: Whether `moved_tokens` is kept.
         moved_tokens: Whether any feature of a token moved in the last steered forward, `(batch, seq)`.
@@ -39,10 +57,10 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("yapo_code",)
     other_param_names: tuple[str, ...] = ("yapo_sae", "multiplier", "positions")
 
-    def __init__(self, base_layer: nn.Module, index: int, selector: TokenSelector) -> None:
+    def __init__(self, block: nn.Module, index: int, call: Call) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.index = index
+        self.call = call
         self.is_lowest = True
         self.track_moved = False
         self.moved_tokens: Tensor | None = None
@@ -50,8 +68,17 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.yapo_sae: dict[str, FrozenSAE] = {}
         self.multiplier: dict[str, Strength] = {}
         self.positions: dict[str, str] = {}
-        self._selector = selector
-        self._hook = base_layer.register_forward_hook(self._steer_output, prepend=True)
+        self.merged_adapters: list[str] = []
+        self.replaced_biases: list[tuple[Any, nn.Parameter | None]] = []
+        # In a list, because the block is the parent of this module, not its child.
+        self._parent = [block]
+        self._hook = block.register_forward_hook(self._steer_output, prepend=True)
+        block.add_module(CHILD_NAME, self)
+
+    @property
+    def block(self) -> nn.Module:
+        """The block whose output is steered."""
+        return self._parent[0]
 
     def update_layer(
         self, adapter_name: str, sae: FrozenSAE, *, multiplier: float, positions: str, init_weights: bool
@@ -60,81 +87,102 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         code = torch.zeros(sae.identity.d_sae, dtype=torch.float32)
         if not init_weights:
             code.normal_(std=0.02)
-        self.yapo_code[adapter_name] = nn.Parameter(code)
+        self.yapo_code[adapter_name] = Code(code)
         self.yapo_sae[adapter_name] = sae
         self.multiplier[adapter_name] = multiplier
         self.positions[adapter_name] = positions
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the block; the hook on it steers."""
-        return self.base_layer(*args, **kwargs)
-
-    def steer(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         """Steers the output of the block, `(batch, seq, d_model)`; returns `h` itself where nothing is to do."""
-        steering = self.steering_adapters
-        if not steering:
+        shares = list(self._shares(len(h)))
+        if not shares:
             return h
         if self.is_lowest:
             h = h.detach()
         steered = h
-        for adapter_name in steering:
+        moved_tokens = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if self.track_moved else None
+        for adapter_name, strength, rows in shares:
             sae = self.yapo_sae[adapter_name].weights(h.device, h.dtype)
-            code, strength = self.yapo_code[adapter_name].to(h.device), self.multiplier[adapter_name]
-            _require_rows(strength, len(h))
-            shift, moved = steering_shift(h, code, sae, strength)
-            mask = self._selector.mask(self.positions[adapter_name], h)
+            code = self.yapo_code[adapter_name].to(h.device)
+            shift, moved = steering_shift(h if rows is None else h[rows], code, sae, strength)
+            mask = tokens_to_steer(self.positions[adapter_name], h, self.call)
             if mask is not None:
+                mask = mask if rows is None else mask[rows]
                 shift = shift.masked_fill(~mask[..., None], 0)
-            if self.track_moved:
-                any_moved = moved.detach().ne(0).any(dim=-1)
-                self.moved_tokens = any_moved if mask is None else any_moved & mask
-            steered = steered + shift
+            if moved_tokens is not None:
+                any_moved = moved.detach().ne(0).any(dim=-1) if mask is None else moved.detach().ne(0).any(-1) & mask
+                moved_tokens[slice(None) if rows is None else rows] |= any_moved
+            steered = steered + shift if rows is None else steered.index_add(0, _index(rows, h), shift)
+        self.moved_tokens = moved_tokens
         return steered
 
     @property
-    def steering_adapters(self) -> list[str]:
-        """The adapters that change the output now: active, not disabled, and of a strength other than 0."""
-        if self.disable_adapters:
-            return []
-        return [name for name in self.active_adapters if name in self.yapo_code and not self._is_off(name)]
+    def used_adapters(self) -> list[str]:
+        """The adapters that the current call asks for: those of its rows, or else the active ones."""
+        if self.call.adapter_names is None:
+            return self.active_adapters
+        return sorted(set(self.call.adapter_names))
 
-    def unhook(self) -> None:
+    @property
+    def steering_adapters(self) -> list[str]:
+        """The adapters that steer now: in use, not disabled, of a strength other than 0; none while some are merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.used_adapters if name in self.yapo_code and not self._is_off(name)]
+
+    def detach_from_block(self) -> None:
         """Leaves the block as it was found."""
         self._hook.remove()
+        delattr(self.block, CHILD_NAME)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; a merged shift is taken out where adapters are disabled."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Steering depends on the input wherever it cuts a feature, so no weight of the block can hold it."""
-        raise UnsupportedOperationError(MERGE_REFUSED)
+        """Blocks are merged by their own tuner, which sees all of them; only another method's calls this."""
+        raise UnsupportedOperationError(
+            "A YaPO adapter cannot be merged together with another method's. Merge it through the PeftModel that "
+            "get_peft_model(model, YaPOConfig(...)) returned."
+        )
 
     def unmerge(self) -> None:
-        """There is never anything to unmerge."""
-        raise UnsupportedOperationError(MERGE_REFUSED)
+        """Takes the merged adapters out of the block's biases, which become what they were."""
+        for projection, bias in reversed(self.replaced_biases):
+            projection.bias = bias
+        self.replaced_biases.clear()
+        self.merged_adapters.clear()
 
-    def __getattr__(self, name: str) -> Any:
-        """Attributes that the model reads off its blocks, such as Gemma's `attention_type`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+    def _shares(self, batch: int) -> Iterator[tuple[str, Strength, list[int] | None]]:
+        """Each adapter that steers, its strength, and the rows that it steers, None for all."""
+        if self.merged and (self.call.adapter_names is not None or self.call.multipliers is not None):
+            raise ConfigError("adapter_names= and multipliers= need unmerged adapters: call unmerge_adapter() first.")
+        for name in self.steering_adapters:
+            strength = self.multiplier[name] if self.call.multipliers is None else self.call.multipliers
+            rows = self.call.rows_of(name, batch)
+            if isinstance(strength, Tensor):
+                strength = self.call.per_row(strength, batch)
+                strength = strength if rows is None else strength[rows]
+            yield name, strength, rows
 
     def _is_off(self, adapter_name: str) -> bool:
         multiplier = self.multiplier[adapter_name]
-        return not isinstance(multiplier, Tensor) and multiplier == 0
+        return self.call.multipliers is None and not isinstance(multiplier, Tensor) and multiplier == 0
 
     def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_states(output)
-        steered = self.steer(hidden)
+        steered = self(hidden)
         return None if steered is hidden else with_hidden_states(output, steered)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.yapo_code:
             return
         code = self.yapo_code[adapter_name]
-        own = next((parameter.device for parameter in self.base_layer.parameters()), code.device)
+        own = next((p.device for name, p in self.block.named_parameters() if CHILD_NAME not in name), code.device)
         target = own if device is None else device
         if "meta" not in (code.device.type, target.type):
             code.data = code.data.to(target, torch.float32)
@@ -144,20 +192,10 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         codes = {name: code.data for name, code in self.yapo_code.items()}
         super()._apply(fn, recurse)
         for name, code in self.yapo_code.items():
-            if code.dtype != torch.float32:
+            if "meta" not in (code.device.type, codes[name].device.type):
                 code.data = codes[name].to(code.device)
         return self
 
 
-def _require_rows(strength: Strength, rows: int) -> None:
-    if isinstance(strength, Tensor) and len(strength) != rows:
-        raise ConfigError(
-            f"multiplier has {len(strength)} values for a batch of {rows} rows: give one per row. Beam search and "
-            "num_return_sequences repeat each row: repeat its multiplier as often."
-        )
-
-
-MERGE_REFUSED = (
-    "A YaPO adapter cannot be merged: where steering cuts a feature, its shift depends on the token, and no weight of "
-    "the model can hold it. Keep the adapter attached, or call unload() for the model without it."
-)
+def _index(rows: list[int], h: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=h.device)

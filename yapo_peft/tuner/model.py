@@ -1,27 +1,38 @@
-"""The tuner: attaches steered layers to a model, and saves and loads their codes as indices and values."""
+"""The tuner: attaches steered layers to a model, and does what PEFT asks of it as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft import PeftConfig, TaskType
+from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
 from ..sae import FrozenSAE, load_sae
 from .blocks import decoder_blocks, hidden_size, resolve_layers
+from .call import Call
 from .codes_on_disk import pack_codes, unpack_codes
+from .combine import combine_codes
 from .config import YaPOConfig
-from .layer import MERGE_REFUSED, YaPOLayer
-from .positions import TokenSelector
+from .layer import CHILD_NAME, YaPOLayer
+from .merging import (
+    block_outputs,
+    complete_biases,
+    constant_shift,
+    fold,
+    require_bias_switch,
+    require_same_outputs,
+)
 from .strength import mark_lowest, steered_layers
 
 
 class YaPOModel(BaseTuner):
-    """Wraps decoder blocks in `YaPOLayer`s. PEFT makes one; users call `peft.get_peft_model`."""
+    """Gives decoder blocks a `YaPOLayer` each. PEFT makes one; users call `peft.get_peft_model`."""
 
     prefix: str = "yapo_"
     tuner_layer_cls = YaPOLayer
@@ -38,13 +49,19 @@ class YaPOModel(BaseTuner):
                 "read YaPO's sparse codes. Load the adapter with peft.PeftModel.from_pretrained(model, folder) or "
                 "peft.AutoPeftModelForCausalLM.from_pretrained(folder)."
             )
+        if not isinstance(peft_config, dict):
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+            return
+        _require_head(model, peft_config[adapter_name])
+        others = getattr(model, "peft_config", None)
+        others_before = dict(others or {})
         super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
-            raise ConfigError(
-                f"adapter_name={adapter_name!r} cannot name a parameter: use no dots, and no name of a dict's methods."
-            )
+        if isinstance(others, dict):
+            # PEFT adds its configs to those of another method's adapters in the model: they stay apart here.
+            others.clear()
+            others.update(others_before)
+            self.peft_config = peft_config
+            cast(Any, model).peft_config = others
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Finds the blocks and loads the SAEs, before PEFT changes anything and outside its meta-device context."""
@@ -92,7 +109,9 @@ class YaPOModel(BaseTuner):
     ) -> None:
         config = cast(YaPOConfig, peft_config)
         index, sae = self._saes_to_attach[current_key]
-        layer = target if isinstance(target, YaPOLayer) else YaPOLayer(target, index, self._selector())
+        layer = getattr(target, CHILD_NAME, None)
+        if not isinstance(layer, YaPOLayer):
+            layer = YaPOLayer(target, index, self._call() or Call(self.model))
         layer.update_layer(
             adapter_name,
             sae,
@@ -102,22 +121,25 @@ class YaPOModel(BaseTuner):
         )
         if adapter_name not in self.active_adapters:
             layer.yapo_code[adapter_name].requires_grad_(False)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
 
-    def _selector(self) -> TokenSelector:
-        """One selector for all layers of the model, also when another tuner attached the first of them."""
+    def _call(self) -> Call | None:
+        """The one of all steered layers of the model, also when another tuner attached the first of them."""
         layers = steered_layers(self.model)
-        return layers[0]._selector if layers else TokenSelector(self.model)
+        return layers[0].call if layers else None
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
-        if isinstance(child, YaPOLayer) and not isinstance(new_module, YaPOLayer):
-            child.unhook()
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then lets each layer know whether it is the lowest.
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then lets each layer know whether it is the lowest."""
-        super().inject_adapter(*args, **kwargs)
+        Raises:
+            ConfigError: The name cannot be one, because PEFT tells the parameters of adapters apart by it.
+        """
+        parts = {"base_model", "model", *decoder_blocks(model)[0].split("."), CHILD_NAME, "yapo_code", "__base__"}
+        if "." in adapter_name or adapter_name.isdigit() or adapter_name in parts or hasattr(dict, adapter_name):
+            raise ConfigError(
+                f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
+                f"methods, and none of {', '.join(sorted(parts))}."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._saes_to_attach = {}
         mark_lowest(self.model)
 
@@ -131,34 +153,156 @@ class YaPOModel(BaseTuner):
         super().delete_adapter(adapter_name)
         mark_lowest(self.model)
 
-    def _check_merge_allowed(self) -> None:
-        raise UnsupportedOperationError(MERGE_REFUSED)
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Only this method's: another one's adapters in the model are none of its business."""
+        for layer in steered_layers(self.model):
+            layer.enable_adapters(enabled)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter whose codes combine those of others, at the strengths that they have now.
+
+        The new adapter steers with its own code, of strength 1: a feature is cut once, by what the codes ask for
+        together. That is not the sum of shifts that several active adapters make.
+
+        Args:
+            adapters: Names of the adapters.
+            weights: A factor for each; negative ones subtract.
+            adapter_name: Name of the new adapter, which is frozen, and not active until `set_adapter`.
+            combination_type: "linear", "ties" or "magnitude_prune".
+            density: Share of each code's non-zero entries that pruning keeps, in (0, 1].
+            majority_sign_method: For "ties": elect by the "total" of the entries or by the "frequency" of their signs.
+
+        Raises:
+            ConfigError: A name is unknown or taken, or an argument has a value that cannot work.
+            SAEMismatchError: The adapters steer other layers, with other SAEs, or at other positions.
+        """
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"adapter_name={adapter_name!r} is taken: choose another name.")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ConfigError(f"adapters={adapters}: choose some of {', '.join(map(repr, self.peft_config))}.")
+        first, *others = (cast(YaPOConfig, self.peft_config[name]) for name in adapters)
+        for name, config in zip(adapters[1:], others, strict=True):
+            _require_combinable(first, config, f"{adapters[0]!r} and {name!r}")
+        layers = [layer for layer in steered_layers(self.model) if adapters[0] in layer.yapo_code]
+        combined: list[Tensor] = []
+        for layer in layers:
+            strengths = [layer.multiplier[name] for name in adapters]
+            if any(isinstance(strength, Tensor) for strength in strengths):
+                raise ConfigError("An adapter's strength differs by row: set one with set_multiplier first.")
+            codes = [layer.yapo_code[name].detach() * s for name, s in zip(adapters, strengths, strict=True)]
+            combined.append(combine_codes(codes, weights, combination_type, density, majority_sign_method))
+        self.peft_config[adapter_name] = replace(first, multiplier=1.0)
+        self.inject_adapter(self.model, adapter_name)
+        for layer, code in zip(layers, combined, strict=True):
+            layer.yapo_code[adapter_name].data.copy_(code)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds adapters into biases of the blocks, where their steering is a constant.
+
+        Args:
+            adapter_names: The adapters; the active ones if None.
+            safe_merge: Check that no bias becomes NaN or infinite.
+
+        Raises:
+            UnsupportedOperationError: The steering depends on the token, or the architecture has no bias to hold it.
+        """
+        names = {layer.index: self._to_merge(layer, adapter_names) for layer in steered_layers(self.model)}
+        layers = [layer for layer in steered_layers(self.model) if names[layer.index]]
+        shifts = [
+            torch.stack([constant_shift(layer, name) for name in names[layer.index]]).sum(dim=0) for layer in layers
+        ]
+        require_bias_switch(self.model, layers)
+        active = [layer._active_adapter for layer in layers]
+        try:
+            for layer in layers:
+                layer._active_adapter = names[layer.index]
+            steered = block_outputs(self.model, layers)
+            fold(layers, shifts, safe_merge)
+            for layer in layers:
+                layer.merged_adapters.extend(names[layer.index])
+            dtype = next(self.model.parameters()).dtype
+            require_same_outputs(steered, block_outputs(self.model, layers), shifts, dtype)
+        except Exception:
+            self.unmerge_adapter()
+            raise
+        finally:
+            for layer, before in zip(layers, active, strict=True):
+                layer._active_adapter = before
+
+    def _to_merge(self, layer: YaPOLayer, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.yapo_code]
+
+    def unmerge_adapter(self) -> None:
+        """Takes all merged adapters out of the model's biases, which become what they were."""
+        for layer in steered_layers(self.model):
+            layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         layers = steered_layers(self.model)
-        model = cast(nn.Module, super()._unload_and_optionally_merge(merge, *args, **kwargs))
-        if layers:
-            layers[0]._selector.remove()
-        return model
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+            complete_biases(self.model, [layer.block for layer in layers if layer.merged])
+        else:
+            self.unmerge_adapter()
+        call = self._call()
+        if call is not None:
+            call.remove()
+        for layer in layers:
+            layer.detach_from_block()
+        if getattr(self.model, "peft_config", None) is self.peft_config:
+            del self.model.peft_config
+        return cast(nn.Module, self.model)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; `multipliers=`, `(batch,)`, steers each prompt with a strength of its own."""
+        call = self._call()
+        multipliers = kwargs.pop("multipliers", None)
+        if call is None:
+            return self.model.generate(*args, **kwargs)
+        with call.generating(_prompt_length(args, kwargs), self._repeats(kwargs), multipliers):
+            return self.model.generate(*args, **kwargs)
+
+    def _repeats(self, kwargs: dict[str, Any]) -> int:
+        """How often `generate` repeats each row."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        counts = (kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+        return max(counts)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """PEFT calls this around each forward; without it, `adapter_names` would be ignored in silence."""
-        if kwargs.get("adapter_names") is not None:
-            raise UnsupportedOperationError(
-                "adapter_names= (another adapter for each row of a batch) is not supported by YaPO. Use one adapter "
-                "per batch; strengths can differ by row: steering(model, multiplier=tensor_with_one_per_row)."
-            )
-        if _drafts_tokens(kwargs):
-            layers = steered_layers(self.model)
-            chosen = {layer.positions[name] for layer in layers for name in layer.steering_adapters} - {"all"}
-            if chosen:
-                raise UnsupportedOperationError(
-                    "Assisted generation checks drafted tokens together with the prompt, where "
-                    f"positions={min(chosen)!r} cannot tell them apart. Generate without an assistant, or use an "
-                    "adapter with positions='all'."
-                )
-        yield
+        """PEFT calls this around each forward and `generate`; it is where `adapter_names` gets its meaning."""
+        adapter_names, call = kwargs.get("adapter_names"), self._call()
+        if adapter_names is None or call is None:
+            yield
+            return
+        if self.training:
+            raise ConfigError("adapter_names= cannot be used in training mode: call model.eval() first.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            known = ", ".join(map(repr, [*self.peft_config, "__base__"]))
+            raise ConfigError(f"adapter_names= names {unknown[0]!r}, but the model has {known}.")
+        before, call.adapter_names = call.adapter_names, list(adapter_names)
+        mark_lowest(self.model)
+        try:
+            yield
+        finally:
+            call.adapter_names = before
+            mark_lowest(self.model)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -170,23 +314,42 @@ class YaPOModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return pack_codes(selected)
+        return pack_codes({name: code for name, code in selected.items() if f".{CHILD_NAME}.yapo_code." in name})
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        widths = {
-            layer.index: layer.yapo_code[adapter_name].numel()
-            for layer in steered_layers(model)
-            if adapter_name in layer.yapo_code
+        layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, YaPOLayer) and adapter_name in layer.yapo_code
         }
-        unpacked = unpack_codes(state_dict, widths)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
+        codes = unpack_codes(state_dict, {x.index: x.yapo_code[adapter_name].numel() for x in layers.values()})
+        return {f"{name}.yapo_code.{adapter_name}": codes[layer.index] for name, layer in layers.items()}
 
 
-def _drafts_tokens(kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate` lets something draft tokens ahead of the model."""
-    config = kwargs.get("generation_config")
-    settings = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-    return any(kwargs.get(name) is not None or getattr(config, name, None) is not None for name in settings)
+def _require_head(model: nn.Module, config: PeftConfig) -> None:
+    """PEFT fails on this later, without saying what to do."""
+    if config.task_type == TaskType.CAUSAL_LM and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ConfigError(
+            f"task_type='CAUSAL_LM', YaPOConfig's default, does not fit {type(model).__name__}, which cannot generate: "
+            "give task_type='FEATURE_EXTRACTION', or 'SEQ_CLS' for a classifier."
+        )
+
+
+def _require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None:
+    if first.layers != other.layers:
+        raise SAEMismatchError(f"{names} steer layers {first.layers} and {other.layers}: only the same ones combine.")
+    hashes = [[identity["content_hash"] for identity in config.sae_identity or []] for config in (first, other)]
+    if hashes[0] != hashes[1]:
+        raise SAEMismatchError(f"{names} have codes of different SAEs, whose features have nothing in common.")
+    if first.positions != other.positions:
+        raise SAEMismatchError(
+            f"{names} steer positions {first.positions!r} and {other.positions!r}: one code can only have one choice."
+        )
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    candidates = (kwargs.get("inputs_embeds"), args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+    return next((int(inputs.shape[1]) for inputs in candidates if inputs is not None), 0)

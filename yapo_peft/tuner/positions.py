@@ -2,70 +2,60 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .call import Call
 
 Positions = Literal["all", "completion", "last"]
 POSITIONS: tuple[str, ...] = get_args(Positions)
 
 
-class TokenSelector:
-    """Watches the inputs of a model and says which of the current tokens an adapter may steer.
+def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None:
+    """Says which of the current tokens an adapter may steer.
 
     - "all": every token.
-    - "completion": tokens of the completion. With labels, those whose label is not -100; while generating, those
-      fed once the cache holds something; otherwise none, because all is prompt.
-    - "last": every token from which the next token is predicted: the last one of each row, and with labels all
-      tokens whose next label is not -100, which are the same positions in training as in generation.
+    - "completion": tokens of the completion. With labels, those whose label is not -100; in `generate`, those after
+      the prompt; otherwise those fed once the cache holds something, and none before, because all is prompt.
+    - "last": every token from which the next one is predicted. With labels, those whose next label is not -100; in
+      `generate`, the last one of the prompt and all after it; otherwise the last attended one of each row.
 
-    It is one forward pre-hook on the model, shared by all its steered layers.
+    Args:
+        positions: One of `POSITIONS`.
+        hidden: The current hidden states, `(batch, seq, d_model)`.
+        call: The current call of the model.
+
+    Returns:
+        A boolean mask `(batch, seq)`, or None for all tokens.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._labels: Tensor | None = None
-        self._attention_mask: Tensor | None = None
-        self._has_past = False
-        self._handle = model.register_forward_pre_hook(self._observe, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Stops watching."""
-        self._handle.remove()
-
-    def mask(self, positions: str, hidden: Tensor) -> Tensor | None:
-        """Tokens to steer.
-
-        Args:
-            positions: One of `POSITIONS`.
-            hidden: The current hidden states, `(batch, seq, d_model)`.
-
-        Returns:
-            A boolean mask `(batch, seq)`, or None for all tokens.
-        """
-        if positions == "all":
-            return None
-        batch, seq = hidden.shape[:2]
-        if self._labels is not None:
-            scored = self._labels.to(hidden.device) != -100
-            if positions == "completion":
-                return scored
-            predicts = torch.zeros_like(scored)
-            predicts[:, :-1] = scored[:, 1:]
-            return predicts | scored
+    if positions == "all":
+        return None
+    batch, seq = hidden.shape[:2]
+    if call.labels is not None:
+        scored = call.labels.to(hidden.device) != -100
         if positions == "completion":
-            return torch.full((batch, seq), self._has_past, device=hidden.device)
-        index = torch.arange(seq, device=hidden.device)
-        if self._attention_mask is None or self._attention_mask.dim() != 2:
-            return (index == seq - 1).expand(batch, seq)
-        attended = self._attention_mask[:, -seq:].to(hidden.device) != 0
-        return index == (attended * index).argmax(dim=1, keepdim=True)
+            return scored
+        predicts = torch.zeros_like(scored)
+        predicts[:, :-1] = scored[:, 1:]
+        return predicts | scored
+    index = call.past_length + torch.arange(seq, device=hidden.device)
+    if call.prompt_length is not None:
+        after_prompt = (index >= call.prompt_length).expand(batch, seq)
+        end = call.prompt_length
+    else:
+        past_length = int(call.past_length)
+        after_prompt = torch.full((batch, seq), positions == "completion" and past_length > 0, device=hidden.device)
+        end = past_length + seq
+    if positions == "completion":
+        return after_prompt
+    return after_prompt | (index == _last_attended(call.attention_mask, end, hidden.device))
 
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._labels = inputs.get("labels")
-        self._attention_mask = inputs.get("attention_mask")
-        past = inputs.get("past_key_values")
-        self._has_past = past is not None and past.get_seq_length() > 0
+
+def _last_attended(attention_mask: Tensor | None, end: int, device: torch.device) -> Tensor:
+    """Index of the last attended of the first `end` tokens of each row, `(batch, 1)`; or one for all, `(1,)`."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < end:
+        return torch.tensor([end - 1], device=device)
+    attended = attention_mask[:, :end].to(device) != 0
+    return (attended * torch.arange(end, device=device)).argmax(dim=1, keepdim=True)

@@ -10,7 +10,8 @@ from numbers import Real
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .layer import Strength, YaPOLayer
+from .call import Strength
+from .layer import YaPOLayer
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def mark_lowest(model: nn.Module) -> None:
     lowest_seen = False
     for layer in steered_layers(model):
         layer.is_lowest = not lowest_seen
-        lowest_seen = lowest_seen or any(name in layer.yapo_code for name in layer.active_adapters)
+        lowest_seen = lowest_seen or any(name in layer.yapo_code for name in layer.used_adapters)
 
 
 def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
@@ -91,6 +92,8 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
     known = sorted({name for layer in layers for name in layer.yapo_code})
     if adapter_name is not None and adapter_name not in known:
         raise ConfigError(f"There is no YaPO adapter {adapter_name!r}; the model has {', '.join(map(repr, known))}.")
+    if any(layer.merged for layer in layers):
+        raise ConfigError("The strength of a merged adapter is fixed: call unmerge_adapter() first.")
     return layers
 
 

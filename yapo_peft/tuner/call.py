@@ -1,0 +1,102 @@
+"""What steering needs to know of the current call of a model: its tokens, and whose its rows are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+Strength = float | Tensor
+
+
+class Call:
+    """The current call of a model, as seen by a forward pre-hook on it; shared by all its steered layers.
+
+    Attributes:
+        labels: As handed to the model, `(batch, seq)`.
+        attention_mask: As handed to the model.
+        past_length: Number of tokens in the cache.
+        prompt_length: Number of tokens of the prompt within `generate`; None outside.
+        adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
+        multipliers: A strength for each row, `(batch,)`, instead of the adapters' own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.labels: Tensor | None = None
+        self.attention_mask: Tensor | None = None
+        self.past_length: int | Tensor = 0
+        self.prompt_length: int | None = None
+        self.adapter_names: list[str] | None = None
+        self.multipliers: Tensor | None = None
+        self._generate_multipliers: Tensor | None = None
+        self._repeats = 1
+        self._handle = model.register_forward_pre_hook(self._observe, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Stops watching."""
+        self._handle.remove()
+
+    @contextmanager
+    def generating(self, prompt_length: int, repeats: int, multipliers: Any) -> Generator[None]:
+        """The calls within are steps of one `generate`, which repeats each row for beams or several answers."""
+        before = self.prompt_length, self._repeats, self._generate_multipliers
+        self.prompt_length, self._repeats, self._generate_multipliers = prompt_length, repeats, as_rows(multipliers)
+        try:
+            yield
+        finally:
+            self.prompt_length, self._repeats, self._generate_multipliers = before
+
+    def rows_of(self, adapter_name: str, batch: int) -> list[int] | None:
+        """The rows that an adapter steers, or None for all of them."""
+        if self.adapter_names is None:
+            return None
+        repeats = self._repeats_of(len(self.adapter_names), batch, "adapter_names")
+        return [row for row in range(batch) if self.adapter_names[row // repeats] == adapter_name]
+
+    def per_row(self, strengths: Tensor, batch: int) -> Tensor:
+        """Strengths for the rows of the batch, given one for each row that the caller knows of."""
+        return strengths.repeat_interleave(self._repeats_of(len(strengths), batch, "multiplier"))
+
+    def _repeats_of(self, given: int, batch: int, name: str) -> int:
+        if given == batch:
+            return 1
+        if given * self._repeats == batch:
+            return self._repeats
+        raise ConfigError(
+            f"{name} has {given} values for a batch of {batch} rows: give one per row. (Beam search and "
+            "num_return_sequences repeat each row; a model without PeftModel around it needs its values repeated too.)"
+        )
+
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if inputs.get("adapter_names") is not None:
+            raise ConfigError("adapter_names= is a feature of PeftModel: wrap the model with get_peft_model.")
+        self.labels = inputs.get("labels")
+        self.attention_mask = inputs.get("attention_mask")
+        past = inputs.get("past_key_values")
+        # Some caches keep their length in a tensor that the call will change in place.
+        self.past_length = 0 if past is None else past.get_seq_length() + 0
+        multipliers = inputs.get("multipliers")
+        self.multipliers = self._generate_multipliers if multipliers is None else as_rows(multipliers)
+        return args, {name: value for name, value in kwargs.items() if name != "multipliers"}
+
+
+def as_rows(multipliers: Tensor | Sequence[float] | None) -> Tensor | None:
+    """A strength per row as a tensor, `(batch,)`.
+
+    Raises:
+        ConfigError: It is something else, or not finite.
+    """
+    if multipliers is None:
+        return None
+    rows = torch.as_tensor(multipliers)
+    if rows.dim() != 1 or rows.dtype == torch.bool or rows.is_complex() or not rows.isfinite().all():
+        raise ConfigError(f"multipliers={multipliers!r}: give one finite number per row of the batch, (batch,).")
+    return rows

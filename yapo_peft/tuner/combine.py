@@ -1,0 +1,80 @@
+"""Combines the codes of several adapters on one SAE into one code."""
+
+from __future__ import annotations
+
+from typing import Literal, cast, get_args
+
+import torch
+from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
+from torch import Tensor
+
+from ..errors import ConfigError
+
+Combination = Literal["linear", "ties", "magnitude_prune"]
+MajoritySign = Literal["total", "frequency"]
+
+
+def combine_codes(
+    codes: list[Tensor],
+    weights: list[float],
+    combination_type: str = "linear",
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> Tensor:
+    """Combines codes of the same SAE.
+
+    The result is one code: a feature is cut once, by what the codes ask for together, which is not the sum of the
+    shifts that they make one by one.
+
+    Args:
+        codes: The codes, `(d_sae,)` each.
+        weights: A factor for each; negative ones subtract.
+        combination_type: "linear" for the weighted sum; "magnitude_prune" for the weighted sum of the largest
+            entries; "ties" to prune, elect a sign for each feature, and average the entries that have it.
+        density: Share of each code's non-zero entries that pruning keeps, in (0, 1].
+        majority_sign_method: Elect by the "total" of the entries or by the "frequency" of their signs.
+
+    Returns:
+        The combined code, `(d_sae,)`.
+
+    Raises:
+        ConfigError: An argument has a value that cannot work.
+
+    Source: TIES, arXiv 2306.01708; a code's zero entries are left out of its density, since most are zero.
+    """
+    _check(len(codes), weights, combination_type, density, majority_sign_method)
+    if density is not None and density < 1:
+        codes = [_largest(code, density) for code in codes]
+    weighted = torch.stack(codes) * torch.tensor(weights, dtype=codes[0].dtype, device=codes[0].device)[:, None]
+    if combination_type != "ties":
+        return weighted.sum(dim=0)
+    signed = torch.stack(codes) * torch.tensor(weights, device=codes[0].device).sign()[:, None]
+    majority = calculate_majority_sign_mask(signed, method=cast(MajoritySign, majority_sign_method))
+    return disjoint_merge(weighted, majority)
+
+
+def _largest(code: Tensor, density: float) -> Tensor:
+    kept = code.clone()
+    nonzero = code != 0
+    kept[nonzero] = prune(code[nonzero], density, method="magnitude")
+    return kept
+
+
+def _check(
+    count: int, weights: list[float], combination_type: str, density: float | None, majority_sign_method: str
+) -> None:
+    if len(weights) != count:
+        raise ConfigError(f"weights={weights} has {len(weights)} values for {count} adapters: give one for each.")
+    if not torch.tensor(weights, dtype=torch.float64).isfinite().all():
+        raise ConfigError(f"weights={weights}: give finite numbers.")
+    if combination_type not in get_args(Combination):
+        raise ConfigError(
+            f"combination_type={combination_type!r}: choose one of {get_args(Combination)}; the others that LoRA knows "
+            "are for matrices."
+        )
+    if combination_type == "linear" and density is not None:
+        raise ConfigError(f"density={density} has no meaning for 'linear': use 'magnitude_prune' or 'ties'.")
+    if combination_type != "linear" and (density is None or not 0 < density <= 1):
+        raise ConfigError(f"density={density}: {combination_type!r} needs a share of the entries, in (0, 1].")
+    if majority_sign_method not in get_args(MajoritySign):
+        raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {get_args(MajoritySign)}.")

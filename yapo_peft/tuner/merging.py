@@ -1,0 +1,170 @@
+"""Folds a steering that is constant into a bias of the block, so that the model runs without this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import AdapterFileError, UnsupportedOperationError
+from .blocks import hidden_states
+from .call import Strength
+from .layer import YaPOLayer
+
+
+def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
+    """What an adapter adds to the output of a block, if that is the same for every token.
+
+    Where `strength * code >= 0`, `ReLU(f + strength * code) - f` is `strength * code`, whatever the token.
+
+    Returns:
+        The shift, `(d_model,)` in float32.
+
+    Raises:
+        UnsupportedOperationError: It depends on the token or the row.
+    """
+    strength: Strength = layer.multiplier[adapter_name]
+    if isinstance(strength, Tensor):
+        raise _refusal(adapter_name, "its strength differs by row (set one with set_multiplier)")
+    if layer.positions[adapter_name] != "all":
+        raise _refusal(adapter_name, f"it steers only the tokens of positions={layer.positions[adapter_name]!r}")
+    code = layer.yapo_code[adapter_name].detach()
+    sae = layer.yapo_sae[adapter_name].weights(code.device, torch.float32)
+    if sae.normalization != "none":
+        raise _refusal(adapter_name, f"its SAE scales each token by itself ({sae.normalization!r})")
+    cut = int((strength * code < 0).sum())
+    if cut:
+        raise _refusal(
+            adapter_name,
+            f"at strength {strength:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
+            f"{layer.index}, and a feature is lowered by no more than it is active",
+        )
+    return (strength * code) @ sae.W_dec
+
+
+def fold(layers: list[YaPOLayer], shifts: list[Tensor], safe_merge: bool) -> None:
+    """Adds a constant to the output of each block, through the bias of its last linear module.
+
+    Raises:
+        AdapterFileError: With `safe_merge`, a bias would become NaN or infinite.
+        UnsupportedOperationError: A block has no such module.
+    """
+    for layer, shift in zip(layers, shifts, strict=True):
+        projection: Any = output_projection(layer)
+        old = torch.zeros_like(shift) if projection.bias is None else projection.bias.detach().to(shift)
+        new = (old + shift).to(projection.weight.device, projection.weight.dtype)
+        if safe_merge and not new.isfinite().all():
+            raise AdapterFileError(
+                f"Merging block {layer.index} gives a bias with NaN or infinity: the code is broken."
+            )
+        layer.replaced_biases.append((projection, projection.bias))
+        projection.bias = nn.Parameter(new, requires_grad=False)
+
+
+def output_projection(layer: YaPOLayer) -> nn.Linear | Conv1D:
+    """The last linear module of a block that is as wide as its output.
+
+    Raises:
+        UnsupportedOperationError: There is none, or another adapter is attached within the block.
+    """
+    modules = list(layer.block.modules())
+    if any(isinstance(module, BaseTunerLayer) and not isinstance(module, YaPOLayer) for module in modules):
+        raise UnsupportedOperationError(
+            f"Block {layer.index} holds another method's adapter too: merge or unload that one first."
+        )
+    width = next(iter(layer.yapo_sae.values())).identity.d_in
+    linear = [module for module in modules if isinstance(module, nn.Linear | Conv1D) and _width(module) == width]
+    if not linear:
+        raise UnsupportedOperationError(
+            f"A YaPO adapter cannot be merged: {type(layer.block).__name__} has no linear module as wide as its "
+            "output. Keep the adapter attached."
+        )
+    return linear[-1]
+
+
+def require_bias_switch(model: Any, layers: list[YaPOLayer]) -> None:
+    """Raises unless a model that was merged can be saved and loaded.
+
+    Raises:
+        UnsupportedOperationError: The blocks have no bias, and the model's config has no switch for one; or their
+            weights are quantised.
+    """
+    if any(not output_projection(layer).weight.is_floating_point() for layer in layers):
+        raise UnsupportedOperationError(
+            "A YaPO adapter cannot be merged into a quantised model: merge it into the model in full precision."
+        )
+    has_biases = all(output_projection(layer).bias is not None for layer in layers)
+    if not has_biases and getattr(_config(model), "mlp_bias", None) is None:
+        raise UnsupportedOperationError(
+            f"A YaPO adapter cannot be merged into {type(model).__name__}: its blocks end in a linear module without a "
+            "bias, and its config has no mlp_bias to give them one. Keep the adapter attached."
+        )
+
+
+def complete_biases(model: Any, merged: list[nn.Module]) -> None:
+    """Where merging gave biases to some MLPs that had none, gives zeros to the others, and says so in the config."""
+    config = _config(model)
+    if getattr(config, "mlp_bias", None) is not False or not merged:
+        return
+    config.mlp_bias = True
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is None and ".mlp." in name:
+            zeros = torch.zeros(module.out_features, device=module.weight.device, dtype=module.weight.dtype)
+            module.bias = nn.Parameter(zeros, requires_grad=False)
+
+
+@torch.no_grad()
+def block_outputs(model: nn.Module, layers: list[YaPOLayer]) -> list[Tensor]:
+    """Outputs of steered blocks on a few tokens, `(1, 8, d_model)` in float32, to compare before and after merging."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = hidden_states(output).float()
+
+        return hook
+
+    handles = [layer.block.register_forward_hook(keep(layer.index)) for layer in layers]
+    embeddings: nn.Embedding = model.get_input_embeddings()  # pyright: ignore
+    ids = torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    training = model.training
+    try:
+        model.eval()(input_ids=ids)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return [outputs[layer.index] for layer in layers]
+
+
+def require_same_outputs(before: list[Tensor], after: list[Tensor], shifts: list[Tensor], dtype: torch.dtype) -> None:
+    """Raises if merged blocks give something else than steered ones, beyond rounding.
+
+    Raises:
+        UnsupportedOperationError: The blocks do more with their last linear module than add it to the residual stream.
+    """
+    for steered, merged, shift in zip(before, after, shifts, strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * steered.norm(dim=-1)
+        if ((steered - merged).norm(dim=-1) > 0.01 * shift.norm() + rounding).any():
+            raise UnsupportedOperationError(
+                "A YaPO adapter cannot be merged into this architecture: its blocks scale or normalise what their last "
+                "linear module gives, so that no bias of it is the steering. Keep the adapter attached."
+            )
+
+
+def _config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _width(module: nn.Linear | Conv1D) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.nf
+
+
+def _refusal(adapter_name: str, reason: str) -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        f"Adapter {adapter_name!r} cannot be merged: {reason}, so its shift is no constant that a bias could hold. "
+        "Keep the adapter attached, or call unload() for the model without it."
+    )
