@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tiny import make_model, make_sae, preference_rows, trained_codes
 from trl import DPOConfig
 
@@ -137,3 +137,15 @@ def test_bad_arguments_are_refused(tmp_path, pairs, tokenizer, change, error, me
         model, options["peft_config"] = make_model(), LoraConfig()
     with pytest.raises(error, match=message):
         YaPOTrainer(change.get("model", model), args, train_dataset=pairs, processing_class=tokenizer, **options)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
+def test_another_adapter_that_would_train_along_is_refused(build):
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_model())
+    steered = get_peft_model(model, YaPOConfig(layers=2, sae=make_sae()))
+    with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj' \(Linear\) holds another method's trainable"):
+        build(steered)
+    for name, parameter in steered.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(False)
+    build(steered)

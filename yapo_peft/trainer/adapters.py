@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ..errors import ConfigError
 from ..tuner import YaPOConfig, YaPOLayer
@@ -17,7 +19,8 @@ from ..tuner.strength import steered_layers
 def no_reference_adapter(model: Any) -> Generator[None]:
     """Keeps TRL from adding a frozen copy of a ready adapter, named "ref": steering off is the reference.
 
-    TRL reads `peft_config["default"]` and calls `add_adapter("ref", ...)`; both are answered without effect.
+    TRL reads `peft_config["default"]`, calls `add_adapter("ref", ...)`, and copies parameters of any adapter "default"
+    to those of "ref"; all three are answered without effect.
     """
     if not isinstance(model, PeftModel):
         yield
@@ -26,10 +29,11 @@ def no_reference_adapter(model: Any) -> Generator[None]:
     if alias:
         model.peft_config["default"] = model.peft_config[model.active_adapters[0]]
     model.__dict__["add_adapter"] = lambda *args, **kwargs: None
+    model.__dict__["get_parameter"] = lambda name: nn.Module.get_parameter(model, name.replace(".ref.", ".default."))
     try:
         yield
     finally:
-        del model.__dict__["add_adapter"]
+        del model.__dict__["add_adapter"], model.__dict__["get_parameter"]
         if alias:
             del model.peft_config["default"]
 
@@ -38,8 +42,11 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
     """Raises unless there is a YaPO adapter to train.
 
     Raises:
-        ConfigError: There is none, it is frozen, or `peft_config` is another method's.
+        ConfigError: There is none, it is frozen, another method's adapter would train along, or `peft_config` is
+            another method's.
     """
+    if isinstance(model, nn.Module):
+        _require_no_other(model)
     if peft_config is not None:
         if not isinstance(peft_config, YaPOConfig):
             raise ConfigError(f"peft_config is a {type(peft_config).__name__}: YaPOTrainer trains a YaPOConfig.")
@@ -53,6 +60,17 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
         raise ConfigError(
             "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
         )
+
+
+def _require_no_other(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, YaPOLayer):
+            continue
+        if any(parameter.requires_grad for parameter in cast(nn.Module, module).parameters()):
+            raise ConfigError(
+                f"{name!r} ({type(module).__name__}) holds another method's trainable adapter, which would learn along "
+                "with the code, in the reference too: freeze it with requires_grad_(False), or merge it first."
+            )
 
 
 def _is_trainable(layer: YaPOLayer) -> bool:

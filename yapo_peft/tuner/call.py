@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedOperationError
 
 Strength = float | Tensor
 
@@ -37,11 +37,31 @@ class Call:
         self.multipliers: Tensor | None = None
         self._generate_multipliers: Tensor | None = None
         self._repeats = 1
-        self._handle = model.register_forward_pre_hook(self._observe, with_kwargs=True)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._predicts_tokens = head is not None
+        self._handles = [
+            model.register_forward_pre_hook(self._observe, with_kwargs=True),
+            model.register_forward_hook(self._forget, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Stops watching."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def require_labels(self, positions: str) -> None:
+        """Raises where training would not know which tokens are the answer's, and steer none of them.
+
+        Raises:
+            UnsupportedOperationError: The model is called without labels.
+        """
+        if positions == "all" or self.labels is not None or (positions == "last" and not self._predicts_tokens):
+            return
+        raise UnsupportedOperationError(
+            f"positions={positions!r} finds the tokens of the answer by their labels, and this call in training mode "
+            "has none. Use positions='all', or a trainer that passes labels (SFT, DPO, KTO, GRPO). For inference, "
+            "call model.eval()."
+        )
 
     @contextmanager
     def generating(self, prompt_length: int, repeats: int, multipliers: Any) -> Generator[None]:
@@ -86,6 +106,11 @@ class Call:
         multipliers = inputs.get("multipliers")
         self.multipliers = self._generate_multipliers if multipliers is None else as_rows(multipliers)
         return args, {name: value for name, value in kwargs.items() if name != "multipliers"}
+
+    def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Whoever calls a part of the model, past this hook, shall not be taken for the last one who called all."""
+        self.labels = self.attention_mask = self.multipliers = None
+        self.past_length = 0
 
 
 def as_rows(multipliers: Tensor | Sequence[float] | None) -> Tensor | None:

@@ -8,7 +8,8 @@ import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SAEMismatchError
+from .config import YaPOConfig
 
 Combination = Literal["linear", "ties", "magnitude_prune"]
 MajoritySign = Literal["total", "frequency"]
@@ -51,6 +52,23 @@ def combine_codes(
     signed = torch.stack(codes) * torch.tensor(weights, device=codes[0].device).sign()[:, None]
     majority = calculate_majority_sign_mask(signed, method=cast(MajoritySign, majority_sign_method))
     return disjoint_merge(weighted, majority)
+
+
+def require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None:
+    """Raises unless two adapters have codes of the same features, at the same places.
+
+    Raises:
+        SAEMismatchError: They steer other layers, with other SAEs, or at other positions.
+    """
+    if first.layers != other.layers:
+        raise SAEMismatchError(f"{names} steer layers {first.layers} and {other.layers}: only the same ones combine.")
+    hashes = [[identity["content_hash"] for identity in config.sae_identity or []] for config in (first, other)]
+    if hashes[0] != hashes[1]:
+        raise SAEMismatchError(f"{names} have codes of different SAEs, whose features have nothing in common.")
+    if first.positions != other.positions:
+        raise SAEMismatchError(
+            f"{names} steer positions {first.positions!r} and {other.positions!r}: one code can only have one choice."
+        )
 
 
 def _largest(code: Tensor, density: float) -> Tensor:

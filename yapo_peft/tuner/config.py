@@ -13,11 +13,15 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.peft_types import PeftType, TaskType
 
-from ..errors import AdapterFileError, ConfigError
+from ..errors import AdapterFileError, ConfigError, UnsupportedOperationError
 from .positions import POSITIONS
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+
+class _TokenTrainingError(UnsupportedOperationError, AttributeError):
+    """For those who ask whether there is such an attribute, there is none."""
 
 
 class YaPOPeftType(str, Enum):  # noqa: UP042 (as PEFT's own, whose members it stands among)
@@ -40,6 +44,8 @@ class YaPOConfig(PeftConfig):
             token from which the next one is predicted.
         init_weights: True starts from a zero code, which changes nothing; False from a small random one, for tests.
         sae_identity: What the adapter remembers of each SAE. Filled in when it is attached; leave it empty.
+        modules_to_save: Names of other modules to train and save with the codes, such as the new head of a classifier;
+            PEFT fills it in for task_type="SEQ_CLS".
         sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Not saved: only their content
             hash is, and whoever loads the adapter hands the same SAE in with `yapo_peft.register_sae`.
         task_type: As PEFT's; "CAUSAL_LM" unless given. A model without a language-model head needs its own, such as
@@ -57,6 +63,7 @@ class YaPOConfig(PeftConfig):
     positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
     init_weights: bool = field(default=True, metadata={"help": "True: zero code. False: small random code."})
     sae_identity: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Filled in by the library."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
 
     def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:
@@ -85,6 +92,14 @@ class YaPOConfig(PeftConfig):
         if file.is_file():
             _require_whole(file)
         return config
+
+    def __getattr__(self, name: str) -> Any:
+        """Says why where TRL asks for LoRA's way to train new tokens."""
+        if name == "trainable_token_indices":
+            raise _TokenTrainingError(
+                "A YaPO adapter trains codes; it cannot train the embeddings of new tokens as well."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def layer_indices(self) -> list[int]:
         """The layers as a list."""

@@ -74,6 +74,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self._parent = [block]
         self._hook = block.register_forward_hook(self._steer_output, prepend=True)
         block.add_module(CHILD_NAME, self)
+        self.train(block.training)
 
     @property
     def block(self) -> nn.Module:
@@ -106,6 +107,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         for adapter_name, strength, rows in shares:
             sae = self.yapo_sae[adapter_name].weights(h.device, h.dtype)
             code = self.yapo_code[adapter_name].to(h.device)
+            if self.training and code.requires_grad and torch.is_grad_enabled():
+                self.call.require_labels(self.positions[adapter_name])
             shift, moved = steering_shift(h if rows is None else h[rows], code, sae, strength)
             mask = tokens_to_steer(self.positions[adapter_name], h, self.call)
             if mask is not None:
@@ -131,6 +134,17 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.used_adapters if name in self.yapo_code and not self._is_off(name)]
+
+    def effective_code(self, adapter_name: str) -> Tensor:
+        """The code of an adapter at the strength that it has now, `(d_sae,)`.
+
+        Raises:
+            ConfigError: Its strength differs by row.
+        """
+        strength = self.multiplier[adapter_name]
+        if isinstance(strength, Tensor):
+            raise ConfigError(f"The strength of {adapter_name!r} differs by row: set one with set_multiplier first.")
+        return strength * self.yapo_code[adapter_name].detach()
 
     def detach_from_block(self) -> None:
         """Leaves the block as it was found."""

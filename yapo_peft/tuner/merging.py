@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +13,44 @@ from ..errors import AdapterFileError, UnsupportedOperationError
 from .blocks import hidden_states
 from .call import Strength
 from .layer import YaPOLayer
+
+
+def merge(model: nn.Module, layers: list[YaPOLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Folds adapters into biases of their blocks; leaves the model as it was where that is not exact.
+
+    Args:
+        model: The transformers model.
+        layers: Its steered layers.
+        adapter_names: The adapters; the active ones of each layer if None.
+        safe_merge: Check that no bias becomes NaN or infinite.
+
+    Raises:
+        AdapterFileError: With `safe_merge`, a bias would become NaN or infinite.
+        UnsupportedOperationError: The steering depends on the token, or the architecture has no bias to hold it.
+    """
+    names = {
+        layer: [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.yapo_code]
+        for layer in layers
+    }
+    layers = [layer for layer in layers if names[layer]]
+    shifts = [torch.stack([constant_shift(layer, name) for name in names[layer]]).sum(dim=0) for layer in layers]
+    require_bias_switch(model, layers)
+    active = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = names[layer]
+        steered = block_outputs(model, layers)
+        fold(layers, shifts, safe_merge)
+        for layer in layers:
+            layer.merged_adapters.extend(names[layer])
+        require_same_outputs(steered, block_outputs(model, layers), shifts, next(model.parameters()).dtype)
+    except Exception:
+        for layer in layers:
+            layer.unmerge()
+        raise
+    finally:
+        for layer, before in zip(layers, active, strict=True):
+            layer._active_adapter = before
 
 
 def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:

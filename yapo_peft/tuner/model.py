@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig, TaskType
-from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
@@ -17,17 +17,10 @@ from ..sae import FrozenSAE, load_sae
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .call import Call
 from .codes_on_disk import pack_codes, unpack_codes
-from .combine import combine_codes
+from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
 from .layer import CHILD_NAME, YaPOLayer
-from .merging import (
-    block_outputs,
-    complete_biases,
-    constant_shift,
-    fold,
-    require_bias_switch,
-    require_same_outputs,
-)
+from .merging import complete_biases, merge
 from .strength import mark_lowest, steered_layers
 
 
@@ -155,8 +148,13 @@ class YaPOModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         """Only this method's: another one's adapters in the model are none of its business."""
-        for layer in steered_layers(self.model):
-            layer.enable_adapters(enabled)
+        for module in [*steered_layers(self.model), *self._saved_modules().values()]:
+            module.enable_adapters(enabled)
+
+    def _saved_modules(self) -> dict[str, AuxiliaryTrainingWrapper]:
+        """The modules of `modules_to_save`, by name."""
+        wrappers = {n: m for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+        return {name: module for name, module in wrappers.items() if module._adapters & self.peft_config.keys()}
 
     def add_weighted_adapter(
         self,
@@ -189,18 +187,13 @@ class YaPOModel(BaseTuner):
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
             raise ConfigError(f"adapters={adapters}: choose some of {', '.join(map(repr, self.peft_config))}.")
-        first, *others = (cast(YaPOConfig, self.peft_config[name]) for name in adapters)
-        for name, config in zip(adapters[1:], others, strict=True):
-            _require_combinable(first, config, f"{adapters[0]!r} and {name!r}")
+        configs = [cast(YaPOConfig, self.peft_config[name]) for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            require_combinable(configs[0], config, f"{adapters[0]!r} and {name!r}")
         layers = [layer for layer in steered_layers(self.model) if adapters[0] in layer.yapo_code]
-        combined: list[Tensor] = []
-        for layer in layers:
-            strengths = [layer.multiplier[name] for name in adapters]
-            if any(isinstance(strength, Tensor) for strength in strengths):
-                raise ConfigError("An adapter's strength differs by row: set one with set_multiplier first.")
-            codes = [layer.yapo_code[name].detach() * s for name, s in zip(adapters, strengths, strict=True)]
-            combined.append(combine_codes(codes, weights, combination_type, density, majority_sign_method))
-        self.peft_config[adapter_name] = replace(first, multiplier=1.0)
+        codes = [[layer.effective_code(name) for name in adapters] for layer in layers]
+        combined = [combine_codes(own, weights, combination_type, density, majority_sign_method) for own in codes]
+        self.peft_config[adapter_name] = replace(configs[0], multiplier=1.0)
         self.inject_adapter(self.model, adapter_name)
         for layer, code in zip(layers, combined, strict=True):
             layer.yapo_code[adapter_name].data.copy_(code)
@@ -215,31 +208,7 @@ class YaPOModel(BaseTuner):
         Raises:
             UnsupportedOperationError: The steering depends on the token, or the architecture has no bias to hold it.
         """
-        names = {layer.index: self._to_merge(layer, adapter_names) for layer in steered_layers(self.model)}
-        layers = [layer for layer in steered_layers(self.model) if names[layer.index]]
-        shifts = [
-            torch.stack([constant_shift(layer, name) for name in names[layer.index]]).sum(dim=0) for layer in layers
-        ]
-        require_bias_switch(self.model, layers)
-        active = [layer._active_adapter for layer in layers]
-        try:
-            for layer in layers:
-                layer._active_adapter = names[layer.index]
-            steered = block_outputs(self.model, layers)
-            fold(layers, shifts, safe_merge)
-            for layer in layers:
-                layer.merged_adapters.extend(names[layer.index])
-            dtype = next(self.model.parameters()).dtype
-            require_same_outputs(steered, block_outputs(self.model, layers), shifts, dtype)
-        except Exception:
-            self.unmerge_adapter()
-            raise
-        finally:
-            for layer, before in zip(layers, active, strict=True):
-                layer._active_adapter = before
-
-    def _to_merge(self, layer: YaPOLayer, adapter_names: list[str] | None) -> list[str]:
-        return [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.yapo_code]
+        merge(self.model, steered_layers(self.model), adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out of the model's biases, which become what they were."""
@@ -264,6 +233,12 @@ class YaPOModel(BaseTuner):
             call.remove()
         for layer in layers:
             layer.detach_from_block()
+        for name, module in self._saved_modules().items():
+            parent, _, child = name.rpartition(".")
+            unloaded = module.unload_and_optionally_merge_module(
+                merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+            setattr(self.model.get_submodule(parent), child, unloaded)
         if getattr(self.model, "peft_config", None) is self.peft_config:
             del self.model.peft_config
         return cast(nn.Module, self.model)
@@ -320,13 +295,16 @@ class YaPOModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        # PEFT has already given those of `modules_to_save` their names in the model.
+        others = {name: tensor for name, tensor in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
+        packed = {name: tensor for name, tensor in state_dict.items() if name not in others}
         layers = {
             name: layer
             for name, layer in model.named_modules()
             if isinstance(layer, YaPOLayer) and adapter_name in layer.yapo_code
         }
-        codes = unpack_codes(state_dict, {x.index: x.yapo_code[adapter_name].numel() for x in layers.values()})
-        return {f"{name}.yapo_code.{adapter_name}": codes[layer.index] for name, layer in layers.items()}
+        codes = unpack_codes(packed, {x.index: x.yapo_code[adapter_name].numel() for x in layers.values()})
+        return others | {f"{name}.yapo_code.{adapter_name}": codes[layer.index] for name, layer in layers.items()}
 
 
 def _require_head(model: nn.Module, config: PeftConfig) -> None:
@@ -335,18 +313,6 @@ def _require_head(model: nn.Module, config: PeftConfig) -> None:
         raise ConfigError(
             f"task_type='CAUSAL_LM', YaPOConfig's default, does not fit {type(model).__name__}, which cannot generate: "
             "give task_type='FEATURE_EXTRACTION', or 'SEQ_CLS' for a classifier."
-        )
-
-
-def _require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None:
-    if first.layers != other.layers:
-        raise SAEMismatchError(f"{names} steer layers {first.layers} and {other.layers}: only the same ones combine.")
-    hashes = [[identity["content_hash"] for identity in config.sae_identity or []] for config in (first, other)]
-    if hashes[0] != hashes[1]:
-        raise SAEMismatchError(f"{names} have codes of different SAEs, whose features have nothing in common.")
-    if first.positions != other.positions:
-        raise SAEMismatchError(
-            f"{names} steer positions {first.positions!r} and {other.positions!r}: one code can only have one choice."
         )
 
 
