@@ -1,0 +1,137 @@
+"""The training script, as users start it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from tiny import make_model, preference_rows, random_ids
+
+from yapo_peft import ConfigError
+from yapo_peft.scripts.yapo import make_parser
+from yapo_peft.tuner.strength import steered_layers
+
+# Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.
+STARTS = {
+    "python -m": [sys.executable, "-m", "yapo_peft.scripts.yapo"],
+    "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "yapo_peft.scripts.yapo"],
+    "yapo train, 2 processes": [sys.executable, "-m", "yapo_peft", "train", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tokenizer):
+    """A folder with a model, an SAE, data, and a config as one would write it for `trl dpo`."""
+    from tiny import inference_sae, make_sae
+
+    folder = tmp_path_factory.mktemp("workplace")
+    make_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    inference_sae(make_sae(), folder / "sae")
+    (folder / "data").mkdir()
+    for split, count in (("train", 8), ("test", 4)):
+        lines = [json.dumps(row) for row in preference_rows(count)]
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    config = {
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "data"),
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "use_peft": True,
+    }
+    # JSON is YAML.
+    (folder / "dpo.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def arguments(workplace: Path, out: Path, pairs: int) -> list[str]:
+    steering = ["--layers", "2", "--sae_path", str(workplace / "sae")]
+    batch = ["--per_device_train_batch_size", str(pairs)]
+    return ["--config", str(workplace / "dpo.yaml"), *steering, *batch, "--output_dir", str(out)]
+
+
+@pytest.fixture(scope="module")
+def trained(workplace):
+    """The adapter that each way to start the script trains, and what it logged."""
+    results = {}
+    for name, start in STARTS.items():
+        out = workplace / name.replace(" ", "-")
+        command = [*start, *arguments(workplace, out, pairs=2 if "2 processes" in name else 4)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        model = AutoPeftModelForCausalLM.from_pretrained(out)
+        state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+        results[name] = (steered_layers(model)[0].yapo_code["default"].detach(), state["log_history"], model)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "TRL", "A script like `trl dpo`: `python -m yapo_peft.scripts.yapo`, `accelerate launch -m`, `yapo train`"
+)
+@pytest.mark.parametrize("name", STARTS)
+def test_however_it_is_started_the_script_trains_the_same_adapter(trained, name):
+    code, log, model = trained[name]
+    expected, expected_log, _ = trained["python -m"]
+    assert code.any()
+    torch.testing.assert_close(code, expected, rtol=1e-4, atol=1e-6)
+    for key in ("loss", "eval_loss", "eval_accuracy/plus"):
+        ours, theirs = ([entry[key] for entry in history if key in entry] for history in (log, expected_log))
+        assert ours
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert model(random_ids()).logits.isfinite().all()
+
+
+def parsed(*arguments):
+    return make_parser().parse_args_and_config(list(arguments))
+
+
+def test_the_flags_are_those_of_trl_and_ours():
+    _, training, model, _, steering = parsed(
+        *("--model_name_or_path", "m", "--beta", "0.2", "--direction", "both", "--output_dir", "x"),
+        *("--layers", "-1", "3", "--sae_release", "r", "--sae_id", "a", "b", "--positions", "last"),
+    )
+    assert (model.model_name_or_path, training.beta, training.direction) == ("m", 0.2, "both")
+    config = steering.config()
+    assert (config.layers, config.sae_release, config.sae_id) == ([-1, 3], "r", ["a", "b"])
+    assert config.positions == "last"
+
+
+GOOD = ("--model_name_or_path", "m", "--layers", "2", "--sae_path", "s", "--output_dir", "x", "--bf16", "False")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lora_r", "32"), "lora_r=32 belongs to LoRA"),
+        (("--use_dora",), "use_dora=True belongs to LoRA"),
+        ((), "nothing to train on: give dataset_name"),
+        (("--positions", "first"), "positions='first'"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_loaded(options, message):
+    from yapo_peft.scripts.yapo import main
+
+    with pytest.raises(ConfigError, match=message):
+        main(*parsed(*GOOD, *options))
+
+
+def test_a_missing_split_is_named(workplace):
+    from yapo_peft.scripts.yapo import main
+
+    options = ("--dataset_name", str(workplace / "data"), "--dataset_train_split", "training")
+    with pytest.raises(ConfigError, match="no split 'training' but 'train', 'test'"):
+        main(*parsed(*GOOD, *options))

@@ -1,0 +1,29 @@
+"""The command `yapo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .._version import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        argv: Arguments after the program's name; those of this process if None.
+
+    Returns:
+        The exit status.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="yapo", description="Sparse activation steering of language models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    # Its options are TRL's, and its own parser lists them.
+    commands.add_parser("train", help="learn an adapter from preference pairs", add_help=False)
+    parser.parse_known_args(argv[:1])
+    from .train import train
+
+    return train(argv[1:])

@@ -1,0 +1,42 @@
+"""`yapo train`: the training script under `accelerate launch`, as `trl dpo` does it."""
+
+from __future__ import annotations
+
+
+def train(arguments: list[str]) -> int:
+    """Launches the training script.
+
+    Options that the script does not know go to `accelerate launch`, such as `--num_processes 2`; `--accelerate_config`
+    takes a file or the name of one of TRL's configs.
+
+    Args:
+        arguments: The script's and the launcher's, in any order.
+
+    Returns:
+        The exit status.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from ..scripts.yapo import make_parser
+
+    *_, from_config, from_command_line = make_parser("yapo train").parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch = resolve_accelerate_config_argument(from_config + from_command_line)
+    script = _without(arguments, from_command_line)
+    launch_command(launch_command_parser().parse_args([*launch, "--module", "yapo_peft.scripts.yapo", *script]))
+    return 0
+
+
+def _without(arguments: list[str], others: list[str]) -> list[str]:
+    """The arguments less some of them, which stand among them in this order."""
+    rest = iter([*others, None])
+    skip = next(rest)
+    kept: list[str] = []
+    for argument in arguments:
+        if argument == skip:
+            skip = next(rest)
+        else:
+            kept.append(argument)
+    return kept

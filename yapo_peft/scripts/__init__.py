@@ -1,0 +1,1 @@
+"""Programs that `python -m` and `accelerate launch -m` run."""

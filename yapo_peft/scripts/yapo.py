@@ -1,0 +1,144 @@
+"""`trl dpo` with a steering adapter: the same parser, flags and YAML configs, and options of its own.
+
+    python -m yapo_peft.scripts.yapo \
+        --model_name_or_path google/gemma-2-2b-it --dtype bfloat16 \
+        --dataset_name trl-lib/ultrafeedback_binarized \
+        --layers 15 --sae_release gemma-scope-2b-pt-res --sae_id layer_15/width_65k/average_l0_68 \
+        --output_dir polite-gemma
+
+`accelerate launch -m yapo_peft.scripts.yapo ...` and `yapo train ...` run it on several processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from yapo_peft import ConfigError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+
+
+@dataclass
+class SteeringArguments:
+    """The adapter, with the fields of `YaPOConfig`.
+
+    Attributes:
+        layers: Blocks to steer; negative ones count from the end.
+        sae_release: Release of each layer's SAE in sae-lens' directory; one name serves all layers.
+        sae_id: SAE of each layer within the release.
+        sae_path: A local sae-lens folder for each layer, instead.
+        multiplier: Strength with which the saved adapter starts.
+        positions: Tokens to steer: "all", "completion" or "last".
+    """
+
+    layers: list[int] = field(default_factory=list, metadata={"help": "Blocks to steer; negative from the end."})
+    sae_release: list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE, or of all."})
+    sae_id: list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
+    sae_path: list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
+    multiplier: float = field(default=1.0, metadata={"help": "Strength with which the saved adapter starts."})
+    positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
+
+    def config(self) -> YaPOConfig:
+        """The config of the adapter."""
+        release = self.sae_release
+        if release is not None and len(release) == 1:
+            release = release[0]
+        return YaPOConfig(
+            layers=self.layers,
+            sae_release=release,
+            sae_id=self.sae_id,
+            sae_path=self.sae_path,
+            multiplier=self.multiplier,
+            positions=self.positions,
+        )
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """TRL's parser for `trl dpo`, with the options of `YaPOTrainingConfig` and `SteeringArguments`."""
+    types = (ScriptArguments, YaPOTrainingConfig, ModelConfig, DatasetMixtureConfig, SteeringArguments)
+    return TrlParser(cast(Any, types), prog=prog)
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: YaPOTrainingConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    steering_args: SteeringArguments,
+) -> None:
+    """Trains, saves and, if asked, pushes an adapter.
+
+    Raises:
+        ConfigError: An option has a value that cannot work, or belongs to LoRA.
+    """
+    from trl import get_quantization_config
+
+    _require_no_lora(model_args)
+    if model_args.model_name_or_path is None:
+        raise ConfigError("model_name_or_path is missing: give the name or path of a model.")
+    peft_config = steering_args.config()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **cast(dict[str, Any], training_args.model_init_kwargs or {}),
+    }
+    dataset = _load_dataset(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    trainer = YaPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split),
+        eval_dataset=_split(dataset, script_args.dataset_test_split) if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"The adapter is in {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"It is pushed to {trainer.hub_model_id}.")
+    trainer.end()
+
+
+def _load_dataset(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ConfigError(
+            f"datasets and dataset_name={script_args.dataset_name!r} are both given: keep the mixture or the one name."
+        )
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if script_args.dataset_name:
+        return load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    raise ConfigError("There is nothing to train on: give dataset_name, or datasets in a YAML config.")
+
+
+def _split(dataset: Any, name: str) -> Any:
+    if name not in dataset:
+        raise ConfigError(
+            f"The dataset has no split {name!r} but {', '.join(map(repr, dataset))}: choose one with "
+            "dataset_train_split or dataset_test_split."
+        )
+    return dataset[name]
+
+
+def _require_no_lora(model_args: ModelConfig) -> None:
+    """LoRA's options would have no effect. `use_peft` has one: it is what this script does."""
+    defaults = ModelConfig()
+    for option in fields(ModelConfig):
+        value = getattr(model_args, option.name)
+        is_lora = option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora")
+        if is_lora and value != getattr(defaults, option.name):
+            raise ConfigError(f"{option.name}={value!r} belongs to LoRA: leave it out; the adapter here is YaPO's.")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
