@@ -51,7 +51,9 @@ def test_directions_depend_on_their_arguments_only(per):
     assert any(not torch.equal(a, b) for a, b in zip(draws, other_seed, strict=True))
 
 
-def test_ranks_agree_on_the_direction_of_a_batch_and_draw_their_own_examples():
+def test_ranks_agree_on_the_direction_of_a_batch_and_share_the_draws_of_its_examples():
     on_batch = [torch.stack([draw_directions(8, "batch", 0, step, 0, rank) for rank in range(4)]) for step in range(9)]
     assert all((draws == draws[0]).all() for draws in on_batch)
-    assert not torch.equal(draw_directions(8, "example", 0, 0, 0, 0), draw_directions(8, "example", 0, 0, 0, 1))
+    for step in range(9):
+        shares = [draw_directions(2, "example", 0, step, 0, rank) for rank in range(4)]
+        assert torch.equal(torch.cat(shares), draw_directions(8, "example", 0, step, 0, 0))

@@ -39,6 +39,19 @@ def require_preferences(dataset: Any, name: str) -> None:
         )
 
 
+def require_shared(dataset: Any, name: str) -> None:
+    """Raises for a dataset in memory: TRL shares what one process precomputes through a file beside the dataset's.
+
+    Raises:
+        DatasetError: The dataset has no files.
+    """
+    if isinstance(dataset, Dataset) and not dataset.cache_files:
+        raise DatasetError(
+            f"The {name} dataset is in memory: to precompute the reference on several processes, save it with "
+            "save_to_disk and load it with load_from_disk, so that they share what one of them computes."
+        )
+
+
 def require_room(before: Any, after: Any, max_length: int | None, name: str) -> str | None:
     """Compares a dataset before and after TRL dropped the pairs whose prompt fills `max_length`.
 

@@ -14,8 +14,8 @@ _PAIRED = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
 def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int, rank: int) -> Tensor:
     """Draws the direction `d` in {-1, +1} of each pair of a batch.
 
-    The draw is a function of its arguments alone, so that a resumed run goes on as if it had not stopped, and all
-    ranks point the same way where one direction is drawn for the batch.
+    The draw is a function of its arguments alone, so that a resumed run goes on as if it had not stopped. All ranks
+    draw for the global batch and take their part, so that it does not depend on their number.
 
     Args:
         pairs: Number of pairs in the batch.
@@ -23,16 +23,15 @@ def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int
         seed: The run's seed.
         step: Number of optimizer steps taken.
         micro_batch: Number of batches since the last of them.
-        rank: Index of the process; only matters per example.
+        rank: Index of the process.
 
     Returns:
         `(pairs,)`, of -1.0 and +1.0.
     """
-    key = (seed, step, micro_batch, rank if per == "example" else 0)
-    generator = torch.Generator().manual_seed(_mix(key))
-    count = pairs if per == "example" else 1
+    generator = torch.Generator().manual_seed(_mix((seed, step, micro_batch)))
+    count = (rank + 1) * pairs if per == "example" else 1
     drawn = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
-    return drawn.expand(pairs)
+    return drawn[-pairs:] if per == "example" else drawn.expand(pairs)
 
 
 def orient(inputs: dict[str, Any], directions: Tensor) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from trl import DPOTrainer
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import steering
+from ..tuner.codes_on_disk import whole
 from ..tuner.strength import steered_layers
 from .adapters import no_reference_adapter, require_adapter
 from .config import YaPOTrainingConfig
-from .data import require_preferences, require_room
+from .data import require_preferences, require_room, require_shared
 from .objective import draw_directions, orient, pair_order, preference_margin
 from .replay import Replay
 
@@ -104,6 +105,8 @@ class YaPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         require_preferences(dataset, dataset_name)
+        if args.precompute_ref_log_probs and args.world_size > 1:
+            require_shared(dataset, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         warning = require_room(dataset, prepared, args.max_length, dataset_name)
         if warning is not None:
@@ -225,7 +228,7 @@ class YaPOTrainer(DPOTrainer):
             self._metrics[mode][name].extend(gathered.tolist())
 
     def _log_codes(self) -> None:
-        codes = [layer.yapo_code[name].detach() for layer in self._layers for name in layer.steering_adapters]
+        codes = [whole(layer.yapo_code[name]) for layer in self._layers for name in layer.steering_adapters]
         if codes:
             everything = torch.cat([code.cpu() for code in codes])
             self._metrics["train"]["code/nonzero"].append(float(everything.count_nonzero()))
@@ -241,18 +244,21 @@ class YaPOTrainer(DPOTrainer):
         return torch.stack(shares).mean()[None] if shares else torch.zeros(0, device=attended.device)
 
     def _require_finite(self, loss: Tensor) -> None:
-        """Stops before the optimizer can spoil the codes, and saves them as they are."""
-        if loss.isfinite():
+        """Stops before the optimizer can spoil the codes, on all processes at once, and saves them as they are."""
+        losses = cast(Tensor, self.accelerator.gather(loss.detach()[None]))
+        if losses.isfinite().all():
             return
+        bad = losses[~losses.isfinite()][0].item()
         step = self.state.global_step
-        codes = [code for layer in self._layers for code in layer.yapo_code.values()]
-        if step > 0 and all(code.isfinite().all() for code in codes):
+        codes = [whole(code) for layer in self._layers for code in layer.yapo_code.values()]
+        good = torch.stack([code.isfinite().all() for code in codes]).all().to(losses.device)
+        if step > 0 and cast(Tensor, self.accelerator.gather(good[None])).all():
             self._save_checkpoint(self.model, trial=None)
         output_dir = cast(str, self.args.output_dir)
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         kept = f"The codes before it are in {last!r}." if last else "There is no checkpoint from before it."
         raise NonFiniteLossError(
-            f"The loss is {loss.item()} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
+            f"The loss is {bad} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
             "or train in float32 if the model overflows."
         )
 

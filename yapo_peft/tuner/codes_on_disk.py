@@ -6,6 +6,7 @@ import re
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import AdapterFileError
 
@@ -24,10 +25,23 @@ def pack_codes(codes: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     packed = {}
     for name, code in codes.items():
-        indices = code.detach().nonzero().squeeze(-1)
+        code = whole(code)
+        indices = code.nonzero().squeeze(-1)
         packed[name + _INDICES] = indices.to(torch.int32)
-        packed[name + _VALUES] = code.detach()[indices].to(torch.float32)
+        packed[name + _VALUES] = code[indices].to(torch.float32)
     return packed
+
+
+def whole(code: Tensor) -> Tensor:
+    """A code, `(d_sae,)`, also where FSDP2 or ZeRO-3 keep a part of it in each process; all of them must ask."""
+    if isinstance(code, DTensor):
+        return code.full_tensor().detach()
+    if hasattr(code, "ds_id"):
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        with deepspeed.zero.GatheredParameters([code]):
+            return code.detach().clone()
+    return code.detach()
 
 
 def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[int, Tensor]:

@@ -32,7 +32,8 @@ def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: float | T
         strength = strength.to(code).view(-1, 1, 1)
     wanted = strength * code
     features = features.to(wanted.dtype)
-    moved = torch.where(features + wanted > 0, wanted, -features)
+    # Asked this way round, so that NaN in a code does not pass for a feature that is cut.
+    moved = torch.where(features + wanted <= 0, -features, wanted)
     shift = moved.to(sae.W_dec.dtype) @ sae.W_dec
     if scale is not None:
         shift = shift * scale
