@@ -22,7 +22,7 @@ from .errors import (
     YaPOError,
 )
 from .sae import register_sae
-from .tuner import YaPOConfig, YaPOLayer, YaPOModel, set_multiplier, steering
+from .tuner import YaPOConfig, YaPOLayer, YaPOModel, model_card, set_multiplier, steering
 from .tuner.registration import register
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "YaPOModel",
     "YaPOTrainer",
     "YaPOTrainingConfig",
+    "model_card",
     "plot_dose_response",
     "register_sae",
     "score_preferences",

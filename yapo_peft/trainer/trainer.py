@@ -21,6 +21,7 @@ from ..tuner import steering
 from ..tuner.codes_on_disk import whole
 from ..tuner.strength import steered_layers
 from .adapters import no_reference_adapter, require_adapter
+from .card import training_card
 from .config import YaPOTrainingConfig
 from .data import require_preferences, require_room, require_shared
 from .objective import draw_directions, orient, pair_order, preference_margin
@@ -112,6 +113,23 @@ class YaPOTrainer(DPOTrainer):
         if warning is not None:
             warnings.warn(warning, UserWarning, stacklevel=2)
         return prepared
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the adapter's card, with its training and the last evaluation, to `output_dir`.
+
+        Args:
+            model_name: Not used: the card is called as its repository is.
+            dataset_name: Name of the preference dataset.
+            tags: More tags.
+        """
+        if self.is_world_process_zero():
+            training_card(self, dataset_name, tags).save(Path(cast(str, self.args.output_dir)) / "README.md")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        training_card(self).save(Path(output_dir or cast(str, self.args.output_dir)) / "README.md")
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = self._with_reference(inputs)

@@ -93,6 +93,13 @@ class YaPOConfig(PeftConfig):
             _require_whole(file)
         return config
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and saves a model card beside it, unless someone has written one."""
+        from .card import save_card
+
+        super().save_pretrained(save_directory, **kwargs)
+        save_card(self, Path(save_directory))
+
     def __getattr__(self, name: str) -> Any:
         """Says why where TRL asks for LoRA's way to train new tokens."""
         if name == "trainable_token_indices":

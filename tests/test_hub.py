@@ -1,0 +1,113 @@
+"""Sharing adapters: pushed to a server that speaks the Hub's protocol, and loaded from it in another process."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import TOKEN, running_hub
+
+from yapo_peft._version import __version__
+
+pytestmark = pytest.mark.slow
+
+
+def as_user(hub, home: Path, *command: str) -> subprocess.CompletedProcess:
+    """Runs Python in a process of its own, as somebody with a cache of their own."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, hub, tokenizer):
+    """Where the two users keep what they saw."""
+    folder = tmp_path_factory.mktemp("hub")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for job in ("push", "download"):
+        run = as_user(hub, folder / job, str(Path(__file__).with_name("hub_client.py")), job, str(folder))
+        assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return torch.load(folder / "expected.pt")
+
+
+@pytest.fixture(scope="module")
+def got(folder):
+    return torch.load(folder / "got.pt")
+
+
+@pytest.mark.feature(
+    "Hub", "`push_to_hub`, and `PeftModel` or `AutoPeftModelForCausalLM.from_pretrained` of a repository"
+)
+@pytest.mark.parametrize(
+    ("name", "pushed"),
+    [
+        ("default", "default"),
+        ("tag", "default"),
+        ("revision", "revision"),
+        ("subfolder", "subfolder"),
+        ("private", "default"),
+        ("trained", "trained"),
+    ],
+)
+def test_what_is_pushed_steers_alike_where_it_is_loaded(got, expected, name, pushed):
+    assert isinstance(got[name], torch.Tensor), got[name]
+    assert torch.equal(got[name], expected[pushed].expand_as(got[name]))
+    others = {key: value for key, value in expected.items() if key != pushed}
+    assert not any(torch.equal(got[name][0], value) for value in others.values())
+
+
+@pytest.mark.parametrize("name", ["refused", "unknown"])
+def test_what_cannot_be_loaded_is_an_error(got, name):
+    assert isinstance(got[name], str)
+    assert "tester/" in got[name]
+
+
+def test_a_repository_holds_kilobytes_and_no_weights_of_model_or_sae(folder, hub):
+    files = hub.files("tester/adapter")
+    weights = {path for path in files if path.endswith((".safetensors", ".bin", ".pt"))}
+    assert weights == {"adapter_model.safetensors", "other/adapter_model.safetensors"}
+    assert all(len(files[path]) < 4096 for path in weights)
+
+
+@pytest.mark.feature("Hub", "A model card with SAE, layers, training data, metrics and a snippet that runs")
+def test_the_card_says_what_was_trained_where_and_how(folder, hub):
+    card = (folder / "card.md").read_text()
+    header = card.split("---")[1]
+    for line in ("library_name: peft", "base_model: tester/base", "- tester/pairs", "- yapo", "- trl"):
+        assert line in header
+    for text in ("`tester/saes`, `layer_2`", "| 2 |", "| learning_rate | 0.1 |", "eval_accuracy/plus", __version__):
+        assert text in card
+    assert hub.files("tester/trained")["README.md"].decode() == card
+    assert "tester/pairs" in hub.files("tester/adapter", "v1")["README.md"].decode()
+
+
+@pytest.mark.feature("PEFT", "Loading an adapter without `import yapo_peft` first", refused="PEFT has no plugins")
+def test_the_cards_snippet_runs_and_does_not_without_its_first_line(folder, hub):
+    snippet = re.search(r"```python\n(.*?)```", (folder / "card.md").read_text(), re.DOTALL)[1]
+    run = as_user(hub, folder / "reader", "-c", snippet)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip()
+    forgotten = re.sub(r"import yapo_peft.*\n", "", snippet)
+    run = as_user(hub, folder / "reader", "-c", forgotten)
+    assert "KeyError: 'YAPO'" in run.stderr
