@@ -12,10 +12,9 @@ def build(tmp_path, pairs, tokenizer):
     """Makes a trainer on a tiny model."""
 
     def make(model="llama", train_dataset=pairs, adapter=None, code=None, out="out", init=None, **options):
-        options = {"max_steps": 4, "learning_rate": 0.1, "warmup_steps": 0, "logging_steps": 1} | options
-        args = YaPOTrainingConfig(
-            output_dir=str(tmp_path / out), report_to="none", bf16=options.pop("bf16", False), use_cpu=True, **options
-        )
+        defaults = {"max_steps": 4, "learning_rate": 0.1, "warmup_steps": 0, "logging_steps": 1}
+        defaults |= {"report_to": "none", "bf16": False, "use_cpu": True}
+        args = YaPOTrainingConfig(output_dir=str(tmp_path / out), **defaults | options)
         if isinstance(model, str):
             config = {"layers": 2, "sae": make_sae()} | (adapter or {})
             model = get_peft_model(make_model(model), YaPOConfig(**config))
