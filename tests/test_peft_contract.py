@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_base_model_state_dict
 from safetensors.torch import load_file
@@ -356,6 +357,30 @@ def test_device_map(row, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=row.dtype, device_map="cpu")
     assert torch.equal(run(loaded), run(model))
+
+
+@pytest.mark.feature("PEFT", "Accelerate's `cpu_offload` and `disk_offload`, before or after the adapter is attached")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_offloading(row, tmp_path, where, when):
+    model = get_peft_model(row.base(), row.config()).eval()
+    set_code(model, random_code())
+    expected, unsteered = run(model), run(row.base())
+    model.save_pretrained(tmp_path / "adapter")
+    model = model if when == "after" else row.base()
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
+    if when == "before":
+        model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert torch.equal(run(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(run(model), unsteered)
+    model.save_pretrained(tmp_path / "again")
+    saved, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "again"))
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
 @pytest.mark.feature("Beyond PEFT", "A strength per row: `multipliers=` in forward and `generate`")

@@ -57,7 +57,9 @@ def watched_wandb(monkeypatch):
 @pytest.mark.feature("transformers", "Trackers: tensorboard, wandb, trackio")
 @pytest.mark.parametrize("tracker", READERS)
 def test_trackers_get_the_metrics_that_the_trainer_logs(build, pairs, tmp_path, monkeypatch, watched_wandb, tracker):
-    places = {"TENSORBOARD_LOGGING_DIR": tmp_path, "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path}
+    for module in ("trackio.utils", "trackio.sqlite_storage"):  # which read their environment on import
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path)
+    places = {"TENSORBOARD_LOGGING_DIR": tmp_path, "WANDB_DIR": tmp_path}
     for name, value in {**places, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, str(value))
     evaluation = {"eval_strategy": "steps", "eval_steps": 1}

@@ -7,6 +7,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import make_model, make_sae, preference_rows, random_code, random_ids, set_code, trained_codes
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import use_adapter
 
 from yapo_peft import UnsupportedOperationError, YaPOConfig, YaPOError
@@ -155,6 +158,42 @@ def test_the_reference_is_the_unsteered_model(build, name, mode, density, monkey
         torch.testing.assert_close(reference, log_probs(make_model(), *batch), rtol=1e-4, atol=1e-5)
         assert torch.allclose(reference, log_probs(steered, *batch), atol=1e-3) == (density == 0)
     assert (trainer.state.log_history[0][REFERENCED[name]] == 0) == (density == 0)
+
+
+class Sender(VLLMGeneration):
+    """The part of TRL's vLLM generation that reads the weights to send."""
+
+    def __init__(self, model):
+        self.model = model
+        self._dist = DistributedBackend(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
+
+
+def received_by_vllm(model):
+    return {name: parameter.clone() for name, parameter in Sender(model)._iter_named_params()}
+
+
+@pytest.mark.feature("TRL", "`use_vllm` where strength x code is nowhere negative and the block has a bias (GPT-2)")
+def test_vllm_is_sent_the_merged_weights():
+    model = get_peft_model(make_model("gpt2"), YaPOConfig(layers=2, sae=make_sae()))
+    set_code(model, random_code().abs())
+    before = model(random_ids()).logits
+    received = received_by_vllm(model)
+    assert torch.equal(model(random_ids()).logits, before)
+    plain = make_model("gpt2")
+    plain.load_state_dict(received, strict=False)
+    assert received.keys() == dict(plain.named_parameters()).keys()
+    torch.testing.assert_close(plain(random_ids()).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.feature(
+    "TRL", "`use_vllm` elsewhere", refused="TRL sends merged weights, and a code that lowers features has none"
+)
+@pytest.mark.parametrize(("architecture", "code"), [("gpt2", random_code()), ("llama", random_code().abs())])
+def test_vllm_is_not_sent_unsteered_weights(architecture, code):
+    model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae()))
+    set_code(model, code)
+    with pytest.raises(UnsupportedOperationError, match="cannot be merged"):
+        received_by_vllm(model)
 
 
 @pytest.mark.feature("TRL", "Codes stay in float32 on quantised models, where TRL casts what it trains")

@@ -116,6 +116,9 @@ def damage(tmp_path, change):
 INDICES, VALUES = (f"base_model.model.model.layers.2.yapo.yapo_code.{part}" for part in ("indices", "values"))
 
 
+@pytest.mark.feature(
+    "PEFT", "Files that are damaged, or of another layer or width", refused="with what is wrong in them"
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -143,6 +146,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         PeftModel.from_pretrained(make_model(), tmp_path)
 
 
+@pytest.mark.feature("SAEs", "Another SAE than the one that the adapter was trained on", refused="its hash differs")
 def test_another_sae_than_the_one_trained_on_is_refused(tmp_path, sae_folder):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae_path=sae_folder("gated", seed=11)))
     model.save_pretrained(tmp_path)
@@ -165,6 +169,7 @@ def test_a_model_of_another_width_is_refused(tmp_path):
         PeftModel.from_pretrained(wide, tmp_path)
 
 
+@pytest.mark.feature("transformers", "`add_adapter`, `disable_adapters`")
 def test_transformers_can_attach_and_delete_it():
     ids, model = random_ids(), make_model()
     base = model(ids).logits
@@ -177,6 +182,11 @@ def test_transformers_can_attach_and_delete_it():
     assert torch.equal(model(ids).logits, base)
 
 
+@pytest.mark.feature(
+    "transformers",
+    "`load_adapter`, and `AutoModelForCausalLM.from_pretrained` of an adapter's folder",
+    refused="they match a file's tensors by name, and codes are saved sparse: use PeftModel",
+)
 def test_transformers_own_loader_is_refused_with_the_way_that_works(tmp_path):
     steered_model().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedOperationError, match=r"Load the adapter with peft\.PeftModel"):

@@ -19,7 +19,9 @@ def steered(architecture="llama", code=None, dtype=torch.float32, **options):
     return model
 
 
-@pytest.mark.feature("PEFT", "`merge_and_unload`, `merge_adapter` where strength x code is nowhere negative")
+@pytest.mark.feature(
+    "PEFT", "`merge_and_unload`, and in place `merge_adapter` (GPT-2), where strength x code is nowhere negative"
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("sae", ["jumprelu", "topk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,7 +79,7 @@ def test_only_the_named_adapters_are_merged():
 
 
 def test_a_merged_strength_is_fixed_until_it_is_unmerged():
-    model = steered()
+    model = steered("gpt2")
     model.merge_adapter()
     with pytest.raises(ConfigError, match="call unmerge_adapter"):
         set_multiplier(model, 2.0)
@@ -125,6 +127,19 @@ def test_an_architecture_without_a_bias_is_refused(architecture):
     model = steered(architecture)
     with pytest.raises(UnsupportedOperationError, match="its config has no mlp_bias"):
         model.merge_and_unload()
+
+
+@pytest.mark.feature(
+    "PEFT",
+    "`merge_adapter` in place into blocks without a bias (Llama)",
+    refused="the model would get parameters that its config does not tell of",
+)
+def test_merging_in_place_adds_no_parameters():
+    model = steered()
+    with pytest.raises(UnsupportedOperationError, match="cannot be merged in place"):
+        model.merge_adapter()
+    assert steered_layers(model)[0].merged_adapters == []
+    model.merge_and_unload()
 
 
 def test_a_bias_that_is_not_added_to_the_output_as_it_is_is_noticed():

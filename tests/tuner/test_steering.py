@@ -22,6 +22,9 @@ from yapo_peft.tuner.steering import steering_shift
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
+@pytest.mark.feature(
+    "SAEs", "Standard, JumpReLU, TopK, BatchTopK and gated SAEs: values and gradients of the published forward"
+)
 @pytest.mark.parametrize("kind", SAE_KINDS)
 @pytest.mark.parametrize("strength", [-2.0, -1.0, 0.5, 1.0])
 @pytest.mark.parametrize("density", [0.0, 1 / D_SAE, 0.5, 1.0])
@@ -47,6 +50,7 @@ def test_values_and_gradients_equal_the_published_forward(kind, strength, densit
     assert not ours.grad[never_active & (ours.detach() == 0)].any()
 
 
+@pytest.mark.feature("SAEs", "Run-time normalisation `layer_norm` and `constant_norm_rescale`")
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("strength", [-1.0, 1.0])
 def test_run_time_normalisation_equals_the_published_forward(normalization, strength):
@@ -76,6 +80,9 @@ def test_a_feature_that_overflows_half_precision_leaves_no_nan():
     assert shift.isfinite().all()
 
 
+@pytest.mark.feature(
+    "transformers", "Llama, Gemma 2, Gemma 3 and GPT-2 blocks in fp32, bf16 and fp16: logits of the published forward"
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strength", [-1.0, 1.0])

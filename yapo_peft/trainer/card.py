@@ -25,8 +25,9 @@ def training_card(trainer: YaPOTrainer, dataset: str | None = None, tags: str | 
         "epochs": f"{state.epoch or 0:g}",
     }
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     card = model_card(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         repo_id=trainer.hub_model_id,
         dataset=dataset,
         metrics={name: evaluations[-1][name] for name in _METRICS if name in evaluations[-1]} if evaluations else None,

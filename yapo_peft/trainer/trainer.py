@@ -170,8 +170,9 @@ class YaPOTrainer(DPOTrainer):
         strength = float(directions[0]) if uniform else torch.cat([directions, directions])
         oriented = orient(inputs, directions)
         replay = Replay(model)
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with self._given_reference():
-            with self._metrics_kept(), steering(self.accelerator.unwrap_model(self.model), strength):
+            with self._metrics_kept(), steering(unwrapped, strength):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
             moved = self._share_of_tokens_moved(oriented["attention_mask"])
             replay.reorder(pair_order(directions))

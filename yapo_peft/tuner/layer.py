@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         moved_tokens = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if self.track_moved else None
         for adapter_name, strength, rows in shares:
             sae = self.yapo_sae[adapter_name].weights(h.device, h.dtype)
-            code = self.yapo_code[adapter_name].to(h.device)
+            code = self.code(adapter_name).to(h.device)
             if self.training and code.requires_grad and torch.is_grad_enabled():
                 self.call.require_labels(self.positions[adapter_name])
             shift, moved = steering_shift(h if rows is None else h[rows], code, sae, strength)
@@ -135,6 +136,13 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.used_adapters if name in self.yapo_code and not self._is_off(name)]
 
+    def code(self, adapter_name: str) -> Tensor:
+        """The code of an adapter, `(d_sae,)`; a copy where accelerate's offloading keeps the parameter elsewhere."""
+        if not self.yapo_code[adapter_name].is_meta:
+            return self.yapo_code[adapter_name]
+        with align_module_device(self.yapo_code):
+            return self.yapo_code[adapter_name].detach().clone()
+
     def effective_code(self, adapter_name: str) -> Tensor:
         """The code of an adapter at the strength that it has now, `(d_sae,)`.
 
@@ -144,7 +152,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         strength = self.multiplier[adapter_name]
         if isinstance(strength, Tensor):
             raise ConfigError(f"The strength of {adapter_name!r} differs by row: set one with set_multiplier first.")
-        return strength * self.yapo_code[adapter_name].detach()
+        return strength * self.code(adapter_name).detach()
 
     def detach_from_block(self) -> None:
         """Leaves the block as it was found."""

@@ -15,7 +15,13 @@ from .call import Strength
 from .layer import YaPOLayer
 
 
-def merge(model: nn.Module, layers: list[YaPOLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:
+def merge_adapters(
+    model: nn.Module,
+    layers: list[YaPOLayer],
+    adapter_names: list[str] | None,
+    safe_merge: bool,
+    in_place: bool,
+) -> None:
     """Folds adapters into biases of their blocks; leaves the model as it was where that is not exact.
 
     Args:
@@ -23,6 +29,7 @@ def merge(model: nn.Module, layers: list[YaPOLayer], adapter_names: list[str] | 
         layers: Its steered layers.
         adapter_names: The adapters; the active ones of each layer if None.
         safe_merge: Check that no bias becomes NaN or infinite.
+        in_place: Change parameters that the model has, but add none.
 
     Raises:
         AdapterFileError: With `safe_merge`, a bias would become NaN or infinite.
@@ -34,7 +41,7 @@ def merge(model: nn.Module, layers: list[YaPOLayer], adapter_names: list[str] | 
     }
     layers = [layer for layer in layers if names[layer]]
     shifts = [torch.stack([constant_shift(layer, name) for name in names[layer]]).sum(dim=0) for layer in layers]
-    require_bias_switch(model, layers)
+    require_biases(model, layers, in_place)
     active = [layer._active_adapter for layer in layers]
     try:
         for layer in layers:
@@ -69,7 +76,7 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
         raise _refusal(adapter_name, "its strength differs by row (set one with set_multiplier)")
     if layer.positions[adapter_name] != "all":
         raise _refusal(adapter_name, f"it steers only the tokens of positions={layer.positions[adapter_name]!r}")
-    code = layer.yapo_code[adapter_name].detach()
+    code = layer.code(adapter_name).detach()
     sae = layer.yapo_sae[adapter_name].weights(code.device, torch.float32)
     if sae.normalization != "none":
         raise _refusal(adapter_name, f"its SAE scales each token by itself ({sae.normalization!r})")
@@ -123,19 +130,27 @@ def output_projection(layer: YaPOLayer) -> nn.Linear | Conv1D:
     return linear[-1]
 
 
-def require_bias_switch(model: Any, layers: list[YaPOLayer]) -> None:
-    """Raises unless a model that was merged can be saved and loaded.
+def require_biases(model: Any, layers: list[YaPOLayer], in_place: bool) -> None:
+    """Raises unless a model that was merged can be saved and loaded, or sent to an engine that has the unmerged one.
 
     Raises:
-        UnsupportedOperationError: The blocks have no bias, and the model's config has no switch for one; or their
-            weights are quantised.
+        UnsupportedOperationError: The blocks have no bias, and may get none, or the model's config has no switch for
+            one; or their weights are quantised.
     """
     if any(not output_projection(layer).weight.is_floating_point() for layer in layers):
         raise UnsupportedOperationError(
             "A YaPO adapter cannot be merged into a quantised model: merge it into the model in full precision."
         )
     has_biases = all(output_projection(layer).bias is not None for layer in layers)
-    if not has_biases and getattr(_config(model), "mlp_bias", None) is None:
+    if has_biases:
+        return
+    if in_place:
+        # TRL sends merged parameters to vLLM, which drops biases that its own copy of the model lacks.
+        raise UnsupportedOperationError(
+            f"A YaPO adapter cannot be merged in place into {type(model).__name__}: its blocks end in a linear module "
+            "without a bias. merge_and_unload() may give them one, where the model's config has a switch for it."
+        )
+    if getattr(_config(model), "mlp_bias", None) is None:
         raise UnsupportedOperationError(
             f"A YaPO adapter cannot be merged into {type(model).__name__}: its blocks end in a linear module without a "
             "bias, and its config has no mlp_bias to give them one. Keep the adapter attached."

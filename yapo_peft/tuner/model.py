@@ -20,7 +20,7 @@ from .codes_on_disk import pack_codes, unpack_codes
 from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
 from .layer import CHILD_NAME, YaPOLayer
-from .merging import complete_biases, merge
+from .merging import complete_biases, merge_adapters
 from .strength import mark_lowest, steered_layers
 
 
@@ -123,6 +123,8 @@ class YaPOModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then lets each layer know whether it is the lowest.
 
+        A `state_dict`, from whose names PEFT would infer the modules, is not needed: the config names the layers.
+
         Raises:
             ConfigError: The name cannot be one, because PEFT tells the parameters of adapters apart by it.
         """
@@ -132,7 +134,7 @@ class YaPOModel(BaseTuner):
                 f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
                 f"methods, and none of {', '.join(sorted(parts))}."
             )
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
         self._saes_to_attach = {}
         mark_lowest(self.model)
 
@@ -208,7 +210,7 @@ class YaPOModel(BaseTuner):
         Raises:
             UnsupportedOperationError: The steering depends on the token, or the architecture has no bias to hold it.
         """
-        merge(self.model, steered_layers(self.model), adapter_names, safe_merge)
+        merge_adapters(self.model, steered_layers(self.model), adapter_names, safe_merge, in_place=True)
 
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out of the model's biases, which become what they were."""
@@ -224,7 +226,7 @@ class YaPOModel(BaseTuner):
     ) -> nn.Module:
         layers = steered_layers(self.model)
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)
+            merge_adapters(self.model, layers, adapter_names, safe_merge, in_place=False)
             complete_biases(self.model, [layer.block for layer in layers if layer.merged])
         else:
             self.unmerge_adapter()
@@ -289,7 +291,11 @@ class YaPOModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return pack_codes({name: code for name, code in selected.items() if f".{CHILD_NAME}.yapo_code." in name})
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, YaPOLayer)}
+        codes = {name: code for name, code in selected.items() if f".{CHILD_NAME}.yapo_code." in name}
+        for name in [name for name, code in codes.items() if code.is_meta]:
+            codes[name] = layers[name.partition(".yapo_code.")[0]].code(adapter_name)
+        return pack_codes(codes)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
