@@ -89,6 +89,11 @@ def test_nothing_given_says_what_to_give():
         load_sae(content_hash="0" * 64)
 
 
+@pytest.mark.feature(
+    "SAEs",
+    "Transcoders, temporal, matching pursuit and AbsTopK SAEs",
+    refused="the identity that steering stands on does not hold for them",
+)
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
@@ -106,6 +111,9 @@ def test_architectures_without_a_rule_are_refused(architecture, reason):
         _require_supported(architecture, {"normalize_activations": "none"})
 
 
+@pytest.mark.feature(
+    "SAEs", "Unfolded whitening; SAEs of attention heads", refused="there is no steering rule for them"
+)
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -134,6 +142,9 @@ def test_the_block_is_read_from_the_hook_point(hook_name, block):
     assert load_sae(content_hash=register_sae(sae)).block == block
 
 
+@pytest.mark.feature(
+    "SAEs", "SAEs of something else than a block's output", refused="only the output of a block is steered"
+)
 @pytest.mark.parametrize("hook_name", ["blocks.15.hook_mlp_out", "blocks.15.attn.hook_z", "ln_final.hook_normalized"])
 def test_hook_points_other_than_a_block_output_are_refused(hook_name):
     sae = make_sae("gated")

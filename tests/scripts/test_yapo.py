@@ -95,6 +95,20 @@ def test_however_it_is_started_the_script_trains_the_same_adapter(trained, name)
     assert model(random_ids()).logits.isfinite().all()
 
 
+@pytest.mark.slow
+@pytest.mark.feature("Many processes", "`yapo train --accelerate_config fsdp2`", needs="two GPUs (as accelerate says)")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_fsdp2_through_accelerate(workplace, trained):
+    out = workplace / "fsdp2"
+    start = [sys.executable, "-m", "yapo_peft", "train", "--accelerate_config", "fsdp2", "--num_processes", "2"]
+    command = [*start, *arguments(workplace, out, pairs=2), "--use_cpu", "False"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (layer,) = steered_layers(AutoPeftModelForCausalLM.from_pretrained(out))
+    expected, _, _ = trained["python -m"]
+    torch.testing.assert_close(layer.yapo_code["default"].detach(), expected, rtol=1e-2, atol=1e-4)
+
+
 def parsed(*arguments):
     return make_parser().parse_args_and_config(list(arguments))
 

@@ -19,6 +19,11 @@ from yapo_peft import (
 from yapo_peft.tuner.strength import steered_layers
 
 
+@pytest.mark.feature(
+    "Training",
+    '`apo_down`; `aot` with `direction="example"`; ratio losses with `reference="none"`; `sync_ref_model`',
+    refused="they contradict the objective",
+)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -90,6 +95,7 @@ def test_a_few_such_prompts_are_named_and_left_out(build):
     assert len(trainer.train_dataset) == 7
 
 
+@pytest.mark.feature("Training", "A loss that is not finite stops training before it spoils the codes")
 def test_a_nan_loss_stops_says_the_step_and_keeps_the_codes(build):
     trainer = build(max_steps=6, save_strategy="no", direction="both")
     directed, seen = trainer._directed_loss, []
@@ -113,6 +119,7 @@ def test_a_nan_loss_stops_says_the_step_and_keeps_the_codes(build):
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.feature("Training", "`ref_model`", refused="the reference is the same model, unsteered")
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -139,6 +146,9 @@ def test_bad_arguments_are_refused(tmp_path, pairs, tokenizer, change, error, me
         YaPOTrainer(change.get("model", model), args, train_dataset=pairs, processing_class=tokenizer, **options)
 
 
+@pytest.mark.feature(
+    "Training", "Another method's adapter that would train along", refused="the objective is for codes alone"
+)
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
 def test_another_adapter_that_would_train_along_is_refused(build):
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_model())

@@ -53,7 +53,7 @@ def test_two_processes_train_as_one(results, name):
     assert_close(first["log"], alone["log"], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.feature("Many processes", "DeepSpeed ZeRO-1, -2 and -3", needs="the package deepspeed")
+@pytest.mark.feature("Many processes", "DeepSpeed ZeRO-1, -2 and -3, with the trajectory of one process")
 @pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_as_one_process(folder, results, stage):

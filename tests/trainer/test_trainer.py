@@ -50,6 +50,7 @@ def published_step(architecture, batch, code, direction, reference, beta=0.1, la
     return loss.detach(), code.grad
 
 
+@pytest.mark.feature("Training", "The published loss and gradient, for each `direction` and `reference`")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])
 @pytest.mark.parametrize("reference", ["unsteered", "none"])
@@ -107,6 +108,7 @@ def test_metrics_mean_the_same_whichever_way_the_direction_points(build, sign, m
     assert 0 < logged["code/tokens_moved"] <= 1
 
 
+@pytest.mark.feature("Training", "Evaluation at fixed signs")
 def test_evaluation_uses_fixed_signs(build, pairs, tokenizer):
     code = random_code(0.5)
     trainer = build(code=code, init={"eval_dataset": pairs}, per_device_eval_batch_size=3)
@@ -141,6 +143,7 @@ def test_tokens_are_counted_once(build, direction):
     assert trainer._metrics["train"]["num_tokens"] == [int(batch["attention_mask"].sum())]
 
 
+@pytest.mark.feature("Training", "Resuming from a checkpoint, bit for bit")
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])
 def test_resuming_gives_the_same_codes_bit_for_bit(build, direction):
     options = {
@@ -169,6 +172,10 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_code(build, pairs):
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
 
 
+@pytest.mark.feature(
+    "Training",
+    "TRL's options: accumulation, checkpointing, precomputed reference, bf16, `loss_type`s, `ld_alpha`, ...",
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -199,6 +206,7 @@ def test_precomputed_and_live_references_agree(build):
     torch.testing.assert_close(trained_codes(live), trained_codes(precomputed), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.feature("Training", "Conversational and plain pairs, streaming or not")
 @pytest.mark.parametrize("conversational", [True, False])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_dataset_formats(build, conversational, streaming):
