@@ -194,6 +194,7 @@ def test_auto_class(row, tmp_path):
 
 
 @pytest.mark.feature("PEFT", "Several adapters: load, set and delete, active, inactive and unknown")
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
 def test_several_adapters(row, tmp_path):
     other = row.model(layers=[3], sae=make_sae("gated", seed=9))
     other.save_pretrained(tmp_path)
@@ -210,6 +211,11 @@ def test_several_adapters(row, tmp_path):
     for call in (model.set_adapter, model.delete_adapter):
         with pytest.raises(ValueError, match="other"):
             call("other")
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    model.delete_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(run(model), expected)
     model.delete_adapter("default")
     assert torch.equal(run(model.base_model.model), run(row.base()))
 

@@ -97,6 +97,11 @@ def test_the_picture_is_drawn(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["dose.png"]
 
 
+def test_a_picture_needs_an_ending(tmp_path):
+    with pytest.raises(ConfigError, match="has no ending, which chooses the format"):
+        plot_dose_response([PreferenceScore(m, 0.5, 0.0, 3) for m in (0.0, 1.0)], tmp_path / "dose", "x")
+
+
 def test_one_strength_is_no_dose_response(tmp_path):
     with pytest.raises(ConfigError, match="at least two strengths, got 1"):
         plot_dose_response([PreferenceScore(1.0, 0.5, 0.0, 3)], tmp_path / "dose.png", "x")

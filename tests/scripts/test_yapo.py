@@ -149,3 +149,24 @@ def test_a_missing_split_is_named(workplace):
     options = ("--dataset_name", str(workplace / "data"), "--dataset_train_split", "training")
     with pytest.raises(ConfigError, match="no split 'training' but 'train', 'test'"):
         main(*parsed(*GOOD, *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "yapo train: There is no layer to steer: give --layers"),
+        (("--layers", "2", "--sae_path", "s", "--positions", "x"), "yapo train: positions='x'"),
+    ],
+)
+def test_the_command_names_bad_options_before_it_launches_anything(capsys, options, message):
+    from yapo_peft.cli import main
+
+    assert main(["train", "--model_name_or_path", "m", "--output_dir", "x", "--bf16", "False", *options]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_command_ends_with_what_the_script_says(workplace):
+    command = [sys.executable, "-m", "yapo_peft", "train", *arguments(workplace, workplace / "no", pairs=4)]
+    run = subprocess.run([*command, "--dataset_train_split", "training"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "no split 'training'" in run.stderr.splitlines()[-1]

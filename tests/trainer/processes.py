@@ -59,7 +59,8 @@ def zero(stage):
 def train(name, options):
     built = trainer(name, **options)
     built.train()
-    evaluated = {key: value for key, value in built.evaluate().items() if "accuracy/" in key}
+    ours = ("eval_loss", "eval_loss/", "eval_margin/", "eval_accuracy/")
+    evaluated = {key: value for key, value in built.evaluate().items() if key == ours[0] or key.startswith(ours[1:])}
     built.save_model()
     return result(built) | {"evaluated": evaluated, "model": type(built.model_wrapped).__name__}
 

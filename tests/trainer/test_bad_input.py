@@ -8,9 +8,11 @@ from tiny import make_model, make_sae, preference_rows, trained_codes
 from trl import DPOConfig
 
 from yapo_peft import (
+    AdapterFileError,
     ConfigError,
     DatasetError,
     NonFiniteLossError,
+    SAEMismatchError,
     UnsupportedOperationError,
     YaPOConfig,
     YaPOTrainer,
@@ -33,6 +35,7 @@ from yapo_peft.tuner.strength import steered_layers
         ({"loss_type": "aot", "direction": "example"}, UnsupportedOperationError, "it sorts a batch"),
         ({"loss_type": "bco_pair", "reference": "none"}, UnsupportedOperationError, "reference='none' has none"),
         ({"beta": 0.0}, ConfigError, "beta=0.0: give a positive number"),
+        ({"train_sampling_strategy": "group_by_length"}, UnsupportedOperationError, "needs a column of lengths"),
         ({"sync_ref_model": True}, UnsupportedOperationError, "moves the reference"),
         ({"reference": "none", "precompute_ref_log_probs": True}, ConfigError, "nothing to compute"),
         ({"reference": "none", "f_divergence_type": "forward_kl"}, ConfigError, "f_divergence_type='forward_kl'"),
@@ -65,6 +68,25 @@ def test_datasets_without_pairs_are_refused(build, rows, message, streaming):
     dataset = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
     with pytest.raises(DatasetError, match=message):
         build(train_dataset=dataset)
+
+
+PLAIN, CHAT = preference_rows(2, conversational=False), preference_rows(2)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (PLAIN[1] | {"rejected": None}, "Row 1 of train_dataset has rejected=None"),
+        (CHAT[1] | {"rejected": []}, r"Row 1 of train_dataset has rejected=\[\]"),
+        (PLAIN[1] | {"prompt": CHAT[1]["prompt"]}, "Row 1 of train_dataset has prompt as messages, chosen as a text"),
+    ],
+)
+def test_rows_without_answers_are_named(build, row, message):
+    good = CHAT[0] if isinstance(row["chosen"], list) else PLAIN[0]
+    if isinstance(row["prompt"], list) and isinstance(row["chosen"], str):
+        good = row
+    with pytest.raises(DatasetError, match=message.replace("Row 1", "Row 0") if good is row else message):
+        build(train_dataset=Dataset.from_list([good, row]))
 
 
 def test_datasets_are_checked_before_a_model_is_loaded():
@@ -159,3 +181,32 @@ def test_another_adapter_that_would_train_along_is_refused(build):
         if ".lora_" in name:
             parameter.requires_grad_(False)
     build(steered)
+
+
+CHECKPOINTS = {
+    "another SAE": ({"sae": make_sae(seed=77)}, None, SAEMismatchError, "a code means nothing to another SAE"),
+    "other tokens": ({"positions": "last"}, None, ConfigError, "was trained with positions='all'"),
+    "a truncated file": ({}, "adapter_model.safetensors", AdapterFileError, "is truncated"),
+}
+
+
+@pytest.mark.feature(
+    "Training", "Resuming on another SAE or other `positions`, or from a truncated file", refused="named"
+)
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints_that_do_not_fit_are_refused(build, tmp_path, case):
+    adapter, truncated, error, message = CHECKPOINTS[case]
+    build(save_strategy="steps", save_steps=2, max_steps=2).train()
+    if truncated:
+        file = tmp_path / "out" / "checkpoint-2" / truncated
+        file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(error, match=message):
+        build(adapter=adapter, max_steps=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("metric", ["loss/plus", "eval_loss/minus", "margin/minus", "eval_accuracy/minus"])
+def test_metrics_that_should_fall_are_better_when_they_are_lower(tmp_path, metric):
+    options = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "metric_for_best_model": metric}
+    assert YaPOTrainingConfig(**options).greater_is_better is False
+    assert YaPOTrainingConfig(**options, greater_is_better=True).greater_is_better is True
+    assert YaPOTrainingConfig(**options | {"metric_for_best_model": "accuracy/plus"}).greater_is_better is True

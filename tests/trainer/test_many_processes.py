@@ -68,7 +68,9 @@ def test_deepspeed_trains_as_one_process(folder, results, stage):
 @pytest.mark.feature("Many processes", "Evaluation at fixed signs counts each pair once, also where they do not divide")
 @pytest.mark.parametrize("name", RUNS)
 def test_evaluation_counts_each_pair_once(results, name):
-    assert results["trained", "2", "0"][name]["evaluated"] == results["trained", "1", "0"][name]["evaluated"]
+    alone, together = (results["trained", world, "0"][name]["evaluated"] for world in "12")
+    assert len(alone) == 8
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.feature("Many processes", "Adapters are saved once")

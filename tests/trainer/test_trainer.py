@@ -131,8 +131,40 @@ def test_evaluation_uses_fixed_signs(build, pairs, tokenizer):
             losses.append(bidirectional_loss(w, lose, *reference, sign, 0.1))
         hits[name] = float((w > lose).float().mean())
     assert {name: measured[f"eval_accuracy/{name}"] for name in hits} == pytest.approx(hits)
-    # Trainer averages the loss over batches of 3, 3 and 2 pairs, weighted by their number.
-    assert measured["eval_loss"] == pytest.approx(float(sum(losses) / 2), rel=0.05)
+    assert measured["eval_loss"] == pytest.approx(float(sum(losses) / 2), rel=1e-4)
+
+
+EXACT = ("loss", "loss/plus", "loss/minus", "margin/plus", "margin/minus", "accuracy/plus", "accuracy/zero")
+
+
+def test_evaluation_does_not_depend_on_batches(build, pairs):
+    results = []
+    for size in (1, 3, 8):
+        trainer = build(code=random_code(0.5), init={"eval_dataset": pairs}, per_device_eval_batch_size=size)
+        results.append([trainer.evaluate()[f"eval_{name}"] for name in EXACT])
+        assert results[-1][0] == pytest.approx((results[-1][1] + results[-1][2]) / 2)
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-4, abs=1e-5)
+
+
+def test_metrics_belong_to_the_dataset_that_they_are_of(build, pairs):
+    first, second = pairs.select(range(5)), pairs.select(range(5, 8))
+    trainer = build(code=random_code(0.5), init={"eval_dataset": {"a": first, "b": second}})
+    together, alone = trainer.evaluate(), build(code=random_code(0.5), init={"eval_dataset": first}).evaluate()
+    assert [together[f"eval_a_{name}"] for name in EXACT] == pytest.approx([alone[f"eval_{name}"] for name in EXACT])
+    assert together["eval_b_margin/plus"] != together["eval_a_margin/plus"]
+    assert "eval_margin/plus" not in together
+    assert trainer.evaluate(first, metric_key_prefix="test")["test_margin/plus"] == alone["eval_margin/plus"]
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_predicting_leaves_nothing_behind(build, pairs):
+    trainer = build(code=random_code(0.5), init={"eval_dataset": pairs.select(range(3))})
+    before = trainer.evaluate()
+    predicted = trainer.predict(trainer.train_dataset).metrics
+    assert predicted["test_margin/plus"] != before["eval_margin/plus"]
+    after = trainer.evaluate()
+    assert [after[f"eval_{name}"] for name in EXACT] == [before[f"eval_{name}"] for name in EXACT]
 
 
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])

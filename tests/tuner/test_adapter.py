@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
@@ -90,7 +90,7 @@ def test_the_multiplier_of_the_config_is_the_strength_at_load_time(tmp_path):
     assert torch.equal(PeftModel.from_pretrained(make_model(), tmp_path)(ids).logits, expected)
 
 
-def test_the_file_holds_indices_and_values_only(tmp_path):
+def test_the_file_holds_indices_values_and_the_saes_hash_only(tmp_path):
     sae = make_sae()
     sae_wide = type(sae)(type(sae.cfg)(d_in=32, d_sae=4608))
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=sae_wide))
@@ -101,7 +101,8 @@ def test_the_file_holds_indices_and_values_only(tmp_path):
     assert (tmp_path / FILE).stat().st_size < 8192
     tensors = load_file(tmp_path / FILE)
     name = "base_model.model.model.layers.2.yapo.yapo_code"
-    assert set(tensors) == {f"{name}.indices", f"{name}.values"}
+    assert set(tensors) == {f"{name}.indices", f"{name}.values", f"{name}.sae"}
+    assert bytes(tensors[f"{name}.sae"].tolist()).hex() == model.peft_config["default"].sae_identity[0]["content_hash"]
     assert torch.equal(tensors[f"{name}.indices"], code.nonzero().squeeze(-1).int())
     assert torch.equal(tensors[f"{name}.values"], code[code != 0])
 
@@ -127,7 +128,7 @@ INDICES, VALUES = (f"base_model.model.model.layers.2.yapo.yapo_code.{part}" for 
         (lambda t: t.update({INDICES: torch.zeros_like(t[INDICES])}), "names a feature twice"),
         (lambda t: t.update({VALUES: t[VALUES] * float("nan")}), "NaN or infinite"),
         (lambda t: t.update({INDICES: t[INDICES].float()}), "float32 indices"),
-        (lambda t: t.pop(VALUES), "but not the other half"),
+        (lambda t: t.pop(VALUES), "but no .values"),
         (lambda t: t.update({"lora_A.weight": torch.zeros(1)}), "'lora_A.weight', which is no YaPO code"),
         (lambda t: t.clear(), r"holds codes for layers \[\], its config steers \[2\]"),
     ],
@@ -158,6 +159,18 @@ def test_another_sae_than_the_one_trained_on_is_refused(tmp_path, sae_folder):
         SAEMismatchError, match=r"another SAE than the one found for layer 2 \(.*architecture: 'gated' wh"
     ):
         PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("how", ["load_adapter", "state dict"])
+def test_a_code_is_not_loaded_into_an_adapter_that_has_another_sae(tmp_path, how):
+    steered_model().save_pretrained(tmp_path)
+    other = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(seed=77)))
+    load = {
+        "load_adapter": lambda: other.load_adapter(tmp_path, "default"),
+        "state dict": lambda: set_peft_model_state_dict(other, load_file(tmp_path / FILE)),
+    }
+    with pytest.raises(SAEMismatchError, match="a code means nothing to another SAE"):
+        load[how]()
 
 
 def test_a_model_of_another_width_is_refused(tmp_path):

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
+from tiny import _SHAPE, ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GenerationConfig
 
-from yapo_peft import YaPOConfig
+from yapo_peft import UnsupportedOperationError, YaPOConfig
 from yapo_peft.tuner.strength import steered_layers
 
 PROMPT, ANSWER = 5, 4
@@ -102,3 +103,51 @@ def test_a_second_turn_that_reuses_the_cache_is_prompt_again(positions):
     # The last answer's last token is not in the cache yet.
     assert steered[0] == [0] * 7 if positions == "completion" else [0] * 6 + [1]
     assert all(step == [1] for step in steered[1:])
+
+
+def packed_generate(model):
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    config = GenerationConfig(**options, num_blocks=16, block_size=32, max_batch_tokens=64)
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 9)]
+    results = model.generate_batch(inputs=prompts, generation_config=config)
+    results = sorted(results.values(), key=lambda result: len(result.prompt_ids))
+    alone = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+    return results, alone
+
+
+@pytest.mark.feature("transformers", "Continuous batching (`generate_batch`)")
+def test_continuous_batching():
+    model = model_at("all").eval()
+    results, alone = packed_generate(model)
+    assert [result.generated_tokens for result in results] == alone
+
+
+@pytest.mark.feature(
+    "transformers",
+    "Continuous batching with `positions` other than all, or `multipliers=` and `adapter_names=` by row",
+    refused="prompts are packed into one row there",
+)
+@pytest.mark.parametrize("positions", ["completion", "last"])
+def test_continuous_batching_cannot_tell_tokens_and_rows_apart(positions):
+    results, _ = packed_generate(model_at(positions).eval())
+    assert all("cannot tell prompts and answers apart" in result.error for result in results)
+    with pytest.raises(UnsupportedOperationError, match="multipliers= cannot be used in generate_batch"):
+        model_at("all").eval().generate_batch(inputs=[[3]], multipliers=[1.0])
+
+
+def test_without_a_prompt_the_bos_token_is_the_prompt():
+    model = model_at("completion").eval()
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**options), model.generate(torch.tensor([[1]]), **options))
+
+
+@pytest.mark.feature(
+    "transformers", "Gemma 3n (its blocks put out four streams)", refused="there is no one hidden state"
+)
+def test_blocks_with_several_streams_are_refused():
+    own = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+    own |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "layer_types": ["full_attention"] * 4}
+    model = AutoModelForCausalLM.from_config(Gemma3nTextConfig(**_SHAPE, **own)).eval()
+    model = get_peft_model(model, YaPOConfig(layers=2, sae=make_sae()))
+    with pytest.raises(UnsupportedOperationError, match="this architecture cannot be steered"):
+        model(random_ids())

@@ -24,6 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     # Its options are TRL's, and its own parser lists them.
     commands.add_parser("train", help="learn an adapter from preference pairs", add_help=False)
     parser.parse_known_args(argv[:1])
+    from ..errors import YaPOError
     from .train import train
 
-    return train(argv[1:])
+    try:
+        return train(argv[1:])
+    except YaPOError as error:
+        print(f"yapo {argv[0]}: {error}", file=sys.stderr)
+        return 2

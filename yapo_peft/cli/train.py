@@ -15,17 +15,24 @@ def train(arguments: list[str]) -> int:
     Returns:
         The exit status.
     """
+    from subprocess import CalledProcessError
+
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from ..scripts.yapo import make_parser
 
-    *_, from_config, from_command_line = make_parser("yapo train").parse_args_and_config(
+    *_, steering, from_config, from_command_line = make_parser("yapo train").parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
+    steering.config()  # so that a bad option is an error here, and not one of every process
     launch = resolve_accelerate_config_argument(from_config + from_command_line)
     script = _without(arguments, from_command_line)
-    launch_command(launch_command_parser().parse_args([*launch, "--module", "yapo_peft.scripts.yapo", *script]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "--module", "yapo_peft.scripts.yapo", *script]))
+    except CalledProcessError as error:
+        # The script has said what is wrong; how it was started says nothing more.
+        return error.returncode
     return 0
 
 

@@ -21,11 +21,13 @@ def plot_dose_response(scores: Sequence[PreferenceScore], path: str | Path, titl
         The path.
 
     Raises:
-        ConfigError: There are fewer than two scores.
+        ConfigError: There are fewer than two scores, or the path has no ending.
         ImportError: matplotlib is not installed.
     """
     if len(scores) < 2:
         raise ConfigError(f"A dose-response needs at least two strengths, got {len(scores)}.")
+    if not Path(path).suffix:
+        raise ConfigError(f"path={str(path)!r} has no ending, which chooses the format: give one such as '.png'.")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -40,7 +40,13 @@ class SteeringArguments:
     positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
 
     def config(self) -> YaPOConfig:
-        """The config of the adapter."""
+        """The config of the adapter.
+
+        Raises:
+            ConfigError: An option is missing, or has a value that cannot work.
+        """
+        if not self.layers:
+            raise ConfigError("There is no layer to steer: give --layers, or layers in the YAML config.")
         release = self.sae_release
         if release is not None and len(release) == 1:
             release = release[0]

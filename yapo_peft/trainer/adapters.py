@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..errors import ConfigError
@@ -60,6 +62,25 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
         raise ConfigError(
             "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
         )
+
+
+def require_same_adapters(model: nn.Module, folder: Path) -> None:
+    """Raises unless the adapters of a checkpoint steer as those of the model do.
+
+    Raises:
+        AdapterFileError: A file is truncated.
+        ConfigError: An adapter steers other tokens.
+    """
+    for name, config in cast(dict[str, Any], getattr(model, "peft_config", {})).items():
+        place = folder if name == "default" else folder / name
+        if not isinstance(config, YaPOConfig) or not (place / CONFIG_NAME).is_file():
+            continue
+        saved = cast(YaPOConfig, YaPOConfig.from_pretrained(str(place)))
+        if saved.positions != config.positions:
+            raise ConfigError(
+                f"The checkpoint {str(folder)!r} was trained with positions={saved.positions!r}, and this run has "
+                f"positions={config.positions!r}: give the same to go on from it."
+            )
 
 
 def _require_no_other(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ _SORTED = {
     "aot": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
     "aot_unpaired": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
 }
+# Metrics that a good code lowers.
+_FALLING = ("loss/plus", "loss/minus", "margin/minus", "accuracy/minus")
 _ABSOLUTE = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
 
 
@@ -69,6 +71,9 @@ class YaPOTrainingConfig(DPOConfig):
         if self.bf16 is None and not self.fp16 and not is_torch_bf16_gpu_available():
             # TRL turns bf16 on unless told not to, and then refuses machines without it.
             self.bf16 = False
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_FALLING):
+            # transformers takes every metric that does not end in "loss" for one that should grow.
+            self.greater_is_better = False
         super().__post_init__()
         if self.beta <= 0:
             raise ConfigError(f"beta={self.beta}: give a positive number; at 0 the loss does not depend on the code.")
@@ -78,6 +83,10 @@ class YaPOTrainingConfig(DPOConfig):
             raise ConfigError(f"reference={self.reference!r}: choose one of {get_args(Reference)}.")
         for loss_type in self.loss_type:
             self._check_loss(loss_type)
+        if self.train_sampling_strategy == "group_by_length":
+            raise UnsupportedOperationError(
+                "train_sampling_strategy='group_by_length' needs a column of lengths, which pairs do not have."
+            )
         if self.sync_ref_model:
             raise UnsupportedOperationError(
                 "sync_ref_model=True moves the reference during training; here the reference is the model unsteered."

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from ..errors import DatasetError
 
 _PREFERENCE = {"chosen", "rejected"}
+_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def require_preferences(dataset: Any, name: str) -> None:
@@ -19,7 +20,8 @@ def require_preferences(dataset: Any, name: str) -> None:
         name: What to call it in messages, such as "train_dataset".
 
     Raises:
-        DatasetError: It is empty, or lacks the columns of TRL's preference format.
+        DatasetError: It is empty, lacks the columns of TRL's preference format, or has a row without an answer. Of a
+            stream only the first row is looked at.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
@@ -37,6 +39,22 @@ def require_preferences(dataset: Any, name: str) -> None:
             f"{name} has the columns {sorted(columns)}, but lacks {missing}: a preference dataset has 'chosen' and "
             "'rejected', and 'prompt' unless they start with it (TRL's preference format)."
         )
+    present = [column for column in _COLUMNS if column in columns]
+    rows = dataset.select_columns(present) if isinstance(dataset, Dataset) else [first]
+    for index, row in enumerate(rows):
+        _require_texts({column: dict(row)[column] for column in present}, f"Row {index} of {name}")
+
+
+def _require_texts(row: dict[str, Any], where: str) -> None:
+    for column, value in row.items():
+        if not isinstance(value, str | list) or value == []:
+            raise DatasetError(
+                f"{where} has {column}={value!r}: expected a text, or a list of messages that is not empty."
+            )
+    kinds = {column: "a text" if isinstance(value, str) else "messages" for column, value in row.items()}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{column} as {kind}" for column, kind in kinds.items())
+        raise DatasetError(f"{where} has {found}: give all of them as texts, or all as messages.")
 
 
 def require_shared(dataset: Any, name: str) -> None:

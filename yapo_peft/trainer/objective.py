@@ -58,6 +58,14 @@ def orient(inputs: dict[str, Any], directions: Tensor) -> dict[str, Any]:
     return {**oriented, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
+def one_pair(inputs: dict[str, Any], index: int, pairs: int) -> tuple[dict[str, Any], Tensor]:
+    """The batch of one pair of a batch, and the rows that it has there, `(2,)`."""
+    rows = torch.tensor([index, index + pairs])
+    part = {name: value[rows.to(value.device)] if name in _PAIRED else value for name, value in inputs.items()}
+    reference = {name: inputs[name][index : index + 1] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    return {**part, **reference}, rows
+
+
 def pair_order(directions: Tensor) -> Tensor:
     """The permutation of `2 * pairs` rows that swaps the pairs which point to -1; it is its own inverse."""
     pairs = len(directions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +29,18 @@ class Replay:
         """Log-probabilities of the answers' tokens, `(2 * pairs, seq - 1)`, in nats."""
         return self._scored.log_probs.detach()
 
+    def of_rows(self, rows: Tensor) -> Replay:
+        """The same for some rows of the batch."""
+        part = Replay(self._model)
+        part._scored = copy(self._scored)
+        part._take(rows, len(self.log_probs))
+        return part
+
     def reorder(self, order: Tensor) -> None:
         """Reorders the rows of the result."""
+        self._take(order, len(order))
+
+    def _take(self, rows: Tensor, batch: int) -> None:
         for name, value in list(self._scored.items()):
-            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(order):
-                self._scored[name] = value.detach()[order.to(value.device)]
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch:
+                self._scored[name] = value.detach()[rows.to(value.device)]

@@ -20,11 +20,12 @@ from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import steering
 from ..tuner.codes_on_disk import whole
 from ..tuner.strength import steered_layers
-from .adapters import no_reference_adapter, require_adapter
+from .adapters import no_reference_adapter, require_adapter, require_same_adapters
 from .card import training_card
+from .code_metrics import share_of_tokens_moved, size_of_codes
 from .config import YaPOTrainingConfig
 from .data import require_preferences, require_room, require_shared
-from .objective import draw_directions, orient, pair_order, preference_margin
+from .objective import draw_directions, one_pair, orient, pair_order, preference_margin
 from .replay import Replay
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
@@ -127,6 +128,10 @@ class YaPOTrainer(DPOTrainer):
         if self.is_world_process_zero():
             training_card(self, dataset_name, tags).save(Path(cast(str, self.args.output_dir)) / "README.md")
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        require_same_adapters(self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         training_card(self).save(Path(output_dir or cast(str, self.args.output_dir)) / "README.md")
@@ -145,8 +150,27 @@ class YaPOTrainer(DPOTrainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss = torch.stack([result.loss for result in results]).mean()
         self._require_finite(loss)
-        self._log_codes()
+        for name, value in size_of_codes(self._layers).items():
+            self._metrics["train"][name].append(value)
         return (loss, results[0].outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers', with all metrics in the result under its prefix, and the loss as the mean over pairs.
+
+        TRL keeps metrics until something is logged, which `predict` never does, and calls them `eval_` always.
+        """
+        before, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+        finally:
+            self._metrics["eval"] = before
+        if "loss/plus" in metrics:
+            metrics["loss"] = (metrics["loss/plus"] + metrics["loss/minus"]) / 2
+        cast(dict[str, float], output.metrics).update(
+            {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        )
+        return output
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], pairs: int, return_outputs: bool) -> Any:
         plus = self._directed_loss(model, inputs, torch.ones(pairs), return_outputs)
@@ -174,7 +198,8 @@ class YaPOTrainer(DPOTrainer):
         with self._given_reference():
             with self._metrics_kept(), steering(unwrapped, strength):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
-            moved = self._share_of_tokens_moved(oriented["attention_mask"])
+            losses = loss.detach()[None] if self.model.training else self._loss_of_each(replay, oriented)
+            moved = share_of_tokens_moved(self._layers, oriented["attention_mask"])
             replay.reorder(pair_order(directions))
             with torch.no_grad():
                 labelled = super()._compute_loss(cast(Any, replay), inputs, return_outputs)
@@ -183,9 +208,19 @@ class YaPOTrainer(DPOTrainer):
         for sign in (1.0, -1.0):
             self._log_each(f"margin/{_SIGN_NAMES[sign]}", margin, where=directions.to(margin.device) == sign)
         if self.args.direction != "example" or not self.model.training:
-            self._log_each(f"loss/{_SIGN_NAMES[float(directions[0])]}", loss.detach()[None])
+            self._log_each(f"loss/{_SIGN_NAMES[float(directions[0])]}", losses)
         self._log_each("code/tokens_moved", moved)
         return _DirectedLoss(loss, (chosen, rejected), labelled[1] if return_outputs else None)
+
+    def _loss_of_each(self, replay: Replay, oriented: dict[str, Any]) -> Tensor:
+        """The loss of each pair alone, `(pairs,)`: a mean over them does not depend on how they were batched."""
+        pairs = len(oriented["ref_chosen_logps"])
+        losses: list[Tensor] = []
+        with self._metrics_kept(), torch.no_grad():
+            for index in range(pairs):
+                pair, rows = one_pair(oriented, index, pairs)
+                losses.append(cast(Tensor, super()._compute_loss(cast(Any, replay.of_rows(rows)), pair, False)))
+        return torch.stack(losses)
 
     def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the log-probabilities of its answers under the reference; zeros where there is none."""
@@ -245,22 +280,6 @@ class YaPOTrainer(DPOTrainer):
             gathered = gathered[cast(Tensor, self.accelerator.gather_for_metrics(where))]
         if gathered.numel():
             self._metrics[mode][name].extend(gathered.tolist())
-
-    def _log_codes(self) -> None:
-        codes = [whole(layer.yapo_code[name]) for layer in self._layers for name in layer.steering_adapters]
-        if codes:
-            everything = torch.cat([code.cpu() for code in codes])
-            self._metrics["train"]["code/nonzero"].append(float(everything.count_nonzero()))
-            self._metrics["train"]["code/norm"].append(float(everything.norm()))
-
-    def _share_of_tokens_moved(self, attention_mask: Tensor) -> Tensor:
-        attended = attention_mask.bool()
-        shares = [
-            (layer.moved_tokens.to(attended.device) & attended).sum() / attended.sum()
-            for layer in self._layers
-            if layer.moved_tokens is not None
-        ]
-        return torch.stack(shares).mean()[None] if shares else torch.zeros(0, device=attended.device)
 
     def _require_finite(self, loss: Tensor) -> None:
         """Stops before the optimizer can spoil the codes, on all processes at once, and saves them as they are."""

@@ -21,6 +21,7 @@ class Call:
     Attributes:
         labels: As handed to the model, `(batch, seq)`.
         attention_mask: As handed to the model.
+        packed: Whether a row holds several sequences, which nothing but labels tells apart.
         past_length: Number of tokens in the cache.
         prompt_length: Number of tokens of the prompt within `generate`; None outside.
         adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
@@ -31,6 +32,7 @@ class Call:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.labels: Tensor | None = None
         self.attention_mask: Tensor | None = None
+        self.packed = False
         self.past_length: int | Tensor = 0
         self.prompt_length: int | None = None
         self.adapter_names: list[str] | None = None
@@ -100,6 +102,7 @@ class Call:
             raise ConfigError("adapter_names= is a feature of PeftModel: wrap the model with get_peft_model.")
         self.labels = inputs.get("labels")
         self.attention_mask = inputs.get("attention_mask")
+        self.packed = inputs.get("cu_seq_lens_q") is not None
         past = inputs.get("past_key_values")
         # Some caches keep their length in a tensor that the call will change in place.
         self.past_length = 0 if past is None else past.get_seq_length() + 0
@@ -110,6 +113,7 @@ class Call:
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
         """Whoever calls a part of the model, past this hook, shall not be taken for the last one who called all."""
         self.labels = self.attention_mask = self.multipliers = None
+        self.packed = False
         self.past_length = 0
 
 

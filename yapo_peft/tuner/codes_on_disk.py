@@ -1,4 +1,4 @@
-"""Codes as they are saved: the indices and values of their non-zero entries."""
+"""Codes as they are saved: the indices and values of their non-zero entries, and the hash of their SAE."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, SAEMismatchError
+from ..sae.identity import SAEIdentity
 
-_INDICES, _VALUES = ".indices", ".values"
-_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values)")
+_INDICES, _VALUES, _SAE = ".indices", ".values", ".sae"
+_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values|\.sae)")
 
 
-def pack_codes(codes: dict[str, Tensor]) -> dict[str, Tensor]:
+def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity]) -> dict[str, Tensor]:
     """Replaces each code by its non-zero entries.
 
     Args:
         codes: Codes by their names in the model, `(d_sae,)` each.
+        saes: The SAE of each of them.
 
     Returns:
-        For each code, `<name>.indices` (int32, ascending) and `<name>.values` (float32).
+        For each code, `<name>.indices` (int32, ascending), `<name>.values` (float32) and `<name>.sae` (uint8, the
+        hash of the SAE: a config beside the file can be exchanged, or not be read).
     """
     packed = {}
     for name, code in codes.items():
@@ -29,6 +32,7 @@ def pack_codes(codes: dict[str, Tensor]) -> dict[str, Tensor]:
         indices = code.nonzero().squeeze(-1)
         packed[name + _INDICES] = indices.to(torch.int32)
         packed[name + _VALUES] = code[indices].to(torch.float32)
+        packed[name + _SAE] = _hash(saes[name])
     return packed
 
 
@@ -44,18 +48,19 @@ def whole(code: Tensor) -> Tensor:
     return code.detach()
 
 
-def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[int, Tensor]:
+def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity]) -> dict[int, Tensor]:
     """Restores the codes that `pack_codes` packed.
 
     Args:
         packed: The tensors of an adapter's file, by the names in it.
-        widths: Number of features of each steered layer, by the index of its block.
+        saes: The SAE of each steered layer, by the index of its block.
 
     Returns:
         Codes by the index of the block, `(d_sae,)` each in float32.
 
     Raises:
         AdapterFileError: A tensor is missing, unknown, or has a type, shape or index that does not fit.
+        SAEMismatchError: A code was saved with another SAE.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     layers: dict[str, int] = {}
@@ -67,17 +72,24 @@ def unpack_codes(packed: dict[str, Tensor], widths: dict[int, int]) -> dict[int,
             )
         parts.setdefault(match["code"], {})[match["part"]] = tensor
         layers[match["code"]] = int(match["layer"])
-    if sorted(layers.values()) != sorted(widths):
+    if sorted(layers.values()) != sorted(saes):
         raise AdapterFileError(
-            f"The adapter's file holds codes for layers {sorted(layers.values())}, its config steers {sorted(widths)}."
+            f"The adapter's file holds codes for layers {sorted(layers.values())}, its config steers {sorted(saes)}."
         )
-    return {layer: _unpack(name, parts[name], widths[layer]) for name, layer in layers.items()}
+    return {layer: _unpack(name, parts[name], saes[layer]) for name, layer in layers.items()}
 
 
-def _unpack(name: str, parts: dict[str, Tensor], width: int) -> Tensor:
-    if len(parts) < 2:
-        raise AdapterFileError(f"The adapter's file holds {', '.join(parts)} of {name!r} but not the other half.")
-    indices, values = parts[_INDICES], parts[_VALUES]
+def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Tensor:
+    missing = {_INDICES, _VALUES, _SAE} - set(parts)
+    if missing:
+        raise AdapterFileError(f"The adapter's file holds {', '.join(parts)} of {name!r}, but no {sorted(missing)[0]}.")
+    indices, values, width = parts[_INDICES], parts[_VALUES], sae.d_sae
+    if not torch.equal(parts[_SAE].cpu(), _hash(sae)):
+        raise SAEMismatchError(
+            f"{name!r} was saved with the SAE of hash {bytes(parts[_SAE].tolist()).hex()[:12]}, and is loaded onto one "
+            f"of hash {sae.content_hash[:12]}: a code means nothing to another SAE. Give the one that it was trained "
+            "with."
+        )
     if indices.dim() != 1 or indices.shape != values.shape:
         raise AdapterFileError(
             f"{name!r} has indices of shape {tuple(indices.shape)} and values of shape {tuple(values.shape)}; both "
@@ -99,3 +111,7 @@ def _unpack(name: str, parts: dict[str, Tensor], width: int) -> Tensor:
     code = torch.zeros(width, dtype=torch.float32, device=values.device)
     code[indices.long()] = values.to(torch.float32)
     return code
+
+
+def _hash(sae: SAEIdentity) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(sae.content_hash)), dtype=torch.uint8)

@@ -197,6 +197,11 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
     def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_states(output)
+        if hidden.dim() != 3:
+            raise UnsupportedOperationError(
+                f"{type(module).__name__} puts out hidden states of shape {tuple(hidden.shape)}, not (batch, seq, "
+                "d_model): this architecture cannot be steered."
+            )
         steered = self(hidden)
         return None if steered is hidden else with_hidden_states(output, steered)
 

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
-from ..sae import FrozenSAE, load_sae
+from ..sae import FrozenSAE, SAEIdentity, load_sae
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .call import Call
 from .codes_on_disk import pack_codes, unpack_codes
@@ -144,8 +144,13 @@ class YaPOModel(BaseTuner):
         mark_lowest(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; then lets each layer know whether it is the lowest."""
+        """As PEFT's, which lets each layer choose the next active adapter; here all layers get the same one."""
+        others = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        remaining = others or list(self.peft_config)[:1]
+        if was_active and remaining:
+            self.set_adapter(remaining)
         mark_lowest(self.model)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -254,6 +259,19 @@ class YaPOModel(BaseTuner):
         with call.generating(_prompt_length(args, kwargs), self._repeats(kwargs), multipliers):
             return self.model.generate(*args, **kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which packs prompts as they come: rows cannot be told apart there.
+
+        Raises:
+            UnsupportedOperationError: Rows are to be steered differently.
+        """
+        given = [name for name in ("multipliers", "adapter_names") if kwargs.get(name) is not None]
+        if given:
+            raise UnsupportedOperationError(
+                f"{given[0]}= cannot be used in generate_batch, which packs prompts into one row: use generate."
+            )
+        return cast(Any, self.model).generate_batch(*args, **kwargs)
+
     def _repeats(self, kwargs: dict[str, Any]) -> int:
         """How often `generate` repeats each row."""
         config = kwargs.get("generation_config") or self.model.generation_config
@@ -292,10 +310,14 @@ class YaPOModel(BaseTuner):
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, YaPOLayer)}
-        codes = {name: code for name, code in selected.items() if f".{CHILD_NAME}.yapo_code." in name}
-        for name in [name for name, code in codes.items() if code.is_meta]:
-            codes[name] = layers[name.partition(".yapo_code.")[0]].code(adapter_name)
-        return pack_codes(codes)
+        codes: dict[str, Tensor] = {}
+        saes: dict[str, SAEIdentity] = {}
+        for name, code in selected.items():
+            if f".{CHILD_NAME}.yapo_code." in name:
+                layer = layers[name.partition(".yapo_code.")[0]]
+                codes[name] = layer.code(adapter_name) if code.is_meta else code
+                saes[name] = layer.yapo_sae[adapter_name].identity
+        return pack_codes(codes, saes)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -309,7 +331,7 @@ class YaPOModel(BaseTuner):
             for name, layer in model.named_modules()
             if isinstance(layer, YaPOLayer) and adapter_name in layer.yapo_code
         }
-        codes = unpack_codes(packed, {x.index: x.yapo_code[adapter_name].numel() for x in layers.values()})
+        codes = unpack_codes(packed, {layer.index: layer.yapo_sae[adapter_name].identity for layer in layers.values()})
         return others | {f"{name}.yapo_code.{adapter_name}": codes[layer.index] for name, layer in layers.items()}
 
 
@@ -324,4 +346,5 @@ def _require_head(model: nn.Module, config: PeftConfig) -> None:
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     candidates = (kwargs.get("inputs_embeds"), args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
-    return next((int(inputs.shape[1]) for inputs in candidates if inputs is not None), 0)
+    # Without a prompt, `generate` starts from the BOS token.
+    return next((int(inputs.shape[1]) for inputs in candidates if inputs is not None), 1)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedOperationError
 from .call import Call
 
 Positions = Literal["all", "completion", "last"]
@@ -29,6 +30,9 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
 
     Returns:
         A boolean mask `(batch, seq)`, or None for all tokens.
+
+    Raises:
+        UnsupportedOperationError: Rows hold several sequences each, and there are no labels to tell them apart.
     """
     if positions == "all":
         return None
@@ -40,6 +44,11 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
         predicts = torch.zeros_like(scored)
         predicts[:, :-1] = scored[:, 1:]
         return predicts | scored
+    if call.packed:
+        raise UnsupportedOperationError(
+            f"positions={positions!r} cannot tell prompts and answers apart where several sequences are packed into a "
+            "row (generate_batch): use generate, or an adapter of positions='all'."
+        )
     index = call.past_length + torch.arange(seq, device=hidden.device)
     if call.prompt_length is not None:
         after_prompt = (index >= call.prompt_length).expand(batch, seq)
