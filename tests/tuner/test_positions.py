@@ -2,9 +2,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny import _SHAPE, ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Gemma3nTextConfig,
+    GenerationConfig,
+    MambaConfig,
+    T5Config,
+    XLNetConfig,
+)
 
-from yapo_peft import UnsupportedOperationError, YaPOConfig
+from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig
 from yapo_peft.tuner.strength import steered_layers
 
 PROMPT, ANSWER = 5, 4
@@ -151,3 +159,28 @@ def test_blocks_with_several_streams_are_refused():
     model = get_peft_model(model, YaPOConfig(layers=2, sae=make_sae()))
     with pytest.raises(UnsupportedOperationError, match="this architecture cannot be steered"):
         model(random_ids())
+
+
+UNCOUNTABLE = {
+    "T5": (T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4), "SEQ_2_SEQ_LM"),
+    "XLNet": (XLNetConfig(vocab_size=128, d_model=32, n_layer=4, n_head=4, d_inner=64), "CAUSAL_LM"),
+    "Mamba": (
+        MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=4, state_size=8, pad_token_id=0),
+        "CAUSAL_LM",
+    ),
+}
+
+
+@pytest.mark.feature(
+    "transformers",
+    "`positions` other than all in encoder-decoders, and in Mamba with its state; XLNet",
+    refused="prompts and answers, or rows and tokens, would be mixed up",
+)
+@pytest.mark.parametrize("name", UNCOUNTABLE)
+@pytest.mark.parametrize("positions", ["completion", "last"])
+def test_models_whose_tokens_cannot_be_counted_are_refused(name, positions):
+    config, task = UNCOUNTABLE[name]
+    kind = AutoModelForSeq2SeqLM if task == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
+    model, adapter = kind.from_config(config), YaPOConfig(layers=2, sae=make_sae(), positions=positions, task_type=task)
+    with pytest.raises((ConfigError, UnsupportedOperationError), match=r"positions='|XLNet cannot be steered"):
+        get_peft_model(model, adapter).generate(random_ids(), max_new_tokens=2, eos_token_id=None)

@@ -126,3 +126,12 @@ def test_the_gradient_ends_at_the_lowest_layer_that_steers(model):
         assert [layer.is_lowest for layer in steered_layers(model)] == [True, True]
     assert [layer.is_lowest for layer in steered_layers(model)] == [True, False]
     assert set(code.numel() for layer in steered_layers(model) for code in layer.yapo_code.values()) == {D_SAE}
+
+
+def test_a_list_has_one_strength_per_row(model):
+    with torch.no_grad(), steering(model, [-1.0, 2.0]):
+        listed = model(random_ids()).logits
+    with torch.no_grad(), steering(model, torch.tensor([-1.0, 2.0])):
+        assert torch.equal(model(random_ids()).logits, listed)
+    with pytest.raises(ConfigError, match="multipliers="):
+        model(random_ids(), multipliers=["a", "b"])

@@ -21,7 +21,8 @@ class Call:
     Attributes:
         labels: As handed to the model, `(batch, seq)`.
         attention_mask: As handed to the model.
-        packed: Whether a row holds several sequences, which nothing but labels tells apart.
+        uncounted: Whether the tokens of a row cannot be counted: several sequences are packed into it, or the model
+            keeps a state instead of a cache.
         past_length: Number of tokens in the cache.
         prompt_length: Number of tokens of the prompt within `generate`; None outside.
         adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
@@ -32,7 +33,7 @@ class Call:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.labels: Tensor | None = None
         self.attention_mask: Tensor | None = None
-        self.packed = False
+        self.uncounted = False
         self.past_length: int | Tensor = 0
         self.prompt_length: int | None = None
         self.adapter_names: list[str] | None = None
@@ -102,7 +103,7 @@ class Call:
             raise ConfigError("adapter_names= is a feature of PeftModel: wrap the model with get_peft_model.")
         self.labels = inputs.get("labels")
         self.attention_mask = inputs.get("attention_mask")
-        self.packed = inputs.get("cu_seq_lens_q") is not None
+        self.uncounted = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cache_params"))
         past = inputs.get("past_key_values")
         # Some caches keep their length in a tensor that the call will change in place.
         self.past_length = 0 if past is None else past.get_seq_length() + 0
@@ -113,7 +114,7 @@ class Call:
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
         """Whoever calls a part of the model, past this hook, shall not be taken for the last one who called all."""
         self.labels = self.attention_mask = self.multipliers = None
-        self.packed = False
+        self.uncounted = False
         self.past_length = 0
 
 
@@ -125,7 +126,10 @@ def as_rows(multipliers: Tensor | Sequence[float] | None) -> Tensor | None:
     """
     if multipliers is None:
         return None
-    rows = torch.as_tensor(multipliers)
+    try:
+        rows = torch.as_tensor(multipliers)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"multipliers={multipliers!r}: give one finite number per row of the batch.") from error
     if rows.dim() != 1 or rows.dtype == torch.bool or rows.is_complex() or not rows.isfinite().all():
         raise ConfigError(f"multipliers={multipliers!r}: give one finite number per row of the batch, (batch,).")
     return rows

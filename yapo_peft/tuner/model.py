@@ -59,6 +59,7 @@ class YaPOModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Finds the blocks and loads the SAEs, before PEFT changes anything and outside its meta-device context."""
         config = cast(YaPOConfig, peft_config)
+        _require_batches_of_rows(self.model, config)
         name, blocks = decoder_blocks(self.model)
         layers = resolve_layers(config.layer_indices(), len(blocks))
         saes = [self._checked_sae(config, position, layer) for position, layer in enumerate(layers)]
@@ -341,6 +342,18 @@ def _require_head(model: nn.Module, config: PeftConfig) -> None:
         raise ConfigError(
             f"task_type='CAUSAL_LM', YaPOConfig's default, does not fit {type(model).__name__}, which cannot generate: "
             "give task_type='FEATURE_EXTRACTION', or 'SEQ_CLS' for a classifier."
+        )
+
+
+def _require_batches_of_rows(model: nn.Module, config: YaPOConfig) -> None:
+    """Raises where rows or tokens would be taken for others without a sign of it."""
+    own: Any = getattr(model, "config", None)
+    if getattr(own, "model_type", None) == "xlnet":
+        raise UnsupportedOperationError("XLNet cannot be steered: its blocks put the sequence before the batch.")
+    if getattr(own, "is_encoder_decoder", False) and config.positions != "all":
+        raise ConfigError(
+            f"positions={config.positions!r} finds answers behind their prompt, which an encoder-decoder "
+            f"({type(model).__name__}) keeps apart: use positions='all'."
         )
 
 

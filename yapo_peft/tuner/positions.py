@@ -32,7 +32,7 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
         A boolean mask `(batch, seq)`, or None for all tokens.
 
     Raises:
-        UnsupportedOperationError: Rows hold several sequences each, and there are no labels to tell them apart.
+        UnsupportedOperationError: The tokens of a row cannot be counted, and there are no labels.
     """
     if positions == "all":
         return None
@@ -44,10 +44,11 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
         predicts = torch.zeros_like(scored)
         predicts[:, :-1] = scored[:, 1:]
         return predicts | scored
-    if call.packed:
+    if call.uncounted:
         raise UnsupportedOperationError(
             f"positions={positions!r} cannot tell prompts and answers apart where several sequences are packed into a "
-            "row (generate_batch): use generate, or an adapter of positions='all'."
+            "row (generate_batch) or the model keeps a state instead of a cache (Mamba): use an adapter of "
+            "positions='all', or generate with use_cache=False."
         )
     index = call.past_length + torch.arange(seq, device=hidden.device)
     if call.prompt_length is not None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from numbers import Real
+from typing import cast
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .call import Strength
+from .call import Strength, as_rows
 from .layer import YaPOLayer
 
 
 @contextmanager
-def steering(model: nn.Module, multiplier: Strength, adapter_name: str | None = None) -> Generator[None]:
+def steering(
+    model: nn.Module, multiplier: Strength | Sequence[float], adapter_name: str | None = None
+) -> Generator[None]:
     """Steers with another strength within a `with` block, and restores what was before it, also on exceptions.
 
     Contexts can be nested. Which parameters are trainable does not change. The strength is a state of the model, so
@@ -48,7 +51,7 @@ def steering(model: nn.Module, multiplier: Strength, adapter_name: str | None = 
         mark_lowest(model)
 
 
-def set_multiplier(model: nn.Module, multiplier: Strength, adapter_name: str | None = None) -> None:
+def set_multiplier(model: nn.Module, multiplier: Strength | Sequence[float], adapter_name: str | None = None) -> None:
     """Sets the strength of an adapter, active or not, until it is set again.
 
     Args:
@@ -97,8 +100,10 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
     return layers
 
 
-def _checked(multiplier: Strength) -> Strength:
+def _checked(multiplier: Strength | Sequence[float]) -> Strength:
     """A strength as layers keep it: a float, or a tensor with one per row."""
+    if isinstance(multiplier, Sequence) and not isinstance(multiplier, str):
+        return cast(Tensor, as_rows(multiplier))
     if isinstance(multiplier, Tensor) and multiplier.dim() == 0:
         multiplier = float(multiplier)
     if isinstance(multiplier, Tensor):
@@ -106,5 +111,5 @@ def _checked(multiplier: Strength) -> Strength:
             raise ConfigError(f"multiplier={multiplier!r}: give one finite number per row of the batch, (batch,).")
         return multiplier
     if isinstance(multiplier, bool) or not isinstance(multiplier, Real) or not math.isfinite(multiplier):
-        raise ConfigError(f"multiplier={multiplier!r}: give a finite number, or a tensor with one per row.")
+        raise ConfigError(f"multiplier={multiplier!r}: give a finite number, or one per row.")
     return float(multiplier)
