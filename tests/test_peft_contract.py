@@ -399,7 +399,10 @@ def test_multipliers(row):
     answers = model.generate(ids, attention_mask=torch.ones_like(ids), multipliers=strengths, **GENERATE, num_beams=2)
     for index, strength in enumerate(strengths):
         with steering(model, strength):
-            torch.testing.assert_close(run(model, ids)[index], together[index], rtol=1e-2, atol=1e-3)
+            alone = run(model, ids)[index]
+            # One strength for all is folded into a vector, which rounds differently in 16 bits.
+            scale = float(alone.abs().max()) if row.dtype != torch.float32 else 1e-3
+            torch.testing.assert_close(alone, together[index], rtol=2e-2, atol=2e-2 * scale)
             if row.dtype == torch.float32:
                 alone = model.generate(ids, attention_mask=torch.ones_like(ids), **GENERATE, num_beams=2)
                 assert torch.equal(answers[index], alone[index])
@@ -417,7 +420,10 @@ def test_mixed_batches(row):
     for index, name in enumerate(names):
         model.set_adapter("default" if name == "__base__" else name)
         with steering(model, 0.0 if name == "__base__" else 1.0):
-            torch.testing.assert_close(run(model, ids)[index], together[index], rtol=1e-2, atol=1e-3)
+            alone = run(model, ids)[index]
+            # One strength for all is folded into a vector, which rounds differently in 16 bits.
+            scale = float(alone.abs().max()) if row.dtype != torch.float32 else 1e-3
+            torch.testing.assert_close(alone, together[index], rtol=2e-2, atol=2e-2 * scale)
             if row.dtype == torch.float32:
                 assert torch.equal(model.generate(ids, **options)[index], answers[index])
 

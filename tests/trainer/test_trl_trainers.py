@@ -111,6 +111,7 @@ def log_probs(model, ids, attention_mask, labels):
     return logp.gather(-1, scored.clamp(min=0)[..., None]).squeeze(-1).masked_fill(scored == -100, 0)
 
 
+@torch.no_grad()
 def assert_same_logits(model, other):
     assert torch.equal(*(each.eval()(input_ids=random_ids()).logits for each in (model, other)))
 

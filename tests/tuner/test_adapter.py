@@ -67,6 +67,7 @@ def test_two_adapters_share_one_sae():
     assert layer.yapo_sae["default"] is layer.yapo_sae["second"]
 
 
+@torch.no_grad()
 def test_save_and_load_keep_every_bit(architecture, tmp_path):
     ids, model = random_ids(), steered_model(architecture, density=0.3)
     expected = model(ids).logits
@@ -81,6 +82,7 @@ def test_random_initialisation_is_small_and_not_zero():
     assert 0 < code.abs().max() < 0.2
 
 
+@torch.no_grad()
 def test_the_multiplier_of_the_config_is_the_strength_at_load_time(tmp_path):
     ids, model = random_ids(), steered_model()
     with steering(model, -1.5):

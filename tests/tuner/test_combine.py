@@ -34,6 +34,7 @@ def test_linear_is_the_weighted_sum_at_the_strengths_of_now(model):
     assert model.active_adapters == ["default"]
 
 
+@torch.no_grad()
 def test_the_combined_code_steers_once_and_saves_like_any_other(model, tmp_path):
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both")
     model.set_adapter("both")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import SAENotFoundError, UnsupportedSAEError
 from .identity import SAEIdentity, content_hash
@@ -62,6 +63,12 @@ class FrozenSAE:
             with torch.inference_mode(False), torch.no_grad():
                 self._copies[key] = self._native.to(device, dtype)
         return self._copies[key]
+
+    def select(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> SAEWeights:
+        """Returns the part for some features, `(n,)`, on a device, in a dtype; the others need not be there."""
+        if self._native.activation == "topk":  # whose encoder needs them all
+            return self.weights(device, dtype).select(indices.to(device))
+        return self._native.select(indices.to(self._native.W_dec.device)).to(device, dtype)
 
     def under_another_name(self, identity: SAEIdentity, hook_name: str | None) -> FrozenSAE:
         """Returns the same SAE as another source names it; both share their memory."""

@@ -32,6 +32,7 @@ class SAEWeights:
         magnitude_bias: For "gated": `b_mag`, `(d_sae,)`.
         k: For "topk": how many features a token keeps.
         normalization: What happens to a token before the encoder and, inverted, after the decoder.
+        selected: For "topk", whose features compete: which of them these weights are for, `(d_sae,)`; None for all.
     """
 
     W_enc: Tensor
@@ -44,6 +45,7 @@ class SAEWeights:
     magnitude_bias: Tensor | None = None
     k: int | None = None
     normalization: Normalization = "none"
+    selected: Tensor | None = None
 
     @property
     def d_in(self) -> int:
@@ -64,11 +66,25 @@ class SAEWeights:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         """Returns the same weights on another device, in another dtype; shares what need not change."""
-        return dataclasses.replace(self, **{name: value.to(device, dtype) for name, value in self.tensors()})
+        moved = {n: t.to(device, dtype) if t.is_floating_point() else t.to(device) for n, t in self.tensors()}
+        return dataclasses.replace(self, **moved)
 
     def clone(self) -> SAEWeights:
         """Returns a copy that shares no memory."""
         return dataclasses.replace(self, **{name: value.clone() for name, value in self.tensors()})
+
+    def select(self, indices: Tensor) -> SAEWeights:
+        """Returns the part of the autoencoder that reads and writes some of its features, `(n,)`.
+
+        Encoders that work feature by feature need only these columns. A TopK encoder needs them all.
+        """
+        parts = {"W_dec": self.W_dec[indices]}
+        if self.activation == "topk":
+            return dataclasses.replace(self, **parts, selected=indices)
+        columns = ("W_enc", "b_enc", "threshold", "magnitude_scale", "magnitude_bias")
+        values = {name: value for name, value in self.tensors() if name in columns}
+        parts |= {name: value[..., indices].contiguous() for name, value in values.items()}
+        return dataclasses.replace(self, **parts)
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of each token.
@@ -80,7 +96,7 @@ class SAEWeights:
             The features `f >= 0`, `(..., d_sae)`, and the factor by which the decoder's output is multiplied at
             each token, `(..., 1)`, or None where it is one.
         """
-        x, scale = self._normalize(h)
+        x, scale = self.normalize(h)
         if self.b_in is not None:
             x = x - self.b_in
         product = x @ self.W_enc
@@ -93,13 +109,14 @@ class SAEWeights:
         if self.activation == "topk":
             assert self.k is not None
             top = pre.topk(self.k, dim=-1, sorted=False)
-            return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu()), scale
+            features = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+            return features if self.selected is None else features[..., self.selected], scale
         assert self.magnitude_scale is not None
         assert self.magnitude_bias is not None
         magnitude = (product * self.magnitude_scale + self.magnitude_bias).relu()
         return magnitude * (pre > 0), scale
 
-    def _normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """sae-lens' run-time normalisations; the mean that layer_norm adds back cancels in the steering."""
         if self.normalization == "layer_norm":
             x = h - h.mean(dim=-1, keepdim=True)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
 
-Strength = float | Tensor
-
 
 class Call:
     """The current call of a model, as seen by a forward pre-hook on it; shared by all its steered layers.
@@ -27,6 +25,7 @@ class Call:
         prompt_length: Number of tokens of the prompt within `generate`; None outside.
         adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
         multipliers: A strength for each row, `(batch,)`, instead of the adapters' own.
+        generation: The `generate` that the current call is a step of; None outside.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +37,7 @@ class Call:
         self.prompt_length: int | None = None
         self.adapter_names: list[str] | None = None
         self.multipliers: Tensor | None = None
+        self.generation: object | None = None
         self._generate_multipliers: Tensor | None = None
         self._repeats = 1
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -69,12 +69,13 @@ class Call:
     @contextmanager
     def generating(self, prompt_length: int, repeats: int, multipliers: Any) -> Generator[None]:
         """The calls within are steps of one `generate`, which repeats each row for beams or several answers."""
-        before = self.prompt_length, self._repeats, self._generate_multipliers
+        before = self.prompt_length, self._repeats, self._generate_multipliers, self.generation
         self.prompt_length, self._repeats, self._generate_multipliers = prompt_length, repeats, as_rows(multipliers)
+        self.generation = object()
         try:
             yield
         finally:
-            self.prompt_length, self._repeats, self._generate_multipliers = before
+            self.prompt_length, self._repeats, self._generate_multipliers, self.generation = before
 
     def rows_of(self, adapter_name: str, batch: int) -> list[int] | None:
         """The rows that an adapter steers, or None for all of them."""

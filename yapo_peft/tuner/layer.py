@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from .blocks import hidden_states, with_hidden_states
-from .call import Call, Strength
+from .call import Call
+from .folded import FoldedSteering
 from .positions import tokens_to_steer
-from .steering import steering_shift
+from .sparse import ActiveFeatures, sparse_shift
+from .steering import Strength, steering_shift
 
 CHILD_NAME = "yapo"
 
@@ -71,6 +73,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.positions: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self.replaced_biases: list[tuple[Any, nn.Parameter | None]] = []
+        self._folded: dict[str, FoldedSteering] = {}
         # In a list, because the block is the parent of this module, not its child.
         self._parent = [block]
         self._hook = block.register_forward_hook(self._steer_output, prepend=True)
@@ -106,21 +109,47 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         steered = h
         moved_tokens = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if self.track_moved else None
         for adapter_name, strength, rows in shares:
-            sae = self.yapo_sae[adapter_name].weights(h.device, h.dtype)
-            code = self.code(adapter_name).to(h.device)
-            if self.training and code.requires_grad and torch.is_grad_enabled():
-                self.call.require_labels(self.positions[adapter_name])
-            shift, moved = steering_shift(h if rows is None else h[rows], code, sae, strength)
+            shift, moved = self._shift(adapter_name, strength, h if rows is None else h[rows])
             mask = tokens_to_steer(self.positions[adapter_name], h, self.call)
             if mask is not None:
                 mask = mask if rows is None else mask[rows]
                 shift = shift.masked_fill(~mask[..., None], 0)
-            if moved_tokens is not None:
-                any_moved = moved.detach().ne(0).any(dim=-1) if mask is None else moved.detach().ne(0).any(-1) & mask
-                moved_tokens[slice(None) if rows is None else rows] |= any_moved
+            if moved_tokens is not None and moved is not None:
+                moved_tokens[slice(None) if rows is None else rows] |= moved if mask is None else moved & mask
             steered = steered + shift if rows is None else steered.index_add(0, _index(rows, h), shift)
         self.moved_tokens = moved_tokens
         return steered
+
+    def _shift(self, adapter_name: str, strength: Strength, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The shift of the rows that an adapter steers, shaped as `h`, and which tokens moved, where that is asked.
+
+        All ways give the same; each computes only what can differ from one token to the next.
+        """
+        sae, code = self.yapo_sae[adapter_name], self.code(adapter_name)
+        learns = code.requires_grad and torch.is_grad_enabled()
+        if learns and self.training:
+            self.call.require_labels(self.positions[adapter_name])
+        if torch.compiler.is_compiling():
+            shift, features = steering_shift(h, code.to(h.device), sae.weights(h.device, h.dtype), strength)
+            return shift, features.detach().ne(0).any(dim=-1)
+        if not learns:
+            return self._folded_for(adapter_name, strength, h).shift(h, strength, self.track_moved)
+        weights, constant = sae.weights(h.device, h.dtype), h.detach()
+        active = ActiveFeatures.of(constant, weights)
+        shift, moved = sparse_shift(constant, code.to(h.device), weights, strength, active)
+        if h.requires_grad:
+            # Adds nothing but the gradient of the activations, which passes through the features that are cut.
+            folded, _ = self._folded_for(adapter_name, strength, h).shift(h, strength, track=False)
+            shift = shift + (folded - folded.detach())
+        return shift, moved
+
+    def _folded_for(self, adapter_name: str, strength: Strength, h: Tensor) -> FoldedSteering:
+        """An adapter's steering, folded anew only when its code, strength, device or dtype changed."""
+        code, kept = self.code(adapter_name).detach(), self._folded.get(adapter_name)
+        if kept is None or not kept.still_holds(code, self.yapo_sae[adapter_name], strength, h, self.call.generation):
+            kept = FoldedSteering.of(code, self.yapo_sae[adapter_name], strength, h, self.call.generation)
+            self._folded[adapter_name] = kept
+        return kept
 
     @property
     def used_adapters(self) -> list[str]:
@@ -204,6 +233,10 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             )
         steered = self(hidden)
         return None if steered is hidden else with_hidden_states(output, steered)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what can be folded again, in copies and pickles."""
+        return {**self.__dict__, "_folded": {}}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.yapo_code:

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterFileError, UnsupportedOperationError
 from .blocks import hidden_states
-from .call import Strength
 from .layer import YaPOLayer
+from .steering import Strength
 
 
 def merge_adapters(

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..sae.weights import SAEWeights
 
+Strength = float | Tensor
 
-def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: float | Tensor) -> tuple[Tensor, Tensor]:
+
+def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: Strength) -> tuple[Tensor, Tensor]:
     """What steering adds to the output of a block.
 
     The published forward is `Dec(ReLU(f + strength * code)) + (h - Dec(f))` with `f = Enc(h)`. The decoder is linear

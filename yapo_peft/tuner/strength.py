@@ -11,8 +11,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .call import Strength, as_rows
+from .call import as_rows
 from .layer import YaPOLayer
+from .steering import Strength
 
 
 @contextmanager
