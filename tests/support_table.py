@@ -17,6 +17,7 @@ AREAS = (
     "SAEs",
     "transformers",
     "Training",
+    "Speed",
     "TRL",
     "Many processes",
     "Devices",

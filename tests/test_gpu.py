@@ -46,14 +46,18 @@ def test_logits_and_gradients_are_those_of_the_cpu(device, dtype, architecture):
 
 @pytest.mark.feature("Devices", "Training on CUDA and MPS", needs="such a device")
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_gives_the_codes_of_the_cpu(device, tokenizer, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_gives_the_codes_of_the_cpu(device, cached, tokenizer, tmp_path):
     from datasets import Dataset
 
     codes = []
     for use_cpu in (True, False):
         model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+        cache = (
+            {"cache_activations": True, "activation_cache_dir": str(tmp_path / f"cache-{use_cpu}")} if cached else {}
+        )
         args = YaPOTrainingConfig(
-            output_dir=str(tmp_path / str(use_cpu)), max_steps=4, learning_rate=0.1, warmup_steps=0, direction="both",
+            output_dir=str(tmp_path / str(use_cpu)), **cache, max_steps=4, learning_rate=0.1, warmup_steps=0, direction="both",
             report_to="none", save_strategy="no", bf16=False, use_cpu=use_cpu,
         )  # fmt: skip
         trainer = YaPOTrainer(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
 from .errors import (
+    ActivationCacheError,
     AdapterFileError,
     ConfigError,
     DatasetError,
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from .evaluation.plots import plot_dose_response
     from .evaluation.preference import PreferenceScore, score_preferences, sweep_preferences
     from .trainer import YaPOTrainer, YaPOTrainingConfig
+    from .trainer.activations import delete_activation_cache
 
 
 __all__ = [
+    "ActivationCacheError",
     "AdapterFileError",
     "ConfigError",
     "DatasetError",
@@ -48,6 +51,7 @@ __all__ = [
     "YaPOModel",
     "YaPOTrainer",
     "YaPOTrainingConfig",
+    "delete_activation_cache",
     "model_card",
     "plot_dose_response",
     "register_sae",
@@ -60,6 +64,7 @@ __all__ = [
 # These pull in TRL or matplotlib, which a program that only steers does not need.
 _LAZY = {
     "YaPOTrainer": "trainer",
+    "delete_activation_cache": "trainer.activations",
     "YaPOTrainingConfig": "trainer",
     "PreferenceScore": "evaluation.preference",
     "score_preferences": "evaluation.preference",

@@ -7,6 +7,7 @@
     │   ├── UnsupportedSAEError (NotImplementedError)  its architecture or normalisation has no steering rule here
     │   └── SAEMismatchError    (ValueError)           it does not fit the model, the layer, or the adapter
     ├── AdapterFileError        (ValueError)           a saved adapter is truncated, or has wrong names or shapes
+    ├── ActivationCacheError    (OSError)              cached activations do not fit on the disk, or are damaged
     ├── DatasetError            (ValueError)           a dataset is empty, lacks columns, or holds nothing to learn from
     ├── NonFiniteLossError      (FloatingPointError)   training produced NaN or infinity
     └── UnsupportedOperationError (NotImplementedError) a PEFT or TRL feature that steering cannot honour
@@ -41,6 +42,10 @@ class SAEMismatchError(SAEError, ValueError):
 
 class AdapterFileError(YaPOError, ValueError):
     """A saved adapter is truncated, or holds tensors of the wrong name, type or shape."""
+
+
+class ActivationCacheError(YaPOError, OSError):
+    """Cached activations do not fit on the disk, are damaged, or do not fit the model."""
 
 
 class DatasetError(YaPOError, ValueError):

@@ -24,6 +24,7 @@ RUNS = {
     "batch": {},
     "example": {"direction": "example"},
     "both": {"direction": "both", "gradient_accumulation_steps": 2, "precompute_ref_log_probs": True},
+    "cached": {"cache_activations": True},
     "two layers": {"layers": [1, 3], "activation_checkpointing": "full"},
 }
 
@@ -32,6 +33,8 @@ def trainer(name, max_steps=4, layers=(2,), **options):
     saes = [make_sae(seed=layer) for layer in layers]
     model = get_peft_model(make_model(), YaPOConfig(layers=list(layers), sae=saes))
     set_code(model, random_code(scale=0.3))
+    if options.get("cache_activations"):
+        options["activation_cache_dir"] = str(FOLDER / f"activations-{WORLD}")
     args = YaPOTrainingConfig(
         output_dir=str(FOLDER / f"{name}-{WORLD}"), use_cpu=True, bf16=False, report_to="none", max_steps=max_steps,
         save_steps=2, learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", logging_steps=1,

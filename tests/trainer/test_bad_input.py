@@ -35,7 +35,6 @@ from yapo_peft.tuner.strength import steered_layers
         ({"loss_type": "aot", "direction": "example"}, UnsupportedOperationError, "it sorts a batch"),
         ({"loss_type": "bco_pair", "reference": "none"}, UnsupportedOperationError, "reference='none' has none"),
         ({"beta": 0.0}, ConfigError, "beta=0.0: give a positive number"),
-        ({"train_sampling_strategy": "group_by_length"}, UnsupportedOperationError, "needs a column of lengths"),
         ({"sync_ref_model": True}, UnsupportedOperationError, "moves the reference"),
         ({"reference": "none", "precompute_ref_log_probs": True}, ConfigError, "nothing to compute"),
         ({"reference": "none", "f_divergence_type": "forward_kl"}, ConfigError, "f_divergence_type='forward_kl'"),

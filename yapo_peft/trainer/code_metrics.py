@@ -18,15 +18,13 @@ def size_of_codes(layers: list[YaPOLayer]) -> dict[str, float]:
     return {"code/nonzero": float(everything.count_nonzero()), "code/norm": float(everything.norm())}
 
 
-def share_of_tokens_moved(layers: list[YaPOLayer], attention_mask: Tensor) -> Tensor:
-    """Share of the attended tokens with a feature that moved in the last forward pass, the mean over layers, `(1,)`.
+def share_of_tokens_moved(moved: list[Tensor], attention_mask: Tensor) -> Tensor:
+    """Share of the attended tokens with a feature that moved, the mean over layers, `(1,)`; empty if none steered.
 
-    Empty, `(0,)`, if no layer steered.
+    Args:
+        moved: For each layer, whether a feature of a token moved, `(batch, seq)`.
+        attention_mask: `(batch, seq)`.
     """
     attended = attention_mask.bool()
-    shares = [
-        (layer.moved_tokens.to(attended.device) & attended).sum() / attended.sum()
-        for layer in layers
-        if layer.moved_tokens is not None
-    ]
+    shares = [(tokens.to(attended.device) & attended).sum() / attended.sum() for tokens in moved]
     return torch.stack(shares).mean()[None] if shares else torch.zeros(0, device=attended.device)

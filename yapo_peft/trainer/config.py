@@ -20,6 +20,7 @@ _SORTED = {
     "aot": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
     "aot_unpaired": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
 }
+_CACHE_DTYPES = ("float32", "bfloat16", "float16")
 # Metrics that a good code lowers.
 _FALLING = ("loss/plus", "loss/minus", "margin/minus", "accuracy/minus")
 _ABSOLUTE = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
@@ -37,6 +38,10 @@ class YaPOTrainingConfig(DPOConfig):
             "both" in each step (twice the forward passes, and no noise from the draw).
         reference: What log-probabilities are compared to: the same model "unsteered", as published, or "none", which
             leaves the reference out and is another objective.
+        cache_activations: Train and evaluate on the blocks above the lowest steered one alone. What it and those below
+            put out, its features and the reference are computed once, kept on disk, and used again by later runs.
+        activation_cache_dir: Where; a folder beside Hugging Face's caches if None.
+        activation_cache_dtype: "float32", "bfloat16" or "float16"; as the model computes if None.
         learning_rate: As published, in units of SAE activations: an SAE with larger activations needs a larger one.
         num_train_epochs: As published.
         per_device_train_batch_size: As published.
@@ -57,6 +62,13 @@ class YaPOTrainingConfig(DPOConfig):
     )
     reference: str = field(
         default="unsteered", metadata={"help": "Compare log-probabilities to the model 'unsteered', or to 'none'."}
+    )
+    cache_activations: bool = field(
+        default=False, metadata={"help": "Compute what does not depend on the code once, and keep it on disk."}
+    )
+    activation_cache_dir: str | None = field(default=None, metadata={"help": "Where cached activations are kept."})
+    activation_cache_dtype: str | None = field(
+        default=None, metadata={"help": "Keep activations in 'float32', 'bfloat16' or 'float16'."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate, in units of SAE activations."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Number of passes over the training set."})
@@ -83,10 +95,7 @@ class YaPOTrainingConfig(DPOConfig):
             raise ConfigError(f"reference={self.reference!r}: choose one of {get_args(Reference)}.")
         for loss_type in self.loss_type:
             self._check_loss(loss_type)
-        if self.train_sampling_strategy == "group_by_length":
-            raise UnsupportedOperationError(
-                "train_sampling_strategy='group_by_length' needs a column of lengths, which pairs do not have."
-            )
+        self._check_cache()
         if self.sync_ref_model:
             raise UnsupportedOperationError(
                 "sync_ref_model=True moves the reference during training; here the reference is the model unsteered."
@@ -102,6 +111,19 @@ class YaPOTrainingConfig(DPOConfig):
             reason = "it judges each answer by its own ratio to the reference, and reference='none' has none"
         if reason is not None:
             raise UnsupportedOperationError(f"loss_type={loss_type!r} cannot train a steering code: {reason}.")
+
+    def _check_cache(self) -> None:
+        if self.activation_cache_dtype not in (None, *_CACHE_DTYPES):
+            raise ConfigError(
+                f"activation_cache_dtype={self.activation_cache_dtype!r}: choose one of {', '.join(_CACHE_DTYPES)}."
+            )
+        for name in ("activation_cache_dir", "activation_cache_dtype"):
+            if getattr(self, name) is not None and not self.cache_activations:
+                raise ConfigError(f"{name}={getattr(self, name)!r} needs cache_activations=True.")
+        if self.cache_activations and self.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs=True is part of cache_activations=True: leave it out, or TRL does it again."
+            )
 
     def _check_without_reference(self) -> None:
         if self.precompute_ref_log_probs:

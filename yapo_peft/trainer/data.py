@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from trl import DPOConfig
 
 from ..errors import DatasetError
 
 _PREFERENCE = {"chosen", "rejected"}
 _COLUMNS = ("prompt", "chosen", "rejected")
+TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def require_preferences(dataset: Any, name: str) -> None:
@@ -92,6 +94,20 @@ def require_room(before: Any, after: Any, max_length: int | None, name: str) -> 
             f"max_length={max_length}, so that no answer token would remain."
         )
     return None
+
+
+def with_lengths(dataset: Any, args: DPOConfig) -> Any:
+    """Adds the column of lengths that transformers' samplers group pairs by, where one of them is asked for.
+
+    The length of a pair is that of its prompt and both of its answers.
+    """
+    if args.train_sampling_strategy not in ("group_by_length", "batch_rebalance") or not isinstance(dataset, Dataset):
+        return dataset
+    if args.length_column_name in dataset.column_names:
+        return dataset
+    return dataset.map(
+        lambda pair: {args.length_column_name: sum(len(pair[name]) for name in TOKENISED)}, desc="Measuring lengths"
+    )
 
 
 def _nothing_left(name: str, max_length: int | None) -> str:

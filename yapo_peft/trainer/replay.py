@@ -10,10 +10,16 @@ from torch import Tensor
 
 
 class Replay:
-    """Stands for the model: runs the scoring forward once, and answers later ones with its result."""
+    """Stands for the model: runs the scoring forward once, and answers later ones with its result.
 
-    def __init__(self, model: Callable[..., Any]) -> None:
+    Args:
+        model: What scores.
+        order: In which order its rows are to be returned, if that is another one than it returns them in.
+    """
+
+    def __init__(self, model: Callable[..., Any], order: Tensor | None = None) -> None:
         self._model = model
+        self._order = order
         self._scored: Any = None
 
     def __call__(self, **kwargs: Any) -> Any:
@@ -22,6 +28,8 @@ class Replay:
             return self._model(**kwargs)
         if self._scored is None:
             self._scored = self._model(**kwargs)
+            if self._order is not None:
+                self._take(self._order, len(self._order))
         return self._scored
 
     @property
@@ -30,17 +38,23 @@ class Replay:
         return self._scored.log_probs.detach()
 
     def of_rows(self, rows: Tensor) -> Replay:
-        """The same for some rows of the batch."""
+        """The same for some rows of the batch, without gradient."""
         part = Replay(self._model)
         part._scored = copy(self._scored)
+        part._detach()
         part._take(rows, len(self.log_probs))
         return part
 
     def reorder(self, order: Tensor) -> None:
-        """Reorders the rows of the result."""
+        """Reorders the rows of the result, and ends its gradient."""
+        self._detach()
         self._take(order, len(order))
+
+    def _detach(self) -> None:
+        for name, value in list(self._scored.items()):
+            self._scored[name] = value.detach() if isinstance(value, Tensor) else value
 
     def _take(self, rows: Tensor, batch: int) -> None:
         for name, value in list(self._scored.items()):
             if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch:
-                self._scored[name] = value.detach()[rows.to(value.device)]
+                self._scored[name] = value[rows.to(value.device)]

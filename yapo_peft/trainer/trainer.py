@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections import defaultdict
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,24 +11,28 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
-from trl import DPOTrainer
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import steering
+from ..tuner.blocks import decoder_blocks
 from ..tuner.codes_on_disk import whole
 from ..tuner.strength import steered_layers
 from .adapters import no_reference_adapter, require_adapter, require_same_adapters
+from .cache import COLUMN, ActivationCache
+from .cacheable import require_cacheable
 from .card import training_card
 from .code_metrics import share_of_tokens_moved, size_of_codes
 from .config import YaPOTrainingConfig
-from .data import require_preferences, require_room, require_shared
+from .data import require_preferences, require_room, require_shared, with_lengths
 from .objective import draw_directions, one_pair, orient, pair_order, preference_margin
+from .pair_metrics import PairMetricsTrainer
 from .replay import Replay
+from .scoring import Scorer, WholeModel
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
 
 
-class YaPOTrainer(DPOTrainer):
+class YaPOTrainer(PairMetricsTrainer):
     """Learns codes from preference pairs, with a direction that alternates between +1 and -1.
 
     It takes what TRL's `DPOTrainer` takes, except for a reference model: the reference is the same model unsteered.
@@ -104,6 +105,14 @@ class YaPOTrainer(DPOTrainer):
         self._layers = steered_layers(self.model)
         for layer in self._layers:
             layer.track_moved = True
+        self._cache: ActivationCache | None = None
+        if self.args.cache_activations:
+            require_cacheable(self)
+            self._cache = ActivationCache(self.model, self._layers, self.args, self.accelerator, self.data_collator)
+            self.train_dataset, self.eval_dataset = self._cache.add_all(self.train_dataset, self.eval_dataset)
+            self.data_collator = self._cache.collate
+        else:
+            self._say_what_could_be_skipped()
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         require_preferences(dataset, dataset_name)
@@ -113,7 +122,20 @@ class YaPOTrainer(DPOTrainer):
         warning = require_room(dataset, prepared, args.max_length, dataset_name)
         if warning is not None:
             warnings.warn(warning, UserWarning, stacklevel=2)
-        return prepared
+        return with_lengths(prepared, args)
+
+    def _say_what_could_be_skipped(self) -> None:
+        blocks = len(decoder_blocks(cast(Any, self.accelerator.unwrap_model(self.model)))[1])
+        self.accelerator.print(
+            f"Every step runs through all {blocks} blocks, with and without steering. cache_activations=True computes "
+            f"what lies below the output of block {self._layers[0].index}, and the reference, only once."
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        # transformers asks its samplers for lengths only after it has removed what is not named here.
+        ours = (COLUMN, self.args.length_column_name)
+        self._signature_columns += [name for name in ours if name not in self._signature_columns]
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -137,14 +159,20 @@ class YaPOTrainer(DPOTrainer):
         training_card(self).save(Path(output_dir or cast(str, self.args.output_dir)) / "README.md")
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        inputs = self._with_reference(inputs)
+        rows = inputs.get(COLUMN)
+        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+        scorer: Scorer = WholeModel(model, self.model)
+        if rows is not None:
+            together = self.args.direction != "example" or not self.model.training
+            scorer = cast(ActivationCache, self._cache).pairs(model, inputs, rows, together)
+        inputs = self._with_reference(scorer, inputs)
         pairs = len(inputs["ref_chosen_logps"])
         if not self.model.training:
-            return self._evaluation_loss(model, inputs, pairs, return_outputs)
+            return self._evaluation_loss(scorer, inputs, pairs, return_outputs)
         both = [torch.ones(pairs), -torch.ones(pairs)]
         directions = both if self.args.direction == "both" else [self._draw(pairs)]
         seen = self._total_train_tokens
-        results = [self._directed_loss(model, inputs, direction, return_outputs) for direction in directions]
+        results = [self._directed_loss(scorer, inputs, direction, return_outputs) for direction in directions]
         # TRL counts the tokens of each pass; the batch is one, whichever ways it was steered.
         self._total_train_tokens = seen + (self._total_train_tokens - seen) // len(directions)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -154,36 +182,18 @@ class YaPOTrainer(DPOTrainer):
             self._metrics["train"][name].append(value)
         return (loss, results[0].outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As transformers', with all metrics in the result under its prefix, and the loss as the mean over pairs.
-
-        TRL keeps metrics until something is logged, which `predict` never does, and calls them `eval_` always.
-        """
-        before, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
-        finally:
-            self._metrics["eval"] = before
-        if "loss/plus" in metrics:
-            metrics["loss"] = (metrics["loss/plus"] + metrics["loss/minus"]) / 2
-        cast(dict[str, float], output.metrics).update(
-            {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        )
-        return output
-
-    def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], pairs: int, return_outputs: bool) -> Any:
-        plus = self._directed_loss(model, inputs, torch.ones(pairs), return_outputs)
+    def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], pairs: int, return_outputs: bool) -> Any:
+        plus = self._directed_loss(scorer, inputs, torch.ones(pairs), return_outputs)
         with self._metrics_kept(except_for=frozenset({"loss/minus", "margin/minus"})):
-            minus = self._directed_loss(model, inputs, -torch.ones(pairs), return_outputs=False)
-        for sign, logps in ((1.0, plus.logps), (0.0, self._unsteered_logps(inputs)), (-1.0, minus.logps)):
+            minus = self._directed_loss(scorer, inputs, -torch.ones(pairs), return_outputs=False)
+        for sign, logps in ((1.0, plus.logps), (0.0, self._unsteered_logps(scorer, inputs)), (-1.0, minus.logps)):
             chosen, rejected = logps
             self._log_each(f"accuracy/{_SIGN_NAMES[sign]}", (chosen > rejected).float())
         loss = (plus.loss + minus.loss) / 2
         return (loss, plus.outputs) if return_outputs else loss
 
     def _directed_loss(
-        self, model: nn.Module, inputs: dict[str, Any], directions: Tensor, return_outputs: bool
+        self, scorer: Scorer, inputs: dict[str, Any], directions: Tensor, return_outputs: bool
     ) -> _DirectedLoss:
         """TRL's loss of one forward pass with pairs that point in given directions.
 
@@ -191,15 +201,17 @@ class YaPOTrainer(DPOTrainer):
         metrics, so that they keep their meaning whichever way the pairs point.
         """
         uniform = bool((directions == directions[0]).all())
-        strength = float(directions[0]) if uniform else torch.cat([directions, directions])
+        strength = float(directions[0]) if uniform else scorer.strength_of_rows(directions)
         oriented = orient(inputs, directions)
-        replay = Replay(model)
+        replay = scorer.replay(directions)
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with self._given_reference():
             with self._metrics_kept(), steering(unwrapped, strength):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
             losses = loss.detach()[None] if self.model.training else self._loss_of_each(replay, oriented)
-            moved = share_of_tokens_moved(self._layers, oriented["attention_mask"])
+            seen = [layer.moved_tokens for layer in self._layers if layer.moved_tokens is not None]
+            collated = [scorer.collated(tokens, directions) for tokens in seen]
+            moved = share_of_tokens_moved(collated, inputs["attention_mask"])
             replay.reorder(pair_order(directions))
             with torch.no_grad():
                 labelled = super()._compute_loss(cast(Any, replay), inputs, return_outputs)
@@ -222,22 +234,22 @@ class YaPOTrainer(DPOTrainer):
                 losses.append(cast(Tensor, super()._compute_loss(cast(Any, replay.of_rows(rows)), pair, False)))
         return torch.stack(losses)
 
-    def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _with_reference(self, scorer: Scorer, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the log-probabilities of its answers under the reference; zeros where there is none."""
         if "ref_chosen_logps" in inputs and self.args.reference == "unsteered":
             return inputs
         if self.args.reference == "none":
             chosen = rejected = torch.zeros(len(inputs["input_ids"]) // 2, device=self.accelerator.device)
         else:
-            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+            chosen, rejected = self.compute_ref_log_probs(scorer.reference, inputs)
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    def _unsteered_logps(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _unsteered_logps(self, scorer: Scorer, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.args.reference == "unsteered" and self.ld_alpha is None:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         ld_alpha, self.ld_alpha = self.ld_alpha, None
         try:
-            return cast(tuple[Tensor, Tensor], self.compute_ref_log_probs(self.model, inputs))
+            return cast(tuple[Tensor, Tensor], self.compute_ref_log_probs(scorer.reference, inputs))
         finally:
             self.ld_alpha = ld_alpha
 
@@ -248,38 +260,6 @@ class YaPOTrainer(DPOTrainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         rank = self.accelerator.process_index
         return draw_directions(pairs, self.args.direction, seed, step, self._micro_batch, rank)
-
-    @contextmanager
-    def _given_reference(self) -> Generator[None]:
-        """TRL reads the reference from the batch only if it thinks that it was precomputed."""
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = precomputed
-
-    @contextmanager
-    def _metrics_kept(self, except_for: frozenset[str] = frozenset()) -> Generator[None]:
-        """Keeps the metrics and the count of tokens as they are, except for some that may grow."""
-        metrics, tokens = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in metrics}
-        try:
-            yield
-        finally:
-            for mode, values in self._metrics.items():
-                for name in values.keys() & except_for:
-                    metrics[mode][name].extend(values[name])
-            self._metrics, self._total_train_tokens = metrics, tokens
-
-    def _log_each(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Logs a metric of single pairs; the mean over all of them, or those of a mask, is what is reported."""
-        mode = "train" if self.model.training else "eval"
-        gathered = cast(Tensor, self.accelerator.gather_for_metrics(values.detach().float()))
-        if where is not None:
-            # Gathered whole and then filtered: processes can hold different numbers of pairs of a direction.
-            gathered = gathered[cast(Tensor, self.accelerator.gather_for_metrics(where))]
-        if gathered.numel():
-            self._metrics[mode][name].extend(gathered.tolist())
 
     def _require_finite(self, loss: Tensor) -> None:
         """Stops before the optimizer can spoil the codes, on all processes at once, and saves them as they are."""

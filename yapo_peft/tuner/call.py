@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
+from .sparse import ActiveFeatures
 
 
 class Call:
@@ -26,6 +27,7 @@ class Call:
         adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
         multipliers: A strength for each row, `(batch,)`, instead of the adapters' own.
         generation: The `generate` that the current call is a step of; None outside.
+        features: The features at the lowest steered layer, where they are known beforehand; None otherwise.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +40,7 @@ class Call:
         self.adapter_names: list[str] | None = None
         self.multipliers: Tensor | None = None
         self.generation: object | None = None
+        self.features: ActiveFeatures | None = None
         self._generate_multipliers: Tensor | None = None
         self._repeats = 1
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -76,6 +79,15 @@ class Call:
             yield
         finally:
             self.prompt_length, self._repeats, self._generate_multipliers, self.generation = before
+
+    @contextmanager
+    def knowing(self, features: ActiveFeatures) -> Generator[None]:
+        """The calls within find the features at the lowest steered layer computed already."""
+        self.features = features
+        try:
+            yield
+        finally:
+            self.features = None
 
     def rows_of(self, adapter_name: str, batch: int) -> list[int] | None:
         """The rows that an adapter steers, or None for all of them."""

@@ -135,7 +135,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         if not learns:
             return self._folded_for(adapter_name, strength, h).shift(h, strength, self.track_moved)
         weights, constant = sae.weights(h.device, h.dtype), h.detach()
-        active = ActiveFeatures.of(constant, weights)
+        known = self.call.features if self.is_lowest else None
+        active = ActiveFeatures.of(constant, weights) if known is None else known
         shift, moved = sparse_shift(constant, code.to(h.device), weights, strength, active)
         if h.requires_grad:
             # Adds nothing but the gradient of the activations, which passes through the features that are cut.

@@ -48,6 +48,16 @@ class ActiveFeatures:
         _, scale = sae.normalize(tokens)
         return cls(token, feature, value, scale)
 
+    def at(self, tokens: Tensor, count: int) -> ActiveFeatures:
+        """The same for tokens in another order, of `count` tokens; a token can be there twice, and -1 is none."""
+        counts = self.token.bincount(minlength=count)
+        starts = counts.cumsum(0) - counts
+        counts = torch.where(tokens < 0, 0, counts[tokens])
+        before = counts.cumsum(0) - counts
+        token = torch.arange(len(tokens), device=tokens.device).repeat_interleave(counts)
+        here = torch.arange(len(token), device=tokens.device) - before[token] + starts[tokens[token]]
+        return ActiveFeatures(token, self.feature[here], self.value[here], self.scale)
+
 
 def sparse_shift(
     h: Tensor, code: Tensor, sae: SAEWeights, strength: Strength, active: ActiveFeatures

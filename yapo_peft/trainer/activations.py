@@ -1,0 +1,171 @@
+"""Activations of training examples on disk, in files that are read in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ActivationCacheError
+
+# Tokens of a file: what a run that is killed has to compute again at most.
+_TOKENS = 32_768
+_OPEN_FILES = 64
+_RECORD = "activations.json"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What is stored of some tokens.
+
+    Attributes:
+        hidden: Output of the block, `(tokens, d_model)`.
+        count: Number of features that are on at each token, `(tokens,)`.
+        feature: Their indices, token after token, `(non-zeros,)`.
+        value: How far they are on, `(non-zeros,)`.
+        reference: Log-probability of each token of an answer under the unsteered model, in nats; 0 in prompts.
+    """
+
+    hidden: Tensor
+    count: Tensor
+    feature: Tensor
+    value: Tensor
+    reference: Tensor
+
+    def to(self, device: torch.device) -> Activations:
+        """Returns the same on another device."""
+        return Activations(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def split(self, sizes: list[int]) -> list[Activations]:
+        """Parts of so many tokens."""
+        actives = [int(count.sum()) for count in self.count.split(sizes)]
+        by_token = (tensor.split(sizes) for tensor in (self.hidden, self.count))
+        by_feature = (tensor.split(actives) for tensor in (self.feature, self.value))
+        columns = zip(*by_token, *by_feature, self.reference.split(sizes), strict=True)
+        return [Activations(*column) for column in columns]
+
+    @classmethod
+    def join(cls, parts: list[Activations]) -> Activations:
+        """The tokens of several, one after another."""
+        return cls(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+class ActivationStore:
+    """The activations of a dataset's examples, in a folder of safetensors files.
+
+    A file is written under a temporary name and then renamed: what has its name is whole.
+
+    Args:
+        folder: Where the files are.
+        sizes: Number of tokens of each example.
+        record: What the activations are of, for those who look into the folder.
+    """
+
+    def __init__(self, folder: Path, sizes: list[int], record: dict[str, Any]) -> None:
+        self.folder = folder
+        self._record = record
+        self._parts: list[range] = []
+        self._at: list[tuple[int, int, int]] = []
+        first = at = 0
+        for index, size in enumerate(sizes):
+            self._at.append((len(self._parts), at, at + size))
+            at += size
+            if at >= _TOKENS or index == len(sizes) - 1:
+                self._parts.append(range(first, index + 1))
+                first, at = index + 1, 0
+        self._open: OrderedDict[int, tuple[Any, Tensor]] = OrderedDict()
+
+    @property
+    def missing(self) -> list[range]:
+        """The examples of the files that are not there."""
+        return [part for index, part in enumerate(self._parts) if not self._file(index).is_file()]
+
+    def write(self, examples: range, activations: Activations) -> None:
+        """Writes the file of some examples, one of `missing`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_record()
+        file = self._file(self._parts.index(examples))
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}, partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def read(self, examples: list[int]) -> Activations:
+        """Reads the tokens of some examples, one example after another.
+
+        Raises:
+            ActivationCacheError: A file is gone, truncated, or not of these examples.
+        """
+        parts = []
+        for example in examples:
+            part, start, end = self._at[example]
+            file, ends = self._opened(part)
+            active = slice(int(ends[start - 1]) if start else 0, int(ends[end - 1]))
+            tokens = slice(start, end)
+            wanted = {"hidden": tokens, "count": tokens, "feature": active, "value": active, "reference": tokens}
+            parts.append(Activations(**{name: file.get_slice(name)[where] for name, where in wanted.items()}))
+        return Activations.join(parts)
+
+    def _opened(self, part: int) -> tuple[Any, Tensor]:
+        """The file, and for each of its tokens the number of non-zeros up to it."""
+        if part not in self._open:
+            name = self._file(part)
+            try:
+                file = safe_open(name, framework="pt")
+                ends = file.get_tensor("count").cumsum(0)
+            except Exception as error:
+                raise ActivationCacheError(
+                    f"{str(name)!r} cannot be read ({error}). Delete it, and it is computed again when training starts."
+                ) from error
+            tokens = max(end for index, _, end in self._at if index == part)
+            if len(ends) != tokens:
+                raise ActivationCacheError(f"{str(name)!r} holds {len(ends)} tokens instead of {tokens}: delete it.")
+            self._open[part] = (file, ends)
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(part)
+        return self._open[part]
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.safetensors"
+
+    def _write_record(self) -> None:
+        file = self.folder / _RECORD
+        if not file.is_file():
+            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+            partial.write_text(json.dumps(self._record, indent=2))
+            partial.replace(file)
+
+
+def default_cache_dir() -> Path:
+    """Where activations are kept unless said otherwise: beside the other caches of Hugging Face."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "yapo_peft" / "activations"
+
+
+def delete_activation_cache(cache_dir: str | Path | None = None) -> int:
+    """Deletes all cached activations.
+
+    Args:
+        cache_dir: As given to the trainer as `activation_cache_dir`; the default place if None.
+
+    Returns:
+        The bytes that this freed.
+    """
+    freed = 0
+    for record in Path(cache_dir or default_cache_dir()).glob(f"*/{_RECORD}"):
+        freed += sum(file.stat().st_size for file in record.parent.iterdir())
+        shutil.rmtree(record.parent)
+    return freed

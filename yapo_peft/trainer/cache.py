@@ -1,0 +1,328 @@
+"""Training on the upper half of the model: what lies below the lowest steered block's output is computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import ActivationCacheError, UnsupportedOperationError
+from ..tuner import YaPOLayer
+from ..tuner.layer import CHILD_NAME
+from ..tuner.sparse import ActiveFeatures
+from .activations import Activations, ActivationStore, default_cache_dir
+from .cacheable import one_sae, require_constant
+from .config import YaPOTrainingConfig
+from .data import TOKENISED
+from .packing import PackedBatch, keep_rows, share_prompts
+from .scoring import CachedPairs
+from .upper_half import UpperHalf
+
+# The column that says which stored example a row of a dataset is.
+COLUMN = "activations_row"
+_FORMAT = 1
+# Up to which distance two ways to compute log-probabilities count as the same, in nats per token.
+_SAME, _SAME_IN_16_BITS = 1e-4, 5e-2
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A dataset's activations, the number of its first row, and whether answers share their prompt in a row."""
+
+    store: ActivationStore
+    first_row: int
+    shared: bool
+
+
+class ActivationCache:
+    """Block outputs, features and reference log-probabilities of datasets, computed once and kept on disk.
+
+    Args:
+        model: The model with its adapter.
+        layers: Its steered layers, from the bottom up.
+        args: The training config.
+        accelerator: The run's.
+        collate: TRL's collator.
+
+    Raises:
+        UnsupportedOperationError: What the lower blocks put out is not the same in every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[YaPOLayer],
+        args: YaPOTrainingConfig,
+        accelerator: Accelerator,
+        collate: Callable[..., Any],
+    ) -> None:
+        assert isinstance(model, PeftModel)
+        require_constant(model)
+        self._model, self._args, self._accelerator, self._collate = model, args, accelerator, collate
+        self._base: Any = model.get_base_model()
+        self._layer = next(layer for layer in layers if set(layer.active_adapters) & set(layer.yapo_code))
+        self._sae = one_sae(self._layer)
+        self._upper = UpperHalf(self._base, self._layer.index)
+        projections = sum(parameter.numel() for parameter in self._layer.block.parameters())
+        self._attention_cost = 2 * self._base.config.get_text_config().hidden_size / projections
+        self._model_hash = _hash_model(self._base)
+        self._cached: list[_Cached] = []
+        self._rows = 0
+        self._hidden_dtype = torch.float32
+
+    def add_all(self, train: Any, held_out: Any) -> tuple[Any, Any]:
+        """As `add`, for a trainer's datasets; the one to evaluate on may be a dict of them, or None."""
+        train = self.add(train, "train")
+        if isinstance(held_out, dict):
+            return train, {name: self.add(part, name) for name, part in held_out.items()}
+        return train, None if held_out is None else self.add(held_out, "eval")
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """As TRL's collator; a batch of cached examples says which ones they are."""
+        batch = self._collate(examples)
+        if COLUMN in examples[0]:
+            batch[COLUMN] = torch.tensor([example[COLUMN] for example in examples])
+        return batch
+
+    def add(self, dataset: Any, name: str) -> Dataset:
+        """Computes what is not on disk yet, and returns the dataset with a column that points there.
+
+        Args:
+            dataset: A dataset that TRL has tokenised.
+            name: What to call it in messages.
+
+        Raises:
+            ActivationCacheError: There is not enough disk space, or what is there does not fit the model.
+            UnsupportedOperationError: The dataset is a stream, truncation parts prompts, or the model's blocks cannot
+                be skipped.
+        """
+        if not isinstance(dataset, Dataset):
+            raise UnsupportedOperationError(
+                f"cache_activations=True needs datasets of known length, and the {name} dataset is a "
+                f"{type(dataset).__name__}: load it without streaming, or train without the cache."
+            )
+        lengths, data_hash = _survey(dataset, self._args, name)
+        sizes = lengths.sum(dim=1).tolist()
+        spans = lengths[:, 0] + lengths[:, 1:].max(dim=1).values
+        longest = spans.argsort(descending=True)[:2].tolist()
+        sample = self._batch([dataset[index] for index in longest])
+        with self._unsteered():
+            found: list[Tensor] = []
+            with self._upper.observed(found):
+                expected = self._model(**keep_rows(sample).inputs(self._base.dtype), fused_lm_head=True).log_probs
+            why_not = self._why_not_shared(sample, expected, int(spans.max()))
+            self._hidden_dtype = found[0].dtype
+            active = self._encode(found[0]).token.numel() / found[0].shape[:2].numel()
+        dtype = getattr(torch, self._args.activation_cache_dtype or str(self._hidden_dtype).removeprefix("torch."))
+        record = {
+            "format": _FORMAT,
+            "model": self._model_hash,
+            "layer": self._layer.index,
+            "sae": self._sae.identity.content_hash,
+            "data": data_hash,
+            "attention": self._base.config._attn_implementation,
+            "precision": f"{self._hidden_dtype}, {self._accelerator.mixed_precision}, stored as {dtype}",
+        }
+        key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+        folder = Path(self._args.activation_cache_dir or default_cache_dir()) / key
+        cached = _Cached(ActivationStore(folder, sizes, record), self._rows, why_not is None)
+        width = found[0].shape[-1] * dtype.itemsize + active * (4 + dtype.itemsize) + 8
+        self._announce(cached.store, name, sizes, width, why_not)
+        self._fill(cached, dataset, sizes, dtype, name)
+        self._cached.append(cached)
+        self._rows += len(dataset)
+        with self._unsteered():
+            again = self.pairs(self._model, sample, torch.tensor(longest) + cached.first_row)(fused_lm_head=True)
+        if not _same(again.log_probs, expected, dtype):
+            raise ActivationCacheError(
+                f"The activations in {str(folder)!r} do not give the model's log-probabilities (they are "
+                f"{_distance(again.log_probs, expected):.2g} nats per token apart). Delete that folder. If this "
+                f"happens again, a block of {type(self._base).__name__} depends on more than the output of the one "
+                "below: train without cache_activations."
+            )
+        return dataset.add_column(COLUMN, list(range(cached.first_row, self._rows)))  # pyright: ignore
+
+    def pairs(
+        self, model: Callable[..., Any], inputs: dict[str, Tensor], rows: Tensor, together: bool = True
+    ) -> CachedPairs:
+        """A collated batch, ready to be scored by the upper half.
+
+        Args:
+            model: The model as it is called in training.
+            inputs: The batch.
+            rows: Which rows of the datasets it holds, `(pairs,)`.
+            together: Whether several pairs may share a row, because they are steered alike.
+        """
+        wanted = rows.tolist()
+        cached = next(cached for cached in reversed(self._cached) if cached.first_row <= wanted[0])
+        stored = cached.store.read([row - cached.first_row for row in wanted]).to(inputs["input_ids"].device)
+        batch = self._pack(inputs, cached.shared, together)
+        hidden = stored.hidden.to(self._hidden_dtype)[batch.flat]
+        token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
+        _, scale = self._sae.weights(hidden.device, hidden.dtype).normalize(hidden.flatten(0, 1))
+        features = ActiveFeatures(token, stored.feature.long(), stored.value.float(), scale)
+        features = features.at(batch.flat.masked_fill(~batch.real, -1).flatten(), len(stored.count))
+        unsteered = torch.zeros(batch.scored.shape, device=hidden.device)
+        unsteered = unsteered.masked_scatter(batch.scored, stored.reference[batch.target_flat])
+        return CachedPairs(model, self._upper, self._layer.call, batch, hidden, features, unsteered)
+
+    def _fill(self, cached: _Cached, dataset: Dataset, sizes: list[int], dtype: torch.dtype, name: str) -> None:
+        """Computes the missing files, each by one process."""
+        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        missing = cached.store.missing[rank::processes]
+        self._accelerator.wait_for_everyone()
+        quiet = bool(os.environ.get("TQDM_DISABLE")) or not self._accelerator.is_main_process
+        total = sum(map(len, missing))
+        with tqdm(total=total, desc=f"Caching activations of the {name} dataset", disable=quiet or not total) as bar:
+            for part in missing:
+                by_length = sorted(part, key=sizes.__getitem__)
+                size = self._args.precompute_ref_batch_size or self._args.per_device_train_batch_size
+                done: dict[int, Activations] = {}
+                for start in range(0, len(part), size):
+                    examples = by_length[start : start + size]
+                    computed = self._compute([dataset[index] for index in examples], cached.shared, dtype)
+                    done.update(zip(examples, computed.split([sizes[index] for index in examples]), strict=True))
+                    bar.update(len(examples))
+                cached.store.write(part, Activations.join([done[index] for index in part]))
+        self._accelerator.wait_for_everyone()
+        if cached.store.missing:
+            raise ActivationCacheError(
+                f"{str(cached.store.folder)!r} lacks files that other processes wrote: all processes must see the same "
+                "folder. Give one on a shared disk as activation_cache_dir."
+            )
+
+    def _compute(self, examples: list[dict[str, Any]], shared: bool, dtype: torch.dtype) -> Activations:
+        batch = self._pack(self._batch(examples), shared)
+        found: list[Tensor] = []
+        with self._unsteered(), self._upper.observed(found):
+            scored = self._upper.score(self._model, batch)
+            hidden = found[0].flatten(0, 1)[batch.place]
+            features = self._encode(hidden[None])
+        reference = torch.zeros(len(hidden), device=hidden.device)
+        reference[batch.target_flat] = scored.log_probs[batch.scored].float()
+        count = features.token.bincount(minlength=len(hidden)).int()
+        return Activations(hidden.to(dtype), count, features.feature.int(), features.value.to(dtype), reference)
+
+    def _why_not_shared(self, sample: dict[str, Tensor], expected: Tensor, longest: int) -> str | None:
+        """Why answers cannot follow the same prompt in a row, or None if they can."""
+        text, attention = self._base.config.get_text_config(), self._base.config._attn_implementation
+        windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        if attention not in ("eager", "sdpa"):
+            return f"{attention} attention takes no mask of single tokens"
+        if longest > min((window for window in windows if window), default=longest):
+            return "sequences are longer than the attention's window"
+        try:
+            shared = self._upper.score(self._model, self._pack(sample, True)).log_probs
+        except Exception as error:  # whatever a model says that takes no such mask or positions
+            return f"the model takes no mask of single tokens ({type(error).__name__}: {error})"
+        if not _same(shared, expected, self._base.dtype):
+            return (
+                f"the model does not heed such a mask (log-probabilities are {_distance(shared, expected):.2g} apart)"
+            )
+        return None
+
+    def _announce(
+        self, store: ActivationStore, name: str, sizes: list[int], width: float, why_not_shared: str | None
+    ) -> None:
+        """Says what will be done; raises before the work if there is no room for it."""
+        say = self._accelerator.print
+        missing = sum(sizes[index] for part in store.missing for index in part)
+        needed, place = missing * width, store.folder
+        if missing:
+            while not place.exists():
+                place = place.parent
+            free = shutil.disk_usage(place).free
+            if needed > free:
+                raise ActivationCacheError(
+                    f"Caching the activations of the {name} dataset needs about {_size(needed)}, and {str(place)!r} "
+                    f"has {_size(free)} left: give another activation_cache_dir, activation_cache_dtype='bfloat16', or "
+                    "call yapo_peft.delete_activation_cache()."
+                )
+            say(f"Caching the activations of {missing} tokens: about {_size(needed)} in {store.folder}.")
+        how = "each prompt once for both answers" if why_not_shared is None else f"rows as they are: {why_not_shared}"
+        say(
+            f"The {len(sizes)} pairs of the {name} dataset run through the blocks above block {self._layer.index} "
+            f"alone, on cached activations; {how}."
+        )
+
+    def _batch(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        device = self._accelerator.device
+        return {name: value.to(device) for name, value in self._collate(examples).items()}
+
+    def _pack(self, inputs: dict[str, Tensor], shared: bool, together: bool = True) -> PackedBatch:
+        return share_prompts(inputs, self._attention_cost, together) if shared else keep_rows(inputs)
+
+    def _encode(self, hidden: Tensor) -> ActiveFeatures:
+        return ActiveFeatures.of(hidden, self._sae.weights(hidden.device, hidden.dtype))
+
+    @contextmanager
+    def _unsteered(self) -> Generator[None]:
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad(), self._model.disable_adapter(), self._accelerator.autocast():
+                yield
+        finally:
+            self._model.train(training)
+
+
+def _survey(dataset: Dataset, args: YaPOTrainingConfig, name: str) -> tuple[Tensor, str]:
+    """Lengths of each pair's prompt and answers as the collator cuts them, `(pairs, 3)`, and a hash of their tokens."""
+    limit = args.max_length
+    digest = hashlib.sha256(str(limit).encode())
+    lengths = []
+    for rows in dataset.select_columns(list(TOKENISED)).iter(1000):
+        columns = [cast(dict[str, Any], rows)[column] for column in TOKENISED]
+        digest.update(json.dumps(columns).encode())
+        lengths += [[len(part) for part in pair] for pair in zip(*columns, strict=True)]
+    found = torch.tensor(lengths)
+    if limit is None:
+        return found, digest.hexdigest()
+    too_long = (found[:, :1] + found[:, 1:] > limit).any()
+    if too_long and args.truncation_mode != "keep_start":
+        raise UnsupportedOperationError(
+            f"truncation_mode={args.truncation_mode!r} cuts the prompts of the {name} dataset's longest pairs, for "
+            "each answer elsewhere: cache_activations needs truncation_mode='keep_start', or a larger max_length."
+        )
+    found[:, 1:] = torch.minimum(found[:, 1:], limit - found[:, :1])
+    return found, digest.hexdigest()
+
+
+def _hash_model(model: Any) -> str:
+    """A hash of all that decides what the model computes without steering."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and f".{CHILD_NAME}.yapo_code." not in name:
+            digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _distance(log_probs: Tensor, expected: Tensor) -> float:
+    """The mean over answers' tokens of how far log-probabilities are apart, in nats."""
+    scored = expected != 0
+    return float((log_probs - expected)[scored].abs().mean())
+
+
+def _same(log_probs: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    return _distance(log_probs, expected) <= (_SAME if dtype.itemsize >= 4 else _SAME_IN_16_BITS)
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

@@ -1,0 +1,67 @@
+"""What must hold for the upper half of a model to be trained alone."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import nn
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from ..errors import UnsupportedOperationError
+from ..sae import FrozenSAE
+from ..tuner import YaPOLayer
+from ..tuner.layer import CHILD_NAME
+
+
+def require_cacheable(trainer: DPOTrainer) -> None:
+    """Raises where the upper half of a model cannot be trained alone, before anything is computed.
+
+    Raises:
+        UnsupportedOperationError: The trainer's setting needs the lower blocks, or another way to call the model.
+    """
+    settings = {
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "a vision dataset": trainer._is_vision_dataset,
+        "torch_compile": trainer.args.torch_compile,
+        "a load-balancing loss (router_aux_loss_coef)": trainer.aux_loss_enabled,
+        "a data_collator of one's own": not isinstance(trainer.data_collator, DataCollatorForPreference),
+    }
+    found = [name for name, is_set in settings.items() if is_set]
+    if found:
+        raise UnsupportedOperationError(f"cache_activations=True does not work with {found[0]}: train without either.")
+
+
+def require_constant(model: PeftModel) -> None:
+    """Raises unless the blocks below the codes put out the same in every step.
+
+    Raises:
+        UnsupportedOperationError: Something else is trained, or dropped at random.
+    """
+    others = [n for n, p in model.named_parameters() if p.requires_grad and f".{CHILD_NAME}.yapo_code." not in n]
+    if others:
+        raise UnsupportedOperationError(
+            f"cache_activations=True holds the model below the lowest steered block constant, but {others[0]!r} is "
+            "trained as well: freeze it, or train without the cache."
+        )
+    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if dropout:
+        raise UnsupportedOperationError(
+            f"cache_activations=True needs the same activations in every epoch, but {dropout[0]!r} drops some at "
+            "random: leave disable_dropout=True, or train without the cache."
+        )
+
+
+def one_sae(layer: YaPOLayer) -> FrozenSAE:
+    """The SAE of a layer's active adapters.
+
+    Raises:
+        UnsupportedOperationError: They have several.
+    """
+    saes = {id(layer.yapo_sae[name]): layer.yapo_sae[name] for name in layer.active_adapters if name in layer.yapo_sae}
+    if len(saes) > 1:
+        raise UnsupportedOperationError(
+            f"cache_activations=True stores the features of one SAE, but the active adapters of layer {layer.index} "
+            "have several: activate one of them, or train without the cache."
+        )
+    return next(iter(saes.values()))

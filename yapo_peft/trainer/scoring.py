@@ -1,0 +1,93 @@
+"""How a batch's answers are scored: by the whole model, or by its upper half on cached activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tuner.call import Call
+from ..tuner.sparse import ActiveFeatures
+from .objective import pair_order
+from .packing import PackedBatch
+from .replay import Replay
+from .upper_half import UpperHalf
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Scores by calling the model.
+
+    Attributes:
+        model: The model as it is called in training.
+        reference: What scores the answers without steering, when steering is off.
+    """
+
+    model: Callable[..., Any]
+    reference: Any
+
+    def replay(self, directions: Tensor) -> Replay:
+        """What TRL's loss gets as the model, for a batch oriented by directions, `(pairs,)`."""
+        return Replay(self.model)
+
+    def strength_of_rows(self, directions: Tensor) -> Tensor:
+        """The strength of each row that the model sees, `(rows,)`."""
+        return torch.cat([directions, directions])
+
+    def collated(self, tokens: Tensor, directions: Tensor) -> Tensor:
+        """Something of each token that the model sees, as of each token of the collated batch, `(2 * pairs, seq)`."""
+        return tokens[pair_order(directions).to(tokens.device)]
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """Scores by the blocks above the lowest steered one, with the same meaning.
+
+    Attributes:
+        model: The model as it is called in training.
+        upper: Its upper half.
+        call: The call that its steered layers see.
+        batch: The pairs, packed.
+        hidden: Output of the lowest steered block, `(rows, length, d_model)`.
+        features: The features that are on there.
+        unsteered: Log-probabilities without steering, `(2 * pairs, seq - 1)`, in nats.
+    """
+
+    model: Callable[..., Any]
+    upper: UpperHalf
+    call: Call
+    batch: PackedBatch
+    hidden: Tensor
+    features: ActiveFeatures
+    unsteered: Tensor
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """Scores the batch, in the order of its labels."""
+        if not kwargs.get("fused_lm_head"):
+            return self.model(**kwargs)
+        with self.upper.given(self.hidden), self.call.knowing(self.features):
+            return self.upper.score(self.model, self.batch)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """What scores the answers without steering."""
+        return lambda **kwargs: SimpleNamespace(log_probs=self.unsteered)
+
+    def replay(self, directions: Tensor) -> Replay:
+        """As `WholeModel.replay`."""
+        return Replay(self, pair_order(directions))
+
+    def strength_of_rows(self, directions: Tensor) -> Tensor:
+        """As `WholeModel.strength_of_rows`."""
+        return self.batch.strength_of_rows(directions)
+
+    def collated(self, tokens: Tensor, directions: Tensor) -> Tensor:
+        """As `WholeModel.collated`."""
+        return tokens.flatten()[self.batch.origin.to(tokens.device)]
+
+
+Scorer = WholeModel | CachedPairs

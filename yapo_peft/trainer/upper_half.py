@@ -1,0 +1,111 @@
+"""Runs only the blocks above the lowest steered one, on what that block put out for the same tokens before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..errors import UnsupportedOperationError
+from ..tuner.blocks import decoder_blocks, hidden_states, with_hidden_states
+from .packing import PackedBatch
+
+
+class UpperHalf:
+    """The part of a causal language model that depends on the code.
+
+    The model's own forward runs, and so do all hooks. Within `given`, the blocks up to the lowest steered one only pass
+    on what they get, and that one puts out what it is given; nothing is known here of any architecture.
+
+    Args:
+        model: The causal language model, without PEFT's wrapper.
+        lowest: Index of the lowest steered block.
+    """
+
+    def __init__(self, model: nn.Module, lowest: int) -> None:
+        self.model = model
+        self._lower = list(decoder_blocks(model)[1])[: lowest + 1]
+        self._outputs: list[Any] = []
+
+    @contextmanager
+    def observed(self, found: list[Tensor]) -> Generator[None]:
+        """Within it, what the lowest steered block puts out is added to a list, and the form of outputs is learned."""
+        outputs: dict[int, Any] = {}
+
+        def keep(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs[index] = output if isinstance(output, Tensor) else (None, *output[1:])
+
+            return hook
+
+        def find(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(hidden_states(output).detach())
+
+        handles = [block.register_forward_hook(keep(index)) for index, block in enumerate(self._lower)]
+        handles.append(self._lower[-1].register_forward_hook(find))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._outputs = [outputs[index] for index in range(len(self._lower))]
+        if any(not isinstance(output, Tensor) and any(output) for output in self._outputs):
+            raise UnsupportedOperationError(
+                f"The blocks of {type(self.model).__name__} hand more than hidden states upwards: cache_activations "
+                "cannot skip them. Train without it."
+            )
+
+    @contextmanager
+    def given(self, hidden: Tensor) -> Generator[None]:
+        """Within it, the lowest steered block puts out `hidden`, `(rows, length, d_model)`, and no block below runs."""
+
+        def passing(form: Any, put_out: Tensor | None) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                passed = hidden_states if put_out is None else put_out
+                return with_hidden_states(form, passed)
+
+            return forward
+
+        replaced = [(block, block.__dict__.get("forward")) for block in self._lower]
+        for index, block in enumerate(self._lower):
+            last = index == len(self._lower) - 1
+            block.__dict__["forward"] = passing(self._outputs[index], hidden if last else None)
+        try:
+            yield
+        finally:
+            for block, own in replaced:
+                if own is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = own
+
+    def score(self, call: Callable[..., Any], batch: PackedBatch) -> Any:
+        """Scores the answers of a batch, with the language-model head on their tokens alone.
+
+        Args:
+            call: The model as it is called in training, with what wraps it.
+            batch: The pairs.
+
+        Returns:
+            TRL's output of a fused head, for the collated batch, `(2 * pairs, seq - 1)` each.
+        """
+
+        def keep_predictors(module: nn.Module, args: Any, output: ModelOutput) -> ModelOutput:
+            states = output["last_hidden_state"]
+            output["last_hidden_state"] = states.flatten(0, 1)[batch.predictors][None]
+            return output
+
+        backbone = cast(nn.Module, self.model.base_model)
+        handle = backbone.register_forward_hook(keep_predictors)
+        try:
+            inputs = batch.inputs(cast(Any, self.model).dtype)
+            scored = call(**inputs, shift_labels=batch.targets[None], fused_lm_head=True, use_cache=False)
+        finally:
+            handle.remove()
+        for name, value in list(scored.items()):
+            if isinstance(value, Tensor) and value.shape == (1, len(batch.targets)):
+                scored[name] = value.new_zeros(batch.scored.shape).masked_scatter(batch.scored, value)
+        return scored
