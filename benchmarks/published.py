@@ -1,0 +1,144 @@
+"""What the benchmarks compare with: the published way to train and steer, written plainly, on sae-lens' own modules."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+
+class Published:
+    """Trains a code as arXiv 2601.08441 does: both passes through the whole model and the whole autoencoder.
+
+    A step runs the steered model and the reference, which is the same at multiplier 0, on chosen and rejected rows with
+    their prompts, all logits and all log-probabilities. Only the code is kept in float32, as ours is.
+
+    Args:
+        model: A causal language model without adapters, frozen.
+        block: The block that is steered.
+        sae: An SAE of sae-lens.
+        learning_rate: Of AdamW.
+    """
+
+    def __init__(self, model: nn.Module, block: nn.Module, sae: nn.Module, learning_rate: float = 2e-2) -> None:
+        self.model, self.sae = model, sae
+        self.code = nn.Parameter(torch.zeros(sae.cfg.d_sae))
+        self.multiplier: float | None = None
+        self.seconds: dict[str, float] = {}
+        self._optimizer = torch.optim.AdamW([self.code], lr=learning_rate, weight_decay=0.0)
+        block.register_forward_hook(self._steer)
+
+    def _steer(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self.multiplier is None:
+            return output
+        hidden = output.detach()
+        with torch.no_grad():
+            features = self.sae.encode(hidden)
+            error = hidden - self.sae.decode(features)
+            if self.sae.cfg.normalize_activations == "layer_norm":
+                self.sae.encode(hidden)  # a decode uses up the statistics of the tokens
+        return self.sae.decode(torch.relu(features + self.multiplier * self.code)) + error
+
+    def step(self, batch: dict[str, Tensor], direction: float, beta: float = 0.1) -> float:
+        """Trains on a collated batch of pairs and returns the loss; `seconds` says where the time went."""
+        with self._timed("steered pass"):
+            chosen, rejected = self._log_probs(batch, direction)
+        with self._timed("reference pass"), torch.no_grad():
+            ref_chosen, ref_rejected = self._log_probs(batch, 0.0)
+        margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+        loss = -nn.functional.logsigmoid(direction * beta * margin).mean()
+        with self._timed("backward"):
+            loss.backward()
+        with self._timed("optimizer"):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _log_probs(self, batch: dict[str, Tensor], multiplier: float) -> tuple[Tensor, Tensor]:
+        self.multiplier = multiplier
+        try:
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        finally:
+            self.multiplier = None
+        tokens = logits.float().log_softmax(dim=-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        chosen, rejected = (tokens * batch["completion_mask"][:, 1:]).sum(dim=1).chunk(2)
+        return chosen, rejected
+
+    @contextmanager
+    def _timed(self, phase: str) -> Generator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def pairs_of(file: Path | None, split: str = "train") -> Dataset:
+    """Preference pairs from a CSV with the columns question, matching and not_matching; embedded ones if None."""
+    if file is None:
+        from embedded import preferences
+
+        return preferences("enthusiasm", split)
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    names = {
+        "prompt": ("user", "question"),
+        "chosen": ("assistant", "matching"),
+        "rejected": ("assistant", "not_matching"),
+    }
+    return Dataset.from_list(
+        [{name: [{"role": role, "content": row[key]}] for name, (role, key) in names.items()} for row in rows]
+    )
+
+
+@torch.no_grad()
+def random_sae(d_sae: int, hidden: Tensor, active: int, folder: Path) -> str:
+    """Saves a JumpReLU SAE with random weights, of which about so many features are on at each token; its folder.
+
+    It normalises its input, so that tokens of an extreme norm, which would turn on half of random features, do not.
+
+    Args:
+        d_sae: Number of features.
+        hidden: Activations that it will read, `(tokens, d_model)`, to set the threshold by.
+        active: How many features are to be on at each token.
+        folder: Where to save it.
+    """
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    width = hidden.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    sae = JumpReLUSAE(
+        JumpReLUSAEConfig(d_in=width, d_sae=d_sae, normalize_activations="layer_norm", apply_b_dec_to_input=False)
+    )
+    directions = torch.randn(d_sae, width, generator=generator)
+    sae.W_dec.data = directions / directions.norm(dim=1, keepdim=True)
+    sae.W_enc.data = sae.W_dec.data.T.contiguous()
+    sae.b_enc.data.zero_()
+    sae.b_dec.data.zero_()
+    inputs = hidden - hidden.mean(dim=-1, keepdim=True)
+    inputs = inputs / (inputs.std(dim=-1, keepdim=True) + 1e-5)
+    sample = inputs[:: max(1, len(inputs) // 64)] @ sae.W_enc
+    sae.threshold.data.fill_(float(sample.topk(active, dim=-1).values[:, -1].median()))
+    sae.save_model(folder)
+    return str(folder)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def report(figures: dict[str, Any], out: Path | None) -> None:
+    """Prints figures as JSON, and writes them to a file if one is given."""
+    text = json.dumps({**figures, "machine": machine()}, indent=2)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")

@@ -1,0 +1,282 @@
+"""Training: the published form, ours on cached activations, and one dense vector on the same, which is the floor.
+
+All three train in one process on the same batches in turn, so that a machine that gets slower is slower for all. With
+--memory each trains in a process of its own, and what counts is the peak during training steps.
+
+    python benchmarks/training.py --data power-seeking.csv --features 4608 65536 --memory
+    python benchmarks/training.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from embedded import load_model_and_tokenizer, sae_folder, sae_layer
+from published import Published, pairs_of, random_sae, report
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft.trainer.cache import COLUMN
+
+SIDES = ("published", "ours", "dense")
+
+
+class Sides(TrainerCallback):
+    """After each step of ours, lets the other sides train on the same batch."""
+
+    def __init__(self, trainer: YaPOTrainer, published: Published | None, with_dense: bool) -> None:
+        self.trainer, self.published = trainer, published
+        self.seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        self.phases = {"read and pack": 0.0, "forward": 0.0, "backward": 0.0}
+        self._dense = Dense(trainer) if with_dense else None
+        self._batch: dict[str, Tensor] = {}
+        self._elsewhere = False
+        self._watch(trainer)
+
+    def _watch(self, trainer: YaPOTrainer) -> None:
+        """Keeps each batch, and measures the parts of a step."""
+        step, cache, accelerator = trainer.training_step, trainer._cache, trainer.accelerator
+
+        def training_step(model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+            self._batch = dict(inputs)
+            return step(model, inputs, *args)
+
+        trainer.training_step = training_step
+        cache.pairs = self._timed("read and pack", cache.pairs)
+        cache._upper.score = self._timed("forward", cache._upper.score)
+        accelerator.backward = self._timed("backward", accelerator.backward)
+
+    def _timed(self, phase: str, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            if not self._elsewhere:
+                self.phases[phase] += time.perf_counter() - started
+            return result
+
+        return timed
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Starts the clock of the first step; later ones start where the one before ends, and so read their batch."""
+        if not self.seconds["ours"]:
+            self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops the clock, and lets the others train."""
+        self.seconds["ours"].append(time.perf_counter() - self._started)
+        self._elsewhere = True
+        direction = 1.0 if state.global_step % 2 else -1.0
+        for side, other in (("published", self.published), ("dense", self._dense)):
+            if other is not None:
+                started = time.perf_counter()
+                with self.trainer.model.disable_adapter():
+                    other.step(self._batch, direction)
+                self.seconds[side].append(time.perf_counter() - started)
+        self._elsewhere = False
+        self._started = time.perf_counter()
+
+
+class Dense:
+    """One vector that is added to the steered block's output, on the cached activations and batches of a trainer."""
+
+    def __init__(self, trainer: YaPOTrainer) -> None:
+        self._trainer = trainer
+        self._block = trainer._layers[0].block
+        width = trainer.model.config.get_text_config().hidden_size
+        self._vector = nn.Parameter(torch.zeros(width, device=trainer.accelerator.device))
+        self._optimizer = torch.optim.AdamW([self._vector], lr=1e-2, weight_decay=0.0)
+
+    def step(self, batch: dict[str, Tensor], direction: float, beta: float = 0.1) -> None:
+        """Trains on a collated batch of cached pairs."""
+        inputs = {name: value for name, value in batch.items() if name != COLUMN}
+        scorer = self._trainer._cache.pairs(self._trainer.model, inputs, batch[COLUMN])
+        handle = self._block.register_forward_hook(lambda module, args, output: output + direction * self._vector)
+        try:
+            log_probs = scorer(fused_lm_head=True).log_probs
+        finally:
+            handle.remove()
+        chosen, rejected = (log_probs - scorer.unsteered).sum(dim=1).chunk(2)
+        nn.functional.logsigmoid(direction * beta * (chosen - rejected)).mean().neg().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def prepare(options: argparse.Namespace, features: int, side: str | None, folder: Path) -> tuple[YaPOTrainer, Sides]:
+    """A trainer of ours on cached activations, with the other sides beside it; or one side alone."""
+    dataset = pairs_of(options.data)
+    dataset = dataset.select(range(min(options.pairs, len(dataset))))
+    model, tokenizer = load_model_and_tokenizer()
+    layer, sae = sae_layer(), sae_folder()
+    if features != 4608:
+        sae = str(folder / f"sae-{features}")
+        if not Path(sae).is_dir():
+            hidden = hidden_states(model, tokenizer, dataset, layer)
+            random_sae(features, hidden, options.active, Path(sae))
+    block = model.model.layers[layer]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    published = None
+    if side in (None, "published"):
+        from sae_lens import SAE
+
+        published = Published(model, block, SAE.load_from_disk(sae).float())
+    model = get_peft_model(model, YaPOConfig(layers=layer, sae_path=sae))
+    args = YaPOTrainingConfig(
+        output_dir=str(folder / "out"),
+        max_steps=options.steps,
+        per_device_train_batch_size=4,
+        learning_rate=2e-2,
+        warmup_steps=5,
+        cache_activations=True,
+        activation_cache_dir=str(folder / f"activations-{features}"),
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+        disable_tqdm=True,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = YaPOTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    sides = Sides(trainer, published, side in (None, "dense"))
+    trainer.add_callback(sides)
+    return trainer, sides
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, tokenizer: Any, dataset: Any, layer: int) -> Tensor:
+    """Outputs of a block for some prompts, `(tokens, d_model)`, without the first token of each."""
+    texts = [row["prompt"][0]["content"] for row in dataset.select(range(16))]
+    found = []
+    for text in texts:
+        outputs = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+        found.append(outputs.hidden_states[layer + 1][0, 1:])
+    return torch.cat(found)
+
+
+def throughput(options: argparse.Namespace, features: int, folder: Path) -> dict[str, Any]:
+    """Seconds per step of each side, their ratios, and where the time goes."""
+    started = time.perf_counter()
+    trainer, sides = prepare(options, features, None, folder)
+    cached = time.perf_counter()
+    again, _ = prepare(options, features, "ours", folder)
+    build = (cached - started) - (time.perf_counter() - cached)
+    del again
+    trainer.train()
+    seconds = {side: statistics.median(values[1:]) for side, values in sides.seconds.items()}
+    pairs, steps = len(trainer.train_dataset), len(sides.seconds["ours"])
+    epoch = {side: value * pairs / 4 for side, value in seconds.items()}
+    published = sides.published
+    assert published is not None
+    rest = sum(sides.seconds["ours"]) - sum(sides.phases.values())
+    return {
+        "features": features,
+        "active features per token": round(active_per_token(trainer), 1),
+        "seconds per step": seconds,
+        "pairs per second": {side: 4 / value for side, value in seconds.items()},
+        "published / ours": seconds["published"] / seconds["ours"],
+        "ours / dense": seconds["ours"] / seconds["dense"],
+        "seconds to build the cache": build,
+        "epochs until ours with its cache is ahead": build / (epoch["published"] - epoch["ours"]),
+        "where published spends it": {name: value / steps for name, value in published.seconds.items()},
+        "where ours spends it": {name: value / steps for name, value in sides.phases.items()} | {"rest": rest / steps},
+    }
+
+
+def active_per_token(trainer: YaPOTrainer) -> float:
+    """Features that are on at a token of the data, in the mean."""
+    store = trainer._cache._cached[0].store
+    counts = store.read(list(range(min(16, len(trainer.train_dataset))))).count
+    return float(counts.float().mean())
+
+
+def peak_memory(options: argparse.Namespace, features: int, folder: Path) -> dict[str, Any]:
+    """Peak resident memory of training steps, each side in a process of its own, in GB."""
+    peaks = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--features", str(features)]
+        command += ["--pairs", str(options.pairs), "--steps", "4"]
+        command += ["--data", str(options.data)] if options.data else []
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[side] = json.loads(printed.splitlines()[-1])["peak"]
+    return {"peak memory in GB": peaks, "memory, ours / published": peaks["ours"] / peaks["published"]}
+
+
+def train_one_side(options: argparse.Namespace) -> None:
+    """Trains one side and prints its peak memory."""
+    trainer, sides = prepare(options, options.features[0], options.side, options.folder)
+    batches = [
+        trainer._prepare_inputs(batch) for _, batch in zip(range(4), trainer.get_train_dataloader(), strict=False)
+    ]
+    reset_peak()
+    if options.side == "ours":
+        trainer.train()
+    else:
+        other = sides.published if options.side == "published" else sides._dense
+        with trainer.model.disable_adapter():
+            for index, batch in enumerate(batches):
+                other.step(batch, 1.0 if index % 2 else -1.0)
+    print(json.dumps({"peak": peak()}))
+
+
+def reset_peak() -> None:
+    """Forgets the peak so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> float:
+    """Peak memory since `reset_peak`, in GB: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def main() -> None:
+    """Prints the figures of each number of features as soon as they are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, help="CSV with question, matching, not_matching; an embedded set if missing"
+    )
+    parser.add_argument("--features", nargs="+", type=int, default=[4608, 65536], help="4608 is the embedded SAE")
+    parser.add_argument("--active", type=int, default=70, help="active features per token of random SAEs")
+    parser.add_argument("--pairs", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    parser.add_argument("--quick", action="store_true", help="a few steps of the embedded SAE, in under a minute")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        train_one_side(options)
+        return
+    if options.quick:
+        options.features, options.pairs, options.steps = [4608], 12, 3
+    with tempfile.TemporaryDirectory() as folder:
+        figures = []
+        for features in options.features:
+            row = throughput(options, features, Path(folder))
+            if options.memory:
+                row |= peak_memory(options, features, Path(folder))
+            figures.append(row)
+            report({"training": figures}, options.out)
+
+
+if __name__ == "__main__":
+    main()
