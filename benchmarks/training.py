@@ -271,11 +271,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = []
         for features in options.features:
-            row = throughput(options, features, Path(folder))
-            if options.memory:
-                row |= peak_memory(options, features, Path(folder))
-            figures.append(row)
+            figures.append(throughput(options, features, Path(folder)))
             report({"training": figures}, options.out)
+            if options.memory:
+                figures[-1] |= peak_memory(options, features, Path(folder))
+                report({"training": figures}, options.out)
 
 
 if __name__ == "__main__":

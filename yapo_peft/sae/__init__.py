@@ -1,7 +1,9 @@
 """The frozen sparse autoencoder: its weights, its identity, and where it comes from."""
 
+from .frozen import FrozenSAE
 from .identity import SAEIdentity
-from .loader import FrozenSAE, load_sae, register_sae
+from .loader import load_sae, register_sae
+from .part import SAEPart
 from .weights import SAEWeights
 
-__all__ = ["FrozenSAE", "SAEIdentity", "SAEWeights", "load_sae", "register_sae"]
+__all__ = ["FrozenSAE", "SAEIdentity", "SAEPart", "SAEWeights", "load_sae", "register_sae"]

@@ -79,7 +79,7 @@ class SAEWeights:
         Encoders that work feature by feature need only these columns. A TopK encoder needs them all.
         """
         parts = {"W_dec": self.W_dec[indices]}
-        if self.activation == "topk":
+        if self.activation == "topk" and len(indices):
             return dataclasses.replace(self, **parts, selected=indices)
         columns = ("W_enc", "b_enc", "threshold", "magnitude_scale", "magnitude_bias")
         values = {name: value for name, value in self.tensors() if name in columns}

@@ -43,6 +43,8 @@ class YaPOConfig(PeftConfig):
         positions: Tokens to steer: "all" as published, "completion" for generated tokens only, or "last" for every
             token from which the next one is predicted.
         init_weights: True starts from a zero code, which changes nothing; False from a small random one, for tests.
+        self_contained: Whether files of the adapter carry the part of each SAE that its code needs, some rows and
+            columns of it, so that steering with the saved adapter needs neither the SAE nor sae-lens.
         sae_identity: What the adapter remembers of each SAE. Filled in when it is attached; leave it empty.
         modules_to_save: Names of other modules to train and save with the codes, such as the new head of a classifier;
             PEFT fills it in for task_type="SEQ_CLS".
@@ -62,6 +64,7 @@ class YaPOConfig(PeftConfig):
     multiplier: float = field(default=1.0, metadata={"help": "Strength with which a loaded adapter starts."})
     positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
     init_weights: bool = field(default=True, metadata={"help": "True: zero code. False: small random code."})
+    self_contained: bool = field(default=False, metadata={"help": "Save the part of each SAE that the code needs."})
     sae_identity: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Filled in by the library."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
@@ -115,13 +118,16 @@ class YaPOConfig(PeftConfig):
 
     def sae_source(self, position: int) -> dict[str, str | None]:
         """Where the SAE of the layer at `position` in `layers` comes from, as `load_sae` wants it."""
-        identity = self.sae_identity[position] if self.sae_identity else {}
         return {
             "release": _pick(self.sae_release, position),
             "sae_id": _pick(self.sae_id, position),
             "path": _pick(self.sae_path, position),
-            "content_hash": identity.get("content_hash"),
+            "content_hash": self.recorded_sae(position).get("content_hash"),
         }
+
+    def recorded_sae(self, position: int) -> dict[str, Any]:
+        """What is remembered of the SAE of the layer at `position` in `layers`; empty before it was attached."""
+        return self.sae_identity[position] if self.sae_identity else {}
 
     def _checked_layers(self) -> list[int]:
         layers = [self.layers] if isinstance(self.layers, Integral) else self.layers
@@ -165,6 +171,8 @@ class YaPOConfig(PeftConfig):
         self.multiplier = float(self.multiplier)
         if not isinstance(self.init_weights, bool):
             raise ConfigError(f"init_weights={self.init_weights!r}: give True (zero code) or False (random code).")
+        if not isinstance(self.self_contained, bool):
+            raise ConfigError(f"self_contained={self.self_contained!r}: give True or False.")
 
 
 def _is_index(value: object) -> bool:

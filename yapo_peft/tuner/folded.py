@@ -53,7 +53,7 @@ class FoldedSteering:
                 # Asked so that NaN in a code is among these, and spreads to all tokens.
                 raised = (~(wanted < 0) & (wanted != 0)).nonzero().squeeze(-1)
                 if len(raised):
-                    decoder = sae.select(raised, code.device, code.dtype).W_dec
+                    decoder = sae.decoder_rows(raised, code.device, code.dtype)
                     constant = (wanted[raised] @ decoder).to(like.device, like.dtype)
                 read = (wanted < 0).nonzero().squeeze(-1)
             part = sae.select(read, like.device, like.dtype)

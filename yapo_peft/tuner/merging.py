@@ -77,7 +77,7 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
     if layer.positions[adapter_name] != "all":
         raise _refusal(adapter_name, f"it steers only the tokens of positions={layer.positions[adapter_name]!r}")
     code = layer.code(adapter_name).detach()
-    sae = layer.yapo_sae[adapter_name].weights(code.device, torch.float32)
+    sae = layer.yapo_sae[adapter_name]
     if sae.normalization != "none":
         raise _refusal(adapter_name, f"its SAE scales each token by itself ({sae.normalization!r})")
     cut = int((strength * code < 0).sum())
@@ -87,7 +87,8 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
             f"at strength {strength:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
             f"{layer.index}, and a feature is lowered by no more than it is active",
         )
-    return (strength * code) @ sae.W_dec
+    support = code.nonzero().squeeze(-1)
+    return (strength * code[support]) @ sae.decoder_rows(support, code.device, torch.float32)
 
 
 def fold(layers: list[YaPOLayer], shifts: list[Tensor], safe_merge: bool) -> None:

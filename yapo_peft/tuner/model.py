@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,18 +11,19 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
-from ..sae import FrozenSAE, SAEIdentity, load_sae
+from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae
+from .adapter_file import from_file, to_file
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .call import Call
-from .codes_on_disk import pack_codes, unpack_codes
 from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
 from .layer import CHILD_NAME, YaPOLayer
 from .merging import complete_biases, merge_adapters
+from .steered_calls import SteeredCalls
 from .strength import mark_lowest, steered_layers
 
 
-class YaPOModel(BaseTuner):
+class YaPOModel(SteeredCalls, BaseTuner):
     """Gives decoder blocks a `YaPOLayer` each. PEFT makes one; users call `peft.get_peft_model`."""
 
     prefix: str = "yapo_"
@@ -70,7 +69,11 @@ class YaPOModel(BaseTuner):
         return config
 
     def _checked_sae(self, config: YaPOConfig, position: int, layer: int) -> FrozenSAE:
-        sae = load_sae(**config.sae_source(position))
+        recorded, source = config.recorded_sae(position), config.sae_source(position)
+        if config.self_contained and "d_sae" in recorded:
+            sae = SAEPart(SAEIdentity(**recorded), lambda: load_sae(**source))
+        else:
+            sae = load_sae(**source)
         width = hidden_size(self.model)
         if sae.identity.d_in != width:
             raise SAEMismatchError(
@@ -82,7 +85,6 @@ class YaPOModel(BaseTuner):
                 f"The SAE for layer {layer} was trained on the output of block {sae.block} ({sae.hook_name!r}): use "
                 f"layers=[{sae.block}], or the SAE of layer {layer}."
             )
-        recorded = config.sae_identity[position] if config.sae_identity else {}
         if "d_sae" in recorded:
             sae.identity.require_same(recorded, f"layer {layer}")
         return sae
@@ -115,11 +117,6 @@ class YaPOModel(BaseTuner):
         )
         if adapter_name not in self.active_adapters:
             layer.yapo_code[adapter_name].requires_grad_(False)
-
-    def _call(self) -> Call | None:
-        """The one of all steered layers of the model, also when another tuner attached the first of them."""
-        layers = steered_layers(self.model)
-        return layers[0].call if layers else None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then lets each layer know whether it is the lowest.
@@ -249,56 +246,7 @@ class YaPOModel(BaseTuner):
             setattr(self.model.get_submodule(parent), child, unloaded)
         if getattr(self.model, "peft_config", None) is self.peft_config:
             del self.model.peft_config
-        return cast(nn.Module, self.model)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`; `multipliers=`, `(batch,)`, steers each prompt with a strength of its own."""
-        call = self._call()
-        multipliers = kwargs.pop("multipliers", None)
-        if call is None:
-            return self.model.generate(*args, **kwargs)
-        with call.generating(_prompt_length(args, kwargs), self._repeats(kwargs), multipliers):
-            return self.model.generate(*args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which packs prompts as they come: rows cannot be told apart there.
-
-        Raises:
-            UnsupportedOperationError: Rows are to be steered differently.
-        """
-        given = [name for name in ("multipliers", "adapter_names") if kwargs.get(name) is not None]
-        if given:
-            raise UnsupportedOperationError(
-                f"{given[0]}= cannot be used in generate_batch, which packs prompts into one row: use generate."
-            )
-        return cast(Any, self.model).generate_batch(*args, **kwargs)
-
-    def _repeats(self, kwargs: dict[str, Any]) -> int:
-        """How often `generate` repeats each row."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        counts = (kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
-        return max(counts)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """PEFT calls this around each forward and `generate`; it is where `adapter_names` gets its meaning."""
-        adapter_names, call = kwargs.get("adapter_names"), self._call()
-        if adapter_names is None or call is None:
-            yield
-            return
-        if self.training:
-            raise ConfigError("adapter_names= cannot be used in training mode: call model.eval() first.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            known = ", ".join(map(repr, [*self.peft_config, "__base__"]))
-            raise ConfigError(f"adapter_names= names {unknown[0]!r}, but the model has {known}.")
-        before, call.adapter_names = call.adapter_names, list(adapter_names)
-        mark_lowest(self.model)
-        try:
-            yield
-        finally:
-            call.adapter_names = before
-            mark_lowest(self.model)
+        return self.model
 
     @classmethod
     def _get_adapter_state_dict(
@@ -310,30 +258,13 @@ class YaPOModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, YaPOLayer)}
-        codes: dict[str, Tensor] = {}
-        saes: dict[str, SAEIdentity] = {}
-        for name, code in selected.items():
-            if f".{CHILD_NAME}.yapo_code." in name:
-                layer = layers[name.partition(".yapo_code.")[0]]
-                codes[name] = layer.code(adapter_name) if code.is_meta else code
-                saes[name] = layer.yapo_sae[adapter_name].identity
-        return pack_codes(codes, saes)
+        return to_file(model, cast(YaPOConfig, config), adapter_name, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # PEFT has already given those of `modules_to_save` their names in the model.
-        others = {name: tensor for name, tensor in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
-        packed = {name: tensor for name, tensor in state_dict.items() if name not in others}
-        layers = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, YaPOLayer) and adapter_name in layer.yapo_code
-        }
-        codes = unpack_codes(packed, {layer.index: layer.yapo_sae[adapter_name].identity for layer in layers.values()})
-        return others | {f"{name}.yapo_code.{adapter_name}": codes[layer.index] for name, layer in layers.items()}
+        return from_file(model, adapter_name, state_dict)
 
 
 def _require_head(model: nn.Module, config: PeftConfig) -> None:
@@ -355,9 +286,3 @@ def _require_batches_of_rows(model: nn.Module, config: YaPOConfig) -> None:
             f"positions={config.positions!r} finds answers behind their prompt, which an encoder-decoder "
             f"({type(model).__name__}) keeps apart: use positions='all'."
         )
-
-
-def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    candidates = (kwargs.get("inputs_embeds"), args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
-    # Without a prompt, `generate` starts from the BOS token.
-    return next((int(inputs.shape[1]) for inputs in candidates if inputs is not None), 1)
