@@ -34,7 +34,7 @@ class Published:
         self.code = nn.Parameter(torch.zeros(sae.cfg.d_sae))
         self.multiplier: float | None = None
         self.seconds: dict[str, float] = {}
-        self._optimizer = torch.optim.AdamW([self.code], lr=learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([self.code], lr=learning_rate, weight_decay=0.0)
         block.register_forward_hook(self._steer)
 
     def _steer(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class Published:
         with self._timed("backward"):
             loss.backward()
         with self._timed("optimizer"):
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return float(loss.detach())
 
     def _log_probs(self, batch: dict[str, Tensor], multiplier: float) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def prepare(options: argparse.Namespace, features: int, side: str | None, folder
     dataset = dataset.select(range(min(options.pairs, len(dataset))))
     model, tokenizer = load_model_and_tokenizer()
     layer, sae = sae_layer(), sae_folder()
-    if features != 4608:
+    if features != options.embedded:
         sae = str(folder / f"sae-{features}")
         if not Path(sae).is_dir():
             hidden = hidden_states(model, tokenizer, dataset, layer)
@@ -158,7 +158,7 @@ def prepare(options: argparse.Namespace, features: int, side: str | None, folder
 @torch.no_grad()
 def hidden_states(model: nn.Module, tokenizer: Any, dataset: Any, layer: int) -> Tensor:
     """Outputs of a block for some prompts, `(tokens, d_model)`, without the first token of each."""
-    texts = [row["prompt"][0]["content"] for row in dataset.select(range(16))]
+    texts = [row["prompt"][0]["content"] for row in dataset.select(range(min(16, len(dataset))))]
     found = []
     for text in texts:
         outputs = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
@@ -262,6 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(embedded=4608)
     options = parser.parse_args()
     if options.side:
         train_one_side(options)

@@ -1,0 +1,161 @@
+"""Time to quality: how long ours takes, cache included, to the held-out loss that the published form ends with.
+
+Both train in one process in turn, on clocks of their own that do not count evaluation. The published form takes
+single draws of the direction on batches from all pairs; ours takes both directions in each step, on part of the pairs.
+
+    python benchmarks/quality.py --data train.csv --held-out test.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import TrainerCallback, get_cosine_schedule_with_warmup
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from embedded import load_model_and_tokenizer, sae_folder, sae_layer
+from published import Published, pairs_of, report
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+
+
+class Race(TrainerCallback):
+    """After each step of ours, lets the published form take its share of steps, and sometimes evaluates ours."""
+
+    def __init__(self, options: argparse.Namespace, trainer: YaPOTrainer, published: Published, batches: Any) -> None:
+        self.options, self.trainer, self.published, self.batches = options, trainer, published, batches
+        self.clock = {"ours": 0.0, "published": 0.0}
+        self.course: list[dict[str, float]] = []
+        self.taken = 0
+        schedule = get_cosine_schedule_with_warmup
+        self._schedule = schedule(published.optimizer, options.warmup, options.published_steps)
+        self._random = random.Random(0)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Starts our clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops it, and starts the other one."""
+        self.clock["ours"] += time.perf_counter() - self._started
+        self.follow(round(state.global_step / state.max_steps * self.options.published_steps))
+        if state.global_step % self.options.evaluate_every == 0 or state.global_step == state.max_steps:
+            loss = held_out_loss(self.trainer)
+            self.course.append({"step": state.global_step, "seconds": self.clock["ours"], "held-out loss": loss})
+            print(f"ours      step {state.global_step:4d}  {self.clock['ours']:6.0f} s  {loss:.4f}", flush=True)
+
+    def follow(self, steps: int) -> None:
+        """Takes steps of the published form until it has taken so many."""
+        with self.trainer.model.disable_adapter():
+            while self.taken < steps:
+                batch = next(self.batches)
+                started = time.perf_counter()
+                self.published.step(batch, self._random.choice((-1.0, 1.0)))
+                self._schedule.step()
+                self.clock["published"] += time.perf_counter() - started
+                self.taken += 1
+
+
+@torch.no_grad()
+def held_out_loss(trainer: YaPOTrainer, code: Tensor | None = None) -> float:
+    """The mean of both directions on the held-out pairs, of the trainer's code or another one."""
+    own = trainer._layers[0].yapo_code["default"]
+    before = own.detach().clone()
+    own.data.copy_(before if code is None else code)
+    loss = trainer.evaluate()["eval_loss"]
+    own.data.copy_(before)
+    trainer.model.train()
+    return loss
+
+
+def batches_of(trainer: YaPOTrainer, dataset: Any) -> Any:
+    """Shuffled batches of four pairs, for ever."""
+    order = random.Random(1)
+    while True:
+        indices = list(range(len(dataset)))
+        order.shuffle(indices)
+        for start in range(0, len(indices) - 3, 4):
+            yield trainer._cache._batch([dataset[index] for index in indices[start : start + 4]])
+
+
+def race(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Trains both ways."""
+    from sae_lens import SAE
+
+    model, tokenizer = load_model_and_tokenizer()
+    block = model.model.layers[sae_layer()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    published = Published(model, block, SAE.load_from_disk(sae_folder()).float(), options.learning_rate)
+    model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae_folder()))
+    train, test = pairs_of(options.data), pairs_of(options.held_out, "test")
+    args = YaPOTrainingConfig(
+        output_dir=str(folder / "out"),
+        max_steps=options.steps,
+        direction="both",
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup,
+        cache_activations=True,
+        activation_cache_dir=str(folder / "activations"),
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+        disable_tqdm=True,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    own = train.shuffle(seed=0).select(range(min(options.pairs, len(train))))
+    started = time.perf_counter()
+    YaPOTrainer(model, args, train_dataset=own, processing_class=tokenizer)
+    build = time.perf_counter() - started
+    held_out = test.select(range(options.held_out_pairs))
+    trainer = YaPOTrainer(model, args, train_dataset=own, eval_dataset=held_out, processing_class=tokenizer)
+    # The published form's batches need no cache, only TRL's tokens.
+    everything = trainer._prepare_dataset(train, tokenizer, args, "train")
+    runner = Race(options, trainer, published, batches_of(trainer, everything))
+    runner.clock["ours"] = build
+    trainer.add_callback(runner)
+    trainer.train()
+    target = held_out_loss(trainer, published.code.detach())
+    reached = next((point for point in runner.course if point["held-out loss"] <= target), None)
+    seconds = runner.clock["published"]
+    return {
+        "published": {"steps": options.published_steps, "seconds": seconds, "held-out loss": target},
+        "ours": {"seconds to build the cache": build, "course": runner.course},
+        "ours reaches it after seconds": reached and reached["seconds"],
+        "share of the published time": reached and reached["seconds"] / seconds,
+    }
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="CSV of question, matching, not_matching; embedded if missing")
+    parser.add_argument("--held-out", type=Path, help="the same, to evaluate on")
+    parser.add_argument("--held-out-pairs", type=int, default=60)
+    parser.add_argument("--published-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80, help="of ours")
+    parser.add_argument("--pairs", type=int, default=160, help="that ours caches and trains on")
+    parser.add_argument("--learning-rate", type=float, default=5e-2, help="of both")
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--evaluate-every", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="a few steps on few pairs, to see that it runs")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    if options.quick:
+        options.published_steps, options.steps, options.pairs, options.held_out_pairs = 3, 3, 8, 4
+    with tempfile.TemporaryDirectory() as folder:
+        report({"quality": race(options, Path(folder))}, options.out)
+
+
+if __name__ == "__main__":
+    main()
