@@ -28,14 +28,28 @@ from .cacheable import one_sae, require_constant
 from .config import YaPOTrainingConfig
 from .data import TOKENISED
 from .packing import PackedBatch, keep_rows, share_prompts
-from .scoring import CachedPairs
+from .scoring import CachedPairs, score_packed
 from .upper_half import UpperHalf
 
 # The column that says which stored example a row of a dataset is.
 COLUMN = "activations_row"
 _FORMAT = 1
 # Up to which distance two ways to compute log-probabilities count as the same, in nats per token.
-_SAME, _SAME_IN_16_BITS = 1e-4, 5e-2
+_SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
+
+
+@dataclass(frozen=True)
+class CollateWithRows:
+    """As another collator; a batch of cached examples says which ones they are."""
+
+    collate: Callable[..., dict[str, Tensor]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collates some examples of a dataset."""
+        batch = self.collate(examples)
+        if COLUMN in examples[0]:
+            batch[COLUMN] = torch.tensor([example[COLUMN] for example in examples])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -90,13 +104,6 @@ class ActivationCache:
             return train, {name: self.add(part, name) for name, part in held_out.items()}
         return train, None if held_out is None else self.add(held_out, "eval")
 
-    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """As TRL's collator; a batch of cached examples says which ones they are."""
-        batch = self._collate(examples)
-        if COLUMN in examples[0]:
-            batch[COLUMN] = torch.tensor([example[COLUMN] for example in examples])
-        return batch
-
     def add(self, dataset: Any, name: str) -> Dataset:
         """Computes what is not on disk yet, and returns the dataset with a column that points there.
 
@@ -114,6 +121,7 @@ class ActivationCache:
                 f"cache_activations=True needs datasets of known length, and the {name} dataset is a "
                 f"{type(dataset).__name__}: load it without streaming, or train without the cache."
             )
+        dataset = dataset.remove_columns([COLUMN] if COLUMN in dataset.column_names else [])
         lengths, data_hash = _survey(dataset, self._args, name)
         sizes = lengths.sum(dim=1).tolist()
         spans = lengths[:, 0] + lengths[:, 1:].max(dim=1).values
@@ -146,7 +154,7 @@ class ActivationCache:
         self._rows += len(dataset)
         with self._unsteered():
             again = self.pairs(self._model, sample, torch.tensor(longest) + cached.first_row)(fused_lm_head=True)
-        if not _same(again.log_probs, expected, dtype):
+        if not self._same(again.log_probs, expected, dtype):
             raise ActivationCacheError(
                 f"The activations in {str(folder)!r} do not give the model's log-probabilities (they are "
                 f"{_distance(again.log_probs, expected):.2g} nats per token apart). Delete that folder. If this "
@@ -208,7 +216,7 @@ class ActivationCache:
         batch = self._pack(self._batch(examples), shared)
         found: list[Tensor] = []
         with self._unsteered(), self._upper.observed(found):
-            scored = self._upper.score(self._model, batch)
+            scored = score_packed(self._base, self._model, batch)
             hidden = found[0].flatten(0, 1)[batch.place]
             features = self._encode(hidden[None])
         reference = torch.zeros(len(hidden), device=hidden.device)
@@ -225,10 +233,10 @@ class ActivationCache:
         if longest > min((window for window in windows if window), default=longest):
             return "sequences are longer than the attention's window"
         try:
-            shared = self._upper.score(self._model, self._pack(sample, True)).log_probs
+            shared = score_packed(self._base, self._model, self._pack(sample, True)).log_probs
         except Exception as error:  # whatever a model says that takes no such mask or positions
             return f"the model takes no mask of single tokens ({type(error).__name__}: {error})"
-        if not _same(shared, expected, self._base.dtype):
+        if not self._same(shared, expected, torch.float32):
             return (
                 f"the model does not heed such a mask (log-probabilities are {_distance(shared, expected):.2g} apart)"
             )
@@ -267,6 +275,11 @@ class ActivationCache:
 
     def _encode(self, hidden: Tensor) -> ActiveFeatures:
         return ActiveFeatures.of(hidden, self._sae.weights(hidden.device, hidden.dtype))
+
+    def _same(self, log_probs: Tensor, expected: Tensor, stored: torch.dtype) -> bool:
+        """Whether log-probabilities are equal but for rounding."""
+        exact = min(stored.itemsize, self._base.dtype.itemsize) >= 4 and self._accelerator.mixed_precision == "no"
+        return _distance(log_probs, expected) <= (_SAME if exact else _SAME_IN_16_BITS)
 
     @contextmanager
     def _unsteered(self) -> Generator[None]:
@@ -308,6 +321,11 @@ def _hash_model(model: Any) -> str:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise UnsupportedOperationError(
+                f"cache_activations=True cannot tell which model it is for: {name!r} is offloaded. Load the model "
+                "without offloading, or train without the cache."
+            )
         if isinstance(tensor, Tensor) and f".{CHILD_NAME}.yapo_code." not in name:
             digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -318,10 +336,6 @@ def _distance(log_probs: Tensor, expected: Tensor) -> float:
     """The mean over answers' tokens of how far log-probabilities are apart, in nats."""
     scored = expected != 0
     return float((log_probs - expected)[scored].abs().mean())
-
-
-def _same(log_probs: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    return _distance(log_probs, expected) <= (_SAME if dtype.itemsize >= 4 else _SAME_IN_16_BITS)
 
 
 def _size(number: float) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..tuner.call import Call
 from ..tuner.sparse import ActiveFeatures
+from .answers import score_answers, score_rows
 from .objective import pair_order
 from .packing import PackedBatch
 from .replay import Replay
@@ -24,15 +25,27 @@ class WholeModel:
 
     Attributes:
         model: The model as it is called in training.
-        reference: What scores the answers without steering, when steering is off.
+        base: The causal language model in it.
     """
 
     model: Callable[..., Any]
-    reference: Any
+    base: nn.Module
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """Scores a batch as TRL's fused head does, but the answers' tokens alone; other calls go to the model."""
+        if not kwargs.pop("fused_lm_head", False):
+            return self.model(**kwargs)
+        kwargs.pop("use_cache", None)
+        return score_rows(self.base, self.model, kwargs)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """What scores the answers without steering, when steering is off."""
+        return self
 
     def replay(self, directions: Tensor) -> Replay:
         """What TRL's loss gets as the model, for a batch oriented by directions, `(pairs,)`."""
-        return Replay(self.model)
+        return Replay(self)
 
     def strength_of_rows(self, directions: Tensor) -> Tensor:
         """The strength of each row that the model sees, `(rows,)`."""
@@ -70,7 +83,7 @@ class CachedPairs:
         if not kwargs.get("fused_lm_head"):
             return self.model(**kwargs)
         with self.upper.given(self.hidden), self.call.knowing(self.features):
-            return self.upper.score(self.model, self.batch)
+            return score_packed(self.upper.model, self.model, self.batch)
 
     @property
     def reference(self) -> Callable[..., Any]:
@@ -91,3 +104,9 @@ class CachedPairs:
 
 
 Scorer = WholeModel | CachedPairs
+
+
+def score_packed(model: nn.Module, call: Callable[..., Any], batch: PackedBatch) -> Any:
+    """Scores the answers of packed pairs, `(2 * pairs, seq - 1)`, by the model as it is called in training."""
+    inputs = batch.inputs(cast(Any, model).dtype)
+    return score_answers(model, call, inputs, batch.predictors, batch.targets, batch.scored)

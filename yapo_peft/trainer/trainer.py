@@ -18,7 +18,7 @@ from ..tuner.blocks import decoder_blocks
 from ..tuner.codes_on_disk import whole
 from ..tuner.strength import steered_layers
 from .adapters import no_reference_adapter, require_adapter, require_same_adapters
-from .cache import COLUMN, ActivationCache
+from .cache import COLUMN, ActivationCache, CollateWithRows
 from .cacheable import require_cacheable
 from .card import training_card
 from .code_metrics import share_of_tokens_moved, size_of_codes
@@ -103,6 +103,7 @@ class YaPOTrainer(PairMetricsTrainer):
                 **kwargs,
             )
         self._layers = steered_layers(self.model)
+        self._base_model: Any = cast(Any, self.model).get_base_model()
         for layer in self._layers:
             layer.track_moved = True
         self._cache: ActivationCache | None = None
@@ -110,7 +111,7 @@ class YaPOTrainer(PairMetricsTrainer):
             require_cacheable(self)
             self._cache = ActivationCache(self.model, self._layers, self.args, self.accelerator, self.data_collator)
             self.train_dataset, self.eval_dataset = self._cache.add_all(self.train_dataset, self.eval_dataset)
-            self.data_collator = self._cache.collate
+            self.data_collator = CollateWithRows(self.data_collator)
         else:
             self._say_what_could_be_skipped()
 
@@ -125,7 +126,7 @@ class YaPOTrainer(PairMetricsTrainer):
         return with_lengths(prepared, args)
 
     def _say_what_could_be_skipped(self) -> None:
-        blocks = len(decoder_blocks(cast(Any, self.accelerator.unwrap_model(self.model)))[1])
+        blocks = len(decoder_blocks(self._base_model)[1])
         self.accelerator.print(
             f"Every step runs through all {blocks} blocks, with and without steering. cache_activations=True computes "
             f"what lies below the output of block {self._layers[0].index}, and the reference, only once."
@@ -161,10 +162,11 @@ class YaPOTrainer(PairMetricsTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         rows = inputs.get(COLUMN)
         inputs = {name: value for name, value in inputs.items() if name != COLUMN}
-        scorer: Scorer = WholeModel(model, self.model)
-        if rows is not None:
+        if rows is None or self._cache is None:
+            scorer: Scorer = WholeModel(model, self._base_model)
+        else:
             together = self.args.direction != "example" or not self.model.training
-            scorer = cast(ActivationCache, self._cache).pairs(model, inputs, rows, together)
+            scorer = self._cache.pairs(model, inputs, rows, together)
         inputs = self._with_reference(scorer, inputs)
         pairs = len(inputs["ref_chosen_logps"])
         if not self.model.training:

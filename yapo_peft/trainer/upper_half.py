@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedOperationError
 from ..tuner.blocks import decoder_blocks, hidden_states, with_hidden_states
-from .packing import PackedBatch
 
 
 class UpperHalf:
@@ -81,31 +79,3 @@ class UpperHalf:
                     del block.__dict__["forward"]
                 else:
                     block.__dict__["forward"] = own
-
-    def score(self, call: Callable[..., Any], batch: PackedBatch) -> Any:
-        """Scores the answers of a batch, with the language-model head on their tokens alone.
-
-        Args:
-            call: The model as it is called in training, with what wraps it.
-            batch: The pairs.
-
-        Returns:
-            TRL's output of a fused head, for the collated batch, `(2 * pairs, seq - 1)` each.
-        """
-
-        def keep_predictors(module: nn.Module, args: Any, output: ModelOutput) -> ModelOutput:
-            states = output["last_hidden_state"]
-            output["last_hidden_state"] = states.flatten(0, 1)[batch.predictors][None]
-            return output
-
-        backbone = cast(nn.Module, self.model.base_model)
-        handle = backbone.register_forward_hook(keep_predictors)
-        try:
-            inputs = batch.inputs(cast(Any, self.model).dtype)
-            scored = call(**inputs, shift_labels=batch.targets[None], fused_lm_head=True, use_cache=False)
-        finally:
-            handle.remove()
-        for name, value in list(scored.items()):
-            if isinstance(value, Tensor) and value.shape == (1, len(batch.targets)):
-                scored[name] = value.new_zeros(batch.scored.shape).masked_scatter(batch.scored, value)
-        return scored
