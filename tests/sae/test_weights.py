@@ -52,7 +52,11 @@ def test_decoder_norms_are_folded_in(kind, rescale, tmp_path):
 def test_copies_are_made_once_per_device_and_dtype(sae_folder):
     frozen = load_sae(path=sae_folder("jumprelu"))
     cpu = torch.device("cpu")
-    assert frozen.weights(cpu, torch.bfloat16) is frozen.weights(cpu, torch.bfloat16)
+    pairs = zip(
+        frozen.weights(cpu, torch.bfloat16).tensors(), frozen.weights(cpu, torch.bfloat16).tensors(), strict=True
+    )
+    assert all(first is second for (_, first), (_, second) in pairs)
+    assert frozen.decoder(cpu, torch.bfloat16) is frozen.weights(cpu, torch.bfloat16).W_dec
     assert frozen.weights(cpu, torch.bfloat16).W_dec.dtype == torch.bfloat16
     native = frozen.weights(cpu, torch.float32)
     assert native.W_dec.data_ptr() == frozen._native.W_dec.data_ptr()

@@ -75,7 +75,7 @@ def test_a_code_learns_as_published(case):
     weights = load_sae(content_hash=register_sae(sae)).weights(CPU, torch.float32)
     weight_of_loss = torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
     ours, published = code.clone().requires_grad_(), code.clone().requires_grad_()
-    shift, moved = sparse_shift(h, ours, weights, strength, ActiveFeatures.of(h, weights))
+    shift, moved = sparse_shift(h, ours, weights.W_dec, strength, ActiveFeatures.of(h, weights))
     ((h + shift) * weight_of_loss).sum().backward()
     expected = published_forward(h, published, sae, strength)
     (expected * weight_of_loss).sum().backward()
@@ -92,7 +92,7 @@ def test_rows_of_different_strengths_learn_as_one_by_one(case):
     weights = load_sae(content_hash=register_sae(sae)).weights(CPU, torch.float32)
     strengths = torch.tensor([strength, 0.0, -strength])[: len(h)]
     together = code.clone().requires_grad_()
-    shift, _ = sparse_shift(h, together, weights, strengths, ActiveFeatures.of(h, weights))
+    shift, _ = sparse_shift(h, together, weights.W_dec, strengths, ActiveFeatures.of(h, weights))
     shift.square().sum().backward()
     alone = code.clone().requires_grad_()
     shifts = [steering_shift(h[i : i + 1], alone, weights, s)[0] for i, s in enumerate(strengths.tolist())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -28,7 +29,7 @@ class FrozenSAE:
         self.identity = identity
         self.hook_name = hook_name
         self._native = weights
-        self._copies: dict[tuple[torch.device, torch.dtype], SAEWeights] = {}
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def normalization(self) -> Normalization:
@@ -45,13 +46,25 @@ class FrozenSAE:
         """How pre-activations become features."""
         return self._native.activation
 
+    def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `SAEWeights.normalize`."""
+        return self._native.normalize(h)
+
     def weights(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         """Returns the weights on a device, in a dtype."""
-        key = (device, dtype)
+        moved = {name: self._copy(name, tensor, device, dtype) for name, tensor in self._native.tensors()}
+        return dataclasses.replace(self._native, **moved)
+
+    def decoder(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Returns the decoder, `(d_sae, d_in)`, on a device, in a dtype; the encoder need not be there."""
+        return self._copy("W_dec", self._native.W_dec, device, dtype)
+
+    def _copy(self, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = (name, device, dtype)
         if key not in self._copies:
             # A copy made in inference mode could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
-                self._copies[key] = self._native.to(device, dtype)
+                self._copies[key] = tensor.to(device, dtype)
         return self._copies[key]
 
     def decoder_rows(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

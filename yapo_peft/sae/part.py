@@ -54,6 +54,14 @@ class SAEPart(FrozenSAE):
         """As `FrozenSAE.weights`, of the whole autoencoder."""
         return self.whole().weights(device, dtype)
 
+    def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `FrozenSAE.normalize`."""
+        return self.whole().normalize(h)
+
+    def decoder(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """As `FrozenSAE.decoder`, of the whole autoencoder."""
+        return self.whole().decoder(device, dtype)
+
     def decoder_rows(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """As `FrozenSAE.decoder_rows`."""
         at = self._where(indices)

@@ -180,7 +180,7 @@ class ActivationCache:
         batch = self._pack(inputs, cached.shared, together)
         hidden = stored.hidden.to(self._hidden_dtype)[batch.flat]
         token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
-        _, scale = self._sae.weights(hidden.device, hidden.dtype).normalize(hidden.flatten(0, 1))
+        _, scale = self._sae.normalize(hidden.flatten(0, 1))
         features = ActiveFeatures(token, stored.feature.long(), stored.value.float(), scale)
         features = features.at(batch.flat.masked_fill(~batch.real, -1).flatten(), len(stored.count))
         unsteered = torch.zeros(batch.scored.shape, device=hidden.device)

@@ -134,10 +134,11 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             return shift, features.detach().ne(0).any(dim=-1)
         if not learns:
             return self._folded_for(adapter_name, strength, h).shift(h, strength, self.track_moved)
-        weights, constant = sae.weights(h.device, h.dtype), h.detach()
-        known = self.call.features if self.is_lowest else None
-        active = ActiveFeatures.of(constant, weights) if known is None else known
-        shift, moved = sparse_shift(constant, code.to(h.device), weights, strength, active)
+        constant, active = h.detach(), self.call.features if self.is_lowest else None
+        if active is None:
+            active = ActiveFeatures.of(constant, sae.weights(h.device, h.dtype))
+        decoder = sae.decoder(h.device, h.dtype)
+        shift, moved = sparse_shift(constant, code.to(h.device), decoder, strength, active)
         if h.requires_grad:
             # Adds nothing but the gradient of the activations, which passes through the features that are cut.
             folded, _ = self._folded_for(adapter_name, strength, h).shift(h, strength, track=False)

@@ -60,14 +60,14 @@ class ActiveFeatures:
 
 
 def sparse_shift(
-    h: Tensor, code: Tensor, sae: SAEWeights, strength: Strength, active: ActiveFeatures
+    h: Tensor, code: Tensor, W_dec: Tensor, strength: Strength, active: ActiveFeatures
 ) -> tuple[Tensor, Tensor]:
     """As `steering_shift`, with a gradient for the code alone: the activations and features are constants.
 
     Args:
         h: Output of the block, `(batch, seq, d_model)`.
         code: The learned vector, `(d_sae,)`, in float32.
-        sae: The frozen autoencoder, of which only the decoder is used.
+        W_dec: The decoder of the autoencoder, `(d_sae, d_model)`, on the device and in the dtype of `h`.
         strength: Factor of the code, one for all or one per row, `(batch,)`.
         active: The features that are on.
 
@@ -80,7 +80,7 @@ def sparse_shift(
     batch, seq, width = h.shape
     rows = strength if isinstance(strength, Tensor) else torch.full((batch,), float(strength))
     per_token = rows.to(h.device, torch.float32).repeat_interleave(seq)
-    shift, moved = _SparseShift.apply(code, per_token, active, sae.W_dec)  # pyright: ignore
+    shift, moved = _SparseShift.apply(code, per_token, active, W_dec)  # pyright: ignore
     if active.scale is not None:
         shift = shift * active.scale
     return shift.to(h.dtype).view(batch, seq, width), moved.view(batch, seq)
