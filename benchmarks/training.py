@@ -197,7 +197,7 @@ def throughput(options: argparse.Namespace, features: int, folder: Path) -> dict
 
 def active_per_token(trainer: YaPOTrainer) -> float:
     """Features that are on at a token of the data, in the mean."""
-    store = trainer._cache._cached[0].store
+    store = next(iter(trainer._cache._cached.values())).store
     counts = store.read(list(range(min(16, len(trainer.train_dataset))))).count
     return float(counts.float().mean())
 

@@ -7,10 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, SAE_KINDS, make_model, make_sae, preference_rows, random_code, random_ids, trained_codes
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny import (
+    ARCHITECTURES,
+    SAE_KINDS,
+    VOCABULARY,
+    make_model,
+    make_sae,
+    preference_rows,
+    random_code,
+    random_ids,
+    trained_codes,
+)
 from torch import nn
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from yapo_peft import (
     ActivationCacheError,
@@ -321,20 +332,94 @@ def test_a_run_goes_on_from_a_checkpoint(train, build, tmp_path):
     assert torch.equal(trained_codes(resumed), trained_codes(whole))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*modify a model with PEFT for a second time", "ignore:Already found a `peft_config`"
-)
+@pytest.mark.filterwarnings("ignore:.*modify a model with PEFT", "ignore:Already found")
 def test_a_frozen_lora_beside_the_code_is_part_of_the_model(train, tmp_path):
     codes = []
     for flag in (True, False, True):
         base = make_model()
         torch.manual_seed(len(codes) // 2)
-        get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), base, "default")
         base.requires_grad_(False)
         model = get_peft_model(base, YaPOConfig(layers=2, sae=make_sae()))
         codes.append(trained_codes(train(flag, model=model, init={})))
     assert float((codes[0] - codes[1]).norm() / codes[1].norm()) < 1e-5
     assert len(list((tmp_path / "activations").iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*modify a model with PEFT", "ignore:Already found")
+def test_another_scaling_of_a_lora_has_a_cache_of_its_own(train, tmp_path):
+    for alpha in (8, 32):
+        base = make_model()
+        torch.manual_seed(0)
+        inject_adapter_in_model(
+            LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=alpha), base, "default"
+        )
+        base.requires_grad_(False)
+        train(True, model=get_peft_model(base, YaPOConfig(layers=2, sae=make_sae())), init={})
+    assert len(list((tmp_path / "activations").iterdir())) == 2
+
+
+def test_answers_that_would_see_each_other_keep_their_rows(train, capsys):
+    models = []
+    for _ in range(2):
+        base = make_model()
+        forward = base.model.layers[3].forward
+        # As a short convolution over the tokens does, which no mask reaches.
+        base.model.layers[3].forward = lambda h, *args, forward=forward, **kwargs: (
+            forward(h, *args, **kwargs) + 1e-3 * nn.functional.pad(h, (0, 0, 1, 0))[:, :-1]
+        )
+        models.append(get_peft_model(base, YaPOConfig(layers=2, sae=make_sae())))
+    cached = train(True, model=models[0])
+    assert "rows as they are: answers would see each other" in capsys.readouterr().out
+    assert_trained_alike(cached, train(False, model=models[1]))
+
+
+def test_noise_that_is_no_module_is_refused(train):
+    base = make_model()
+    for block in base.model.layers:
+        block.self_attn.attention_dropout = 0.3
+    with pytest.raises(UnsupportedOperationError, match="adds noise in training mode"):
+        train(True, model=get_peft_model(base, YaPOConfig(layers=2, sae=make_sae())))
+
+
+def test_blocks_that_put_out_tuples_train_alike(train):
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=4, n_head=4)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(config).eval()
+        models.append(get_peft_model(base, YaPOConfig(layers=2, sae=make_sae())))
+    assert_trained_alike(train(True, model=models[0]), train(False, model=models[1]))
+
+
+def test_rows_of_another_cache_are_not_taken_for_these(train, build):
+    first = train(True, init={}, max_steps=1)
+    cached = train(True, train_dataset=HELD_OUT, max_steps=1)
+    plain = train(False, train_dataset=HELD_OUT, max_steps=1)
+    expected = plain.evaluate(first.train_dataset)
+    found = cached.evaluate(first.train_dataset)
+    assert found["eval_margin/plus"] == pytest.approx(expected["eval_margin/plus"], rel=1e-4, abs=1e-5)
+
+
+def test_another_active_adapter_needs_another_trainer(build, tmp_path):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()), adapter_name="first")
+    for name, layer in (("same layer", 2), ("above", 3), ("below", 1)):
+        model.add_adapter(name, YaPOConfig(layers=layer, sae=make_sae(seed=5)))
+    folder = {"cache_activations": True, "activation_cache_dir": str(tmp_path / "activations")}
+    trainer = build(model=model, **folder)
+    for name in ("same layer", "above", "below"):
+        model.set_adapter(name)
+        with pytest.raises(ConfigError, match="Make a new trainer"):
+            trainer.train()
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(train, build, tmp_path, monkeypatch):
+    (tmp_path / "activations").write_text("a file")
+    with pytest.raises(ActivationCacheError, match="give another activation_cache_dir"):
+        train(True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build(train_dataset=MANY, cache_activations=True, activation_cache_dir="~/cache")
+    assert delete_activation_cache(tmp_path / "cache") > 0
 
 
 class Skipping(nn.Module):

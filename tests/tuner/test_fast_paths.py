@@ -132,6 +132,20 @@ def test_the_gradient_of_the_activations_of_an_upper_layer_is_the_general_one(ca
         assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.detach().abs().max())))
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinite_entry_of_the_other_sign_stays_finite(sign):
+    weights = load_sae(content_hash=register_sae(make_sae("standard"))).weights(CPU, torch.float32)
+    h, code = torch.randn(1, 3, D_MODEL), torch.zeros(D_SAE)
+    code[3] = -sign * float("inf")
+    shift, _ = sparse_shift(h, code.requires_grad_(), weights.W_dec, sign, ActiveFeatures.of(h, weights))
+    assert_close(shift, steering_shift(h, code, weights, sign)[0])
+    assert shift.isfinite().all()
+
+
+def test_an_empty_batch_is_steered(model):
+    assert steered_layers(model.train())[0](torch.zeros(0, 5, D_MODEL)).shape == (0, 5, D_MODEL)
+
+
 @pytest.fixture
 def model():
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae())).eval()

@@ -1,6 +1,7 @@
 """Adapters that carry the part of the SAE which their code needs."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,7 @@ DAMAGES = {
     "no encoder": lambda tensors: {name: t for name, t in tensors.items() if "W_enc" not in name},
     "other shape": lambda tensors: {name: t[:-1] if "W_dec" in name else t for name, t in tensors.items()},
     "settings": lambda tensors: {name: t + 1 if "settings" in name else t for name, t in tensors.items()},
+    "NaN": lambda tensors: {name: t * float("nan") if "b_enc" in name else t for name, t in tensors.items()},
     "a tensor more": lambda tensors: tensors | {name + "x": t for name, t in tensors.items() if "W_dec" in name},
 }
 
@@ -168,8 +170,37 @@ def test_a_damaged_part_is_refused(saved, damage):
     _, folder = saved()
     file = folder / "adapter_model.safetensors"
     save_file({name: t.clone() for name, t in DAMAGES[damage](load_file(file)).items()}, file)
-    with pytest.raises(AdapterFileError, match="part for layer 2"):
+    with pytest.raises(AdapterFileError, match="for layer 2"):
         PeftModel.from_pretrained(make_model(), folder)
+
+
+def test_parts_of_other_layers_are_refused(tmp_path):
+    saes = [make_sae(seed=1), make_sae(seed=2)]
+    model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], sae=saes, self_contained=True))
+    set_code(model, random_code(0.2))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    other = {"1": "2", "2": "1"}
+
+    def swapped(name):
+        block, _, tail = name.partition(".yapo.")
+        head, _, layer = block.rpartition(".")
+        return f"{head}.{other[layer]}.yapo.{tail}" if ".part_" in name else name
+
+    save_file({swapped(name): t.clone() for name, t in tensors.items()}, file)
+    with pytest.raises(AdapterFileError, match="of another layer"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+    stray = {name.replace("layers.1.", "layers.3."): t.clone() for name, t in tensors.items() if ".part_" in name}
+    save_file(tensors | stray, file)
+    with pytest.raises(AdapterFileError, match="does not steer"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+def test_a_loaded_model_can_be_pickled(saved):
+    _, folder = saved()
+    loaded = PeftModel.from_pretrained(make_model(), folder).eval()
+    assert torch.equal(logits(pickle.loads(pickle.dumps(loaded)), 1.0), logits(loaded, 1.0))
 
 
 def test_the_flag_is_checked_and_saved(saved):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,12 @@ class ActivationStore:
         """The examples of the files that are not there."""
         return [part for index, part in enumerate(self._parts) if not self._file(index).is_file()]
 
+    def remove_leftovers(self) -> None:
+        """Removes files that killed runs left half-written: none takes an hour to write."""
+        for partial in self.folder.glob("*.partial"):
+            if partial.stat().st_mtime < time.time() - 3600:
+                partial.unlink(missing_ok=True)
+
     def write(self, examples: range, activations: Activations) -> None:
         """Writes the file of some examples, one of `missing`."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,11 +155,11 @@ class ActivationStore:
             partial.replace(file)
 
 
-def default_cache_dir() -> Path:
-    """Where activations are kept unless said otherwise: beside the other caches of Hugging Face."""
+def cache_folder(chosen: str | Path | None) -> Path:
+    """Where activations are kept: where the user chose, or else beside the other caches of Hugging Face."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME) / "yapo_peft" / "activations"
+    return Path(chosen or Path(HF_HOME) / "yapo_peft" / "activations").expanduser().resolve()
 
 
 def delete_activation_cache(cache_dir: str | Path | None = None) -> int:
@@ -165,7 +172,7 @@ def delete_activation_cache(cache_dir: str | Path | None = None) -> int:
         The bytes that this freed.
     """
     freed = 0
-    for record in Path(cache_dir or default_cache_dir()).glob(f"*/{_RECORD}"):
+    for record in cache_folder(cache_dir).glob(f"*/{_RECORD}"):
         freed += sum(file.stat().st_size for file in record.parent.iterdir())
         shutil.rmtree(record.parent)
     return freed

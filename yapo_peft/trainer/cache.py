@@ -8,23 +8,24 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from trl.models.utils import disable_gradient_checkpointing
 
-from ..errors import ActivationCacheError, UnsupportedOperationError
+from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
 from ..tuner import YaPOLayer
 from ..tuner.layer import CHILD_NAME
 from ..tuner.sparse import ActiveFeatures
-from .activations import Activations, ActivationStore, default_cache_dir
-from .cacheable import one_sae, require_constant
+from .activations import Activations, ActivationStore, cache_folder
+from .cacheable import lowest_steered, one_sae, require_constant
 from .config import YaPOTrainingConfig
 from .data import TOKENISED
 from .packing import PackedBatch, keep_rows, share_prompts
@@ -33,6 +34,7 @@ from .upper_half import UpperHalf
 
 # The column that says which stored example a row of a dataset is.
 COLUMN = "activations_row"
+_ROW_BITS = 31
 _FORMAT = 1
 # Up to which distance two ways to compute log-probabilities count as the same, in nats per token.
 _SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
@@ -54,10 +56,9 @@ class CollateWithRows:
 
 @dataclass(frozen=True)
 class _Cached:
-    """A dataset's activations, the number of its first row, and whether answers share their prompt in a row."""
+    """A dataset's activations, and whether answers share their prompt in a row."""
 
     store: ActivationStore
-    first_row: int
     shared: bool
 
 
@@ -87,14 +88,13 @@ class ActivationCache:
         require_constant(model)
         self._model, self._args, self._accelerator, self._collate = model, args, accelerator, collate
         self._base: Any = model.get_base_model()
-        self._layer = next(layer for layer in layers if set(layer.active_adapters) & set(layer.yapo_code))
+        self._layers, self._layer = layers, lowest_steered(layers)
         self._sae = one_sae(self._layer)
         self._upper = UpperHalf(self._base, self._layer.index)
         projections = sum(parameter.numel() for parameter in self._layer.block.parameters())
         self._attention_cost = 2 * self._base.config.get_text_config().hidden_size / projections
         self._model_hash = _hash_model(self._base)
-        self._cached: list[_Cached] = []
-        self._rows = 0
+        self._cached: dict[int, _Cached] = {}
         self._hidden_dtype = torch.float32
 
     def add_all(self, train: Any, held_out: Any) -> tuple[Any, Any]:
@@ -127,10 +127,12 @@ class ActivationCache:
         spans = lengths[:, 0] + lengths[:, 1:].max(dim=1).values
         longest = spans.argsort(descending=True)[:2].tolist()
         sample = self._batch([dataset[index] for index in longest])
+        plain = keep_rows(sample)
         with self._unsteered():
             found: list[Tensor] = []
             with self._upper.observed(found):
-                expected = self._model(**keep_rows(sample).inputs(self._base.dtype), fused_lm_head=True).log_probs
+                expected = score_packed(self._base, self._model, plain).log_probs
+            self._require_no_noise(plain, expected)
             why_not = self._why_not_shared(sample, expected, int(spans.max()))
             self._hidden_dtype = found[0].dtype
             active = self._encode(found[0]).token.numel() / found[0].shape[:2].numel()
@@ -145,38 +147,54 @@ class ActivationCache:
             "precision": f"{self._hidden_dtype}, {self._accelerator.mixed_precision}, stored as {dtype}",
         }
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
-        folder = Path(self._args.activation_cache_dir or default_cache_dir()) / key
-        cached = _Cached(ActivationStore(folder, sizes, record), self._rows, why_not is None)
+        folder = cache_folder(self._args.activation_cache_dir) / key
+        cached = _Cached(ActivationStore(folder, sizes, record), why_not is None)
         width = found[0].shape[-1] * dtype.itemsize + active * (4 + dtype.itemsize) + 8
         self._announce(cached.store, name, sizes, width, why_not)
         self._fill(cached, dataset, sizes, dtype, name)
-        self._cached.append(cached)
-        self._rows += len(dataset)
+        # Rows carry the number of their store: those of another trainer's datasets are not taken for these.
+        number = int(key[:8], 16)
+        self._cached[number] = cached
+        rows = torch.arange(len(dataset)) + (number << _ROW_BITS)
         with self._unsteered():
-            again = self.pairs(self._model, sample, torch.tensor(longest) + cached.first_row)(fused_lm_head=True)
-        if not self._same(again.log_probs, expected, dtype):
+            again = cast(CachedPairs, self.pairs(self._model, sample, rows[longest]))(fused_lm_head=True)
+            hidden, stored = found[0].flatten(0, 1)[plain.place], cached.store.read(longest).hidden.to(found[0])
+        apart = float(((hidden - stored).norm(dim=-1) / hidden.norm(dim=-1)).max())
+        if not self._same(again.log_probs, expected, dtype) or apart > (1e-3 if self._is_exact(dtype) else 5e-2):
             raise ActivationCacheError(
-                f"The activations in {str(folder)!r} do not give the model's log-probabilities (they are "
-                f"{_distance(again.log_probs, expected):.2g} nats per token apart). Delete that folder. If this "
-                f"happens again, a block of {type(self._base).__name__} depends on more than the output of the one "
-                "below: train without cache_activations."
+                f"The activations in {str(folder)!r} are not the model's: they are {apart:.2g} of their norm apart, "
+                f"and the log-probabilities that follow {_distance(again.log_probs, expected):.2g} nats per token. "
+                f"Delete that folder. If this happens again, a block of {type(self._base).__name__} depends on more "
+                "than the output of the one below: train without cache_activations."
             )
-        return dataset.add_column(COLUMN, list(range(cached.first_row, self._rows)))  # pyright: ignore
+        return dataset.add_column(COLUMN, rows.tolist())  # pyright: ignore
 
     def pairs(
         self, model: Callable[..., Any], inputs: dict[str, Tensor], rows: Tensor, together: bool = True
-    ) -> CachedPairs:
-        """A collated batch, ready to be scored by the upper half.
+    ) -> CachedPairs | None:
+        """A collated batch, ready to be scored by the upper half; None if it is not of one dataset that was added.
 
         Args:
             model: The model as it is called in training.
             inputs: The batch.
             rows: Which rows of the datasets it holds, `(pairs,)`.
             together: Whether several pairs may share a row, because they are steered alike.
+
+        Raises:
+            ConfigError: Another adapter was made active than the one whose layer and SAE are cached.
         """
-        wanted = rows.tolist()
-        cached = next(cached for cached in reversed(self._cached) if cached.first_row <= wanted[0])
-        stored = cached.store.read([row - cached.first_row for row in wanted]).to(inputs["input_ids"].device)
+        numbers = {row >> _ROW_BITS for row in rows.tolist()}
+        cached = self._cached.get(min(numbers)) if len(numbers) == 1 else None
+        if cached is None:
+            return None
+        lowest = lowest_steered(self._layers)
+        if lowest is not self._layer or one_sae(lowest) is not self._sae:
+            raise ConfigError(
+                f"Activations are cached for the adapter that was active when the trainer was made, on layer "
+                f"{self._layer.index}; {lowest.active_adapters} now steer layer {lowest.index}. Make a new trainer."
+            )
+        examples = [row & ((1 << _ROW_BITS) - 1) for row in rows.tolist()]
+        stored = cached.store.read(examples).to(inputs["input_ids"].device)
         batch = self._pack(inputs, cached.shared, together)
         hidden = stored.hidden.to(self._hidden_dtype)[batch.flat]
         token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
@@ -189,6 +207,8 @@ class ActivationCache:
 
     def _fill(self, cached: _Cached, dataset: Dataset, sizes: list[int], dtype: torch.dtype, name: str) -> None:
         """Computes the missing files, each by one process."""
+        if self._accelerator.is_main_process:
+            cached.store.remove_leftovers()
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
         missing = cached.store.missing[rank::processes]
         self._accelerator.wait_for_everyone()
@@ -232,15 +252,33 @@ class ActivationCache:
             return f"{attention} attention takes no mask of single tokens"
         if longest > min((window for window in windows if window), default=longest):
             return "sequences are longer than the attention's window"
+        # All in one row, and once more with other tokens in the chosen answers, which nothing else may see.
+        together = share_prompts(sample, attention_cost=0.0)
+        other = (together.input_ids + 1) % self._base.get_input_embeddings().num_embeddings
+        changed = replace(together, input_ids=torch.where(together.is_chosen, other, together.input_ids))
         try:
-            shared = score_packed(self._base, self._model, self._pack(sample, True)).log_probs
+            shared, leaked = (score_packed(self._base, self._model, batch).log_probs for batch in (together, changed))
         except Exception as error:  # whatever a model says that takes no such mask or positions
             return f"the model takes no mask of single tokens ({type(error).__name__}: {error})"
-        if not self._same(shared, expected, torch.float32):
-            return (
-                f"the model does not heed such a mask (log-probabilities are {_distance(shared, expected):.2g} apart)"
-            )
+        leak = (shared - leaked).chunk(2)[1].abs().max()
+        if leak > 1e-5 or not self._same(shared, expected, torch.float32):
+            return f"answers would see each other, or their prompt elsewhere (by up to {float(leak):.2g} nats)"
         return None
+
+    def _require_no_noise(self, sample: PackedBatch, expected: Tensor) -> None:
+        """Raises if the model gives other log-probabilities in training mode."""
+        self._model.train()
+        with disable_gradient_checkpointing(
+            cast(Any, self._model), cast(Any, self._args.gradient_checkpointing_kwargs)
+        ):
+            trained = score_packed(self._base, self._model, sample).log_probs
+        self._model.eval()
+        if not torch.allclose(trained, expected, rtol=1e-4, atol=1e-4):
+            raise UnsupportedOperationError(
+                f"cache_activations=True needs the same activations in every epoch, but {type(self._base).__name__} "
+                "adds noise in training mode (dropout, layer drop or router jitter): set it to 0 in the model's "
+                "config, or train without the cache."
+            )
 
     def _announce(
         self, store: ActivationStore, name: str, sizes: list[int], width: float, why_not_shared: str | None
@@ -250,8 +288,12 @@ class ActivationCache:
         missing = sum(sizes[index] for part in store.missing for index in part)
         needed, place = missing * width, store.folder
         if missing:
-            while not place.exists():
-                place = place.parent
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ActivationCacheError(
+                    f"Activations cannot be kept in {str(place)!r} ({error}): give another activation_cache_dir."
+                ) from error
             free = shutil.disk_usage(place).free
             if needed > free:
                 raise ActivationCacheError(
@@ -278,8 +320,11 @@ class ActivationCache:
 
     def _same(self, log_probs: Tensor, expected: Tensor, stored: torch.dtype) -> bool:
         """Whether log-probabilities are equal but for rounding."""
-        exact = min(stored.itemsize, self._base.dtype.itemsize) >= 4 and self._accelerator.mixed_precision == "no"
-        return _distance(log_probs, expected) <= (_SAME if exact else _SAME_IN_16_BITS)
+        return _distance(log_probs, expected) <= (_SAME if self._is_exact(stored) else _SAME_IN_16_BITS)
+
+    def _is_exact(self, stored: torch.dtype) -> bool:
+        """Whether nothing is rounded to 16 bits."""
+        return min(stored.itemsize, self._base.dtype.itemsize) >= 4 and self._accelerator.mixed_precision == "no"
 
     @contextmanager
     def _unsteered(self) -> Generator[None]:
@@ -320,6 +365,11 @@ def _hash_model(model: Any) -> str:
     for name in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, module in model.named_modules():
+        # What another method's adapter does is not in its tensors alone.
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, YaPOLayer):
+            state = (module.active_adapters, module.disable_adapters, module.merged_adapters)
+            digest.update(repr((name, *state, getattr(module, "scaling", None))).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise UnsupportedOperationError(

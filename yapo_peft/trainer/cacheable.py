@@ -52,6 +52,11 @@ def require_constant(model: PeftModel) -> None:
         )
 
 
+def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer:
+    """The lowest layer that an active adapter steers, of layers from the bottom up."""
+    return next(layer for layer in layers if set(layer.active_adapters) & set(layer.yapo_code))
+
+
 def one_sae(layer: YaPOLayer) -> FrozenSAE:
     """The SAE of a layer's active adapters.
 

@@ -18,6 +18,7 @@ class PackedBatch:
 
     Attributes:
         flat: Flat index of each token in rows, `(rows, length)`; the first one's where there is padding.
+        is_chosen: Which tokens in rows are of a chosen answer, `(rows, length)`.
         real: Which tokens in rows are no padding, `(rows, length)`.
         place: Where in the flattened rows each flat token is, `(tokens,)`; the chosen row's place if there are two.
         input_ids: `(rows, length)`.
@@ -34,6 +35,7 @@ class PackedBatch:
     """
 
     flat: Tensor
+    is_chosen: Tensor
     real: Tensor
     place: Tensor
     input_ids: Tensor
@@ -140,6 +142,8 @@ def _packed(
     attended = inputs["attention_mask"].cpu().bool()
     flat_ids = torch.zeros(len(place), dtype=ids.dtype)
     flat_ids[flat_index[attended]] = ids[attended]
+    is_chosen = torch.zeros(len(place), dtype=torch.bool)
+    is_chosen[flat_index.chunk(2)[0][answers.chunk(2)[0]]] = True
     flat_labels = torch.full((len(place),), -100)
     flat_labels[flat_index[answers]] = ids[answers]
     padding = flat < 0
@@ -147,6 +151,7 @@ def _packed(
     scored = answers[:, 1:]
     tensors = {
         "flat": flat,
+        "is_chosen": is_chosen[flat] & ~padding,
         "real": ~padding,
         "place": place,
         "input_ids": flat_ids[flat],

@@ -162,11 +162,11 @@ class YaPOTrainer(PairMetricsTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         rows = inputs.get(COLUMN)
         inputs = {name: value for name, value in inputs.items() if name != COLUMN}
-        if rows is None or self._cache is None:
-            scorer: Scorer = WholeModel(model, self._base_model)
-        else:
+        cached = None
+        if rows is not None and self._cache is not None:
             together = self.args.direction != "example" or not self.model.training
-            scorer = self._cache.pairs(model, inputs, rows, together)
+            cached = self._cache.pairs(model, inputs, rows, together)
+        scorer: Scorer = cached or WholeModel(model, self._base_model)
         inputs = self._with_reference(scorer, inputs)
         pairs = len(inputs["ref_chosen_logps"])
         if not self.model.training:

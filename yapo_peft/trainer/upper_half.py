@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedOperationError
 from ..tuner.blocks import decoder_blocks, hidden_states, with_hidden_states
 
 
@@ -35,7 +34,8 @@ class UpperHalf:
 
         def keep(index: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                outputs[index] = output if isinstance(output, Tensor) else (None, *output[1:])
+                # What else a block puts out (attention weights) is not passed on.
+                outputs[index] = output if isinstance(output, Tensor) else (None,) * len(output)
 
             return hook
 
@@ -50,11 +50,6 @@ class UpperHalf:
             for handle in handles:
                 handle.remove()
         self._outputs = [outputs[index] for index in range(len(self._lower))]
-        if any(not isinstance(output, Tensor) and any(output) for output in self._outputs):
-            raise UnsupportedOperationError(
-                f"The blocks of {type(self.model).__name__} hand more than hidden states upwards: cache_activations "
-                "cannot skip them. Train without it."
-            )
 
     @contextmanager
     def given(self, hidden: Tensor) -> Generator[None]:

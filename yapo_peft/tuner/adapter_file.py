@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..errors import AdapterFileError
 from ..sae import FrozenSAE, SAEPart
 from .codes_on_disk import pack_codes, unpack_codes
 from .config import YaPOConfig
@@ -49,6 +50,9 @@ def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -
         if isinstance(layer, YaPOLayer) and adapter_name in layer.yapo_code
     }
     codes = unpack_codes(packed, {layer.index: layer.yapo_sae[adapter_name].identity for layer in layers.values()})
+    unknown = [name for name in parts if not any(f".{layer.index}.yapo.yapo_code" in name for layer in layers.values())]
+    if unknown:
+        raise AdapterFileError(f"The adapter's file holds {unknown[0]!r}, of a layer that its config does not steer.")
     for layer in layers.values():
         sae = layer.yapo_sae[adapter_name]
         if isinstance(sae, SAEPart):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,6 @@ from ..sae import FrozenSAE, SAEIdentity, SAEWeights
 # One word: PEFT takes the name of the adapter out of the place before the last dot.
 _PART = ".part_"
 _SETTINGS = "settings"
-_PER_FEATURE = ("b_enc", "threshold", "magnitude_scale", "magnitude_bias")
 
 
 def is_of_part(name: str) -> bool:
@@ -53,6 +54,7 @@ def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str,
         part = sae.select(indices, cpu, sae.dtype)
         tensors = dict(part.tensors())
     settings = {"activation": part.activation, "k": part.k, "normalization": part.normalization}
+    settings["sha256"] = _digest(tensors, settings, indices, sae.identity)
     encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
     return {f"{name}{_PART}{key}": value.contiguous() for key, value in (tensors | {_SETTINGS: encoded}).items()}
 
@@ -73,22 +75,28 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
     part = {name.split(_PART)[1]: tensor.cpu() for name, tensor in tensors.items() if code + _PART in name}
     try:
         settings = json.loads(bytes(part.pop(_SETTINGS).tolist()))
-        if settings["activation"] == "topk":
-            part |= {"W_enc": torch.empty(sae.d_in, 0), "b_enc": torch.empty(0)}
-        weights = SAEWeights(**part, **settings)
+        recorded = settings.pop("sha256")
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"The adapter's config says self_contained=True, but its file lacks tensors of the SAE's part for layer "
-            f"{layer}, or they are damaged ({error}). Save the adapter again, or set self_contained to false in "
+            f"The adapter's config says self_contained=True, but its file has no sound part for layer "
+            f"{layer} ({type(error).__name__}: {error}). Save the adapter again, or set self_contained to false in "
             "adapter_config.json to use the whole SAE."
         ) from error
-    n = len(indices)
-    shapes = {"W_dec": (n, sae.d_in), "b_in": (sae.d_in,)} | dict.fromkeys(_PER_FEATURE, (n,))
-    shapes["W_enc"] = (sae.d_in, n)
-    for name, tensor in weights.tensors():
-        if tuple(tensor.shape) != shapes[name] and not (weights.activation == "topk" and name != "W_dec"):
-            raise AdapterFileError(
-                f"{name} of the SAE's part for layer {layer} has the shape {tuple(tensor.shape)}; expected "
-                f"{shapes[name]}: the file belongs to another SAE."
-            )
-    return indices, weights
+    if _digest(part, settings, indices, sae) != recorded:
+        raise AdapterFileError(
+            f"The SAE's part for layer {layer} is not what was saved with this code: tensors are damaged, missing, or "
+            "of another layer. Save or download the adapter again."
+        )
+    if settings["activation"] == "topk":
+        part |= {"W_enc": torch.empty(sae.d_in, 0), "b_enc": torch.empty(0)}
+    return indices, SAEWeights(**part, **settings)
+
+
+def _digest(tensors: dict[str, Tensor], settings: dict[str, Any], indices: Tensor, sae: SAEIdentity) -> str:
+    """SHA-256 over a part, the features that it is of, and the hash of its SAE, in hexadecimal."""
+    head = json.dumps([settings["activation"], settings["k"], settings["normalization"], sae.content_hash])
+    digest = hashlib.sha256(head.encode())
+    for name, tensor in sorted({**tensors, "indices": indices.to(torch.int32)}.items()):
+        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

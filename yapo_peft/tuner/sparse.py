@@ -40,7 +40,7 @@ class ActiveFeatures:
         tokens = h.reshape(-1, h.shape[-1])
         size = max(1, _ENCODED // sae.d_sae)
         parts = []
-        for start in range(0, len(tokens), size):
+        for start in range(0, max(len(tokens), 1), size):
             features, _ = sae.encode(tokens[start : start + size])
             token, feature = features.nonzero(as_tuple=True)
             parts.append((token + start, feature, features[token, feature].float()))
@@ -103,7 +103,9 @@ class _SparseShift(torch.autograd.Function):
         # What is raised at a positive strength, and what at a negative one; NaN is in both.
         up = torch.where(entries < 0, 0.0, entries) @ rows
         down = torch.where(entries > 0, 0.0, entries) @ rows
-        shift = strength.clamp(min=0)[:, None] * up + strength.clamp(max=0)[:, None] * down
+        factor = strength[:, None]
+        # Chosen, not multiplied by zero, so that an infinite entry of one sign leaves the other direction alone.
+        shift = torch.where(factor > 0, factor * up, 0.0) + torch.where(factor < 0, factor * down, 0.0)
         wanted = strength[active.token] * code[active.feature]
         cut = (wanted < 0).nonzero().squeeze(-1)
         moved = -torch.minimum(active.value[cut], -wanted[cut])
