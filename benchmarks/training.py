@@ -29,6 +29,7 @@ from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from published import Published, pairs_of, random_sae, report
 
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft.trainer import scoring
 from yapo_peft.trainer.cache import COLUMN
 
 SIDES = ("published", "ours", "dense")
@@ -56,7 +57,7 @@ class Sides(TrainerCallback):
 
         trainer.training_step = training_step
         cache.pairs = self._timed("read and pack", cache.pairs)
-        cache._upper.score = self._timed("forward", cache._upper.score)
+        scoring.score_packed = self._timed("forward", scoring.score_packed)
         accelerator.backward = self._timed("backward", accelerator.backward)
 
     def _timed(self, phase: str, function: Any) -> Any:
