@@ -33,18 +33,14 @@ SIDES = ("unsteered", "ours", "published")
 
 def measure(options: argparse.Namespace, features: int, folder: Path) -> dict[str, Any]:
     """Milliseconds per token of each side, ratios, and seconds to load the adapter."""
-    from sae_lens import SAE
-
     dataset = pairs_of(None)
     model, tokenizer = load_model_and_tokenizer()
-    block, sae = model.model.layers[sae_layer()], sae_folder()
+    sae = sae_folder()
     if features != 4608:
         sae = random_sae(
             features, hidden_states(model, tokenizer, dataset, sae_layer()), 70, folder / f"sae-{features}"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    published = Published(model, block, SAE.load_from_disk(sae).float())
+    published = Published(model, sae_layer(), sae)
     model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae)).eval()
     code = torch.zeros(features)
     code[torch.randperm(features)[: options.entries]] = torch.randn(options.entries) * 0.1

@@ -15,6 +15,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from yapo_peft import YaPOTrainingConfig
+
 
 class Published:
     """Trains a code as arXiv 2601.08441 does: both passes through the whole model and the whole autoencoder.
@@ -23,19 +25,21 @@ class Published:
     their prompts, all logits and all log-probabilities. Only the code is kept in float32, as ours is.
 
     Args:
-        model: A causal language model without adapters, frozen.
-        block: The block that is steered.
-        sae: An SAE of sae-lens.
+        model: A causal language model without adapters, which is frozen.
+        layer: Index of the block that is steered.
+        sae: Folder of an SAE of sae-lens.
         learning_rate: Of AdamW.
     """
 
-    def __init__(self, model: nn.Module, block: nn.Module, sae: nn.Module, learning_rate: float = 2e-2) -> None:
-        self.model, self.sae = model, sae
-        self.code = nn.Parameter(torch.zeros(sae.cfg.d_sae))
+    def __init__(self, model: Any, layer: int, sae: str, learning_rate: float = 2e-2) -> None:
+        from sae_lens import SAE
+
+        self.model, self.sae = model.requires_grad_(False), SAE.load_from_disk(sae).float()
+        self.code = nn.Parameter(torch.zeros(self.sae.cfg.d_sae))
         self.multiplier: float | None = None
         self.seconds: dict[str, float] = {}
         self.optimizer = torch.optim.AdamW([self.code], lr=learning_rate, weight_decay=0.0)
-        block.register_forward_hook(self._steer)
+        model.model.layers[layer].register_forward_hook(self._steer)
 
     def _steer(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self.multiplier is None:
@@ -78,6 +82,22 @@ class Published:
         started = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingConfig:
+    """The training config of ours, on activations cached in a folder's folder."""
+    return YaPOTrainingConfig(
+        output_dir=str(folder / "out"),
+        cache_activations=True,
+        activation_cache_dir=str(folder / cache),
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+        disable_tqdm=True,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        **options,
+    )
 
 
 def pairs_of(file: Path | None, split: str = "train") -> Dataset:

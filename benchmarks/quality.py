@@ -23,9 +23,9 @@ from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from embedded import load_model_and_tokenizer, sae_folder, sae_layer
-from published import Published, pairs_of, report
+from published import Published, cached_arguments, pairs_of, report
 
-from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft import YaPOConfig, YaPOTrainer
 
 
 class Race(TrainerCallback):
@@ -89,30 +89,12 @@ def batches_of(trainer: YaPOTrainer, dataset: Any) -> Any:
 
 def race(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains both ways."""
-    from sae_lens import SAE
-
     model, tokenizer = load_model_and_tokenizer()
-    block = model.model.layers[sae_layer()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    published = Published(model, block, SAE.load_from_disk(sae_folder()).float(), options.learning_rate)
+    published = Published(model, sae_layer(), sae_folder(), options.learning_rate)
     model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae_folder()))
     train, test = pairs_of(options.data), pairs_of(options.held_out, "test")
-    args = YaPOTrainingConfig(
-        output_dir=str(folder / "out"),
-        max_steps=options.steps,
-        direction="both",
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup,
-        cache_activations=True,
-        activation_cache_dir=str(folder / "activations"),
-        save_strategy="no",
-        report_to="none",
-        logging_steps=10,
-        disable_tqdm=True,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    schedule = {"max_steps": options.steps, "learning_rate": options.learning_rate, "warmup_steps": options.warmup}
+    args = cached_arguments(folder, "activations", direction="both", **schedule)
     own = train.shuffle(seed=0).select(range(min(options.pairs, len(train))))
     started = time.perf_counter()
     YaPOTrainer(model, args, train_dataset=own, processing_class=tokenizer)

@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from embedded import load_model_and_tokenizer, sae_folder, sae_layer
-from published import Published, pairs_of, random_sae, report
+from published import Published, cached_arguments, pairs_of, random_sae, report
 
-from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft import YaPOConfig, YaPOTrainer
 from yapo_peft.trainer import scoring
 from yapo_peft.trainer.cache import COLUMN
 
@@ -126,30 +126,10 @@ def prepare(options: argparse.Namespace, features: int, side: str | None, folder
         if not Path(sae).is_dir():
             hidden = hidden_states(model, tokenizer, dataset, layer)
             random_sae(features, hidden, options.active, Path(sae))
-    block = model.model.layers[layer]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    published = None
-    if side in (None, "published"):
-        from sae_lens import SAE
-
-        published = Published(model, block, SAE.load_from_disk(sae).float())
+    published = Published(model, layer, sae) if side in (None, "published") else None
     model = get_peft_model(model, YaPOConfig(layers=layer, sae_path=sae))
-    args = YaPOTrainingConfig(
-        output_dir=str(folder / "out"),
-        max_steps=options.steps,
-        per_device_train_batch_size=4,
-        learning_rate=2e-2,
-        warmup_steps=5,
-        cache_activations=True,
-        activation_cache_dir=str(folder / f"activations-{features}"),
-        save_strategy="no",
-        report_to="none",
-        logging_steps=10,
-        disable_tqdm=True,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    schedule = {"max_steps": options.steps, "learning_rate": 2e-2, "warmup_steps": 5}
+    args = cached_arguments(folder, f"activations-{features}", **schedule)
     trainer = YaPOTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
     sides = Sides(trainer, published, side in (None, "dense"))
     trainer.add_callback(sides)

@@ -28,8 +28,13 @@ class FrozenSAE:
     def __init__(self, weights: SAEWeights, identity: SAEIdentity, hook_name: str | None = None) -> None:
         self.identity = identity
         self.hook_name = hook_name
-        self._native = weights
+        self._weights = weights
         self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def _native(self) -> SAEWeights:
+        """The weights as they were saved."""
+        return self._weights
 
     @property
     def normalization(self) -> Normalization:

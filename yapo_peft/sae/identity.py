@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import SAEMismatchError
 from .weights import SAEWeights
@@ -66,8 +68,13 @@ class SAEIdentity:
 
 def content_hash(weights: SAEWeights) -> str:
     """SHA-256 over the weights and the settings that change the encoder, in hexadecimal."""
-    digest = hashlib.sha256(f"{weights.activation}|{weights.k}|{weights.normalization}".encode())
-    for name, value in weights.tensors():
-        digest.update(f"|{name}{tuple(value.shape)}{value.dtype}|".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hash_tensors(f"{weights.activation}|{weights.k}|{weights.normalization}", weights.tensors())
+
+
+def hash_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over a text and then the names, shapes, dtypes and contents of tensors, in hexadecimal."""
+    digest = hashlib.sha256(head.encode())
+    for name, tensor in tensors:
+        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import SAENotFoundError
 from .frozen import FrozenSAE
 from .identity import SAEIdentity
-from .weights import Activation, Normalization, SAEWeights
+from .weights import SAEWeights
 
 
 class SAEPart(FrozenSAE):
@@ -36,27 +36,12 @@ class SAEPart(FrozenSAE):
         self._indices, self._part = indices.long().cpu(), part
 
     @property
-    def normalization(self) -> Normalization:
-        """As `FrozenSAE.normalization`."""
-        return self.whole().normalization if self._part is None else self._part.normalization
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `FrozenSAE.dtype`."""
-        return self.whole().dtype if self._part is None else self._part.W_dec.dtype
-
-    @property
-    def activation(self) -> Activation:
-        """As `FrozenSAE.activation`."""
-        return self.whole().activation if self._part is None else self._part.activation
+    def _native(self) -> SAEWeights:
+        return self.whole()._native if self._part is None else self._part
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         """As `FrozenSAE.weights`, of the whole autoencoder."""
         return self.whole().weights(device, dtype)
-
-    def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `FrozenSAE.normalize`."""
-        return self.whole().normalize(h)
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """As `FrozenSAE.decoder`, of the whole autoencoder."""

@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +102,8 @@ class ActivationStore:
         """Writes the file of some examples, one of `missing`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_record()
-        file = self._file(self._parts.index(examples))
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        try:
+        with _replacing(self._file(self._parts.index(examples))) as partial:
             save_file({name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}, partial)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def read(self, examples: list[int]) -> Activations:
         """Reads the tokens of some examples, one example after another.
@@ -150,9 +147,19 @@ class ActivationStore:
     def _write_record(self) -> None:
         file = self.folder / _RECORD
         if not file.is_file():
-            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-            partial.write_text(json.dumps(self._record, indent=2))
-            partial.replace(file)
+            with _replacing(file) as partial:
+                partial.write_text(json.dumps(self._record, indent=2))
+
+
+@contextmanager
+def _replacing(file: Path) -> Generator[Path]:
+    """A temporary name to write under, which becomes that of the file if nothing fails."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cache_folder(chosen: str | Path | None) -> Path:

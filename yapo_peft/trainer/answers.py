@@ -34,7 +34,7 @@ def score_answers(
 
     handle = model.base_model.register_forward_hook(keep_predictors)
     try:
-        result = call(**inputs, shift_labels=targets[None], fused_lm_head=True, use_cache=False)
+        result = call(**inputs, shift_labels=targets[None], fused_lm_head=True)
     finally:
         handle.remove()
     for name, value in list(result.items()):
@@ -49,6 +49,6 @@ def score_rows(model: Any, call: Callable[..., Any], inputs: dict[str, Any]) -> 
     labels = inputs["labels"]
     scored = labels[:, 1:] != -100
     if not scored.any():
-        return call(**inputs, fused_lm_head=True, use_cache=False)
+        return call(**inputs, fused_lm_head=True)
     index = torch.arange(labels.numel(), device=labels.device).view_as(labels)
     return score_answers(model, call, inputs, index[:, :-1][scored], labels[:, 1:][scored], scored)

@@ -15,19 +15,18 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
 from ..tuner import YaPOLayer
-from ..tuner.layer import CHILD_NAME
 from ..tuner.sparse import ActiveFeatures
+from ..tuner.strength import lowest_steered
 from .activations import Activations, ActivationStore, cache_folder
-from .cacheable import lowest_steered, one_sae, require_constant
+from .cacheable import one_sae, require_constant
 from .config import YaPOTrainingConfig
-from .data import TOKENISED
+from .fingerprint import hash_model, survey
 from .packing import PackedBatch, keep_rows, share_prompts
 from .scoring import CachedPairs, score_packed
 from .upper_half import UpperHalf
@@ -56,9 +55,10 @@ class CollateWithRows:
 
 @dataclass(frozen=True)
 class _Cached:
-    """A dataset's activations, and whether answers share their prompt in a row."""
+    """A dataset's activations, their dtype within the model, and whether answers share their prompt in a row."""
 
     store: ActivationStore
+    dtype: torch.dtype
     shared: bool
 
 
@@ -88,14 +88,13 @@ class ActivationCache:
         require_constant(model)
         self._model, self._args, self._accelerator, self._collate = model, args, accelerator, collate
         self._base: Any = model.get_base_model()
-        self._layers, self._layer = layers, lowest_steered(layers)
+        self._layers, self._layer = layers, cast(YaPOLayer, lowest_steered(layers))
         self._sae = one_sae(self._layer)
         self._upper = UpperHalf(self._base, self._layer.index)
         projections = sum(parameter.numel() for parameter in self._layer.block.parameters())
         self._attention_cost = 2 * self._base.config.get_text_config().hidden_size / projections
-        self._model_hash = _hash_model(self._base)
+        self._model_hash = hash_model(self._base)
         self._cached: dict[int, _Cached] = {}
-        self._hidden_dtype = torch.float32
 
     def add_all(self, train: Any, held_out: Any) -> tuple[Any, Any]:
         """As `add`, for a trainer's datasets; the one to evaluate on may be a dict of them, or None."""
@@ -122,7 +121,7 @@ class ActivationCache:
                 f"{type(dataset).__name__}: load it without streaming, or train without the cache."
             )
         dataset = dataset.remove_columns([COLUMN] if COLUMN in dataset.column_names else [])
-        lengths, data_hash = _survey(dataset, self._args, name)
+        lengths, data_hash = survey(dataset, self._args, name)
         sizes = lengths.sum(dim=1).tolist()
         spans = lengths[:, 0] + lengths[:, 1:].max(dim=1).values
         longest = spans.argsort(descending=True)[:2].tolist()
@@ -134,9 +133,8 @@ class ActivationCache:
                 expected = score_packed(self._base, self._model, plain).log_probs
             self._require_no_noise(plain, expected)
             why_not = self._why_not_shared(sample, expected, int(spans.max()))
-            self._hidden_dtype = found[0].dtype
             active = self._encode(found[0]).token.numel() / found[0].shape[:2].numel()
-        dtype = getattr(torch, self._args.activation_cache_dtype or str(self._hidden_dtype).removeprefix("torch."))
+        dtype = getattr(torch, self._args.activation_cache_dtype or str(found[0].dtype).removeprefix("torch."))
         record = {
             "format": _FORMAT,
             "model": self._model_hash,
@@ -144,11 +142,11 @@ class ActivationCache:
             "sae": self._sae.identity.content_hash,
             "data": data_hash,
             "attention": self._base.config._attn_implementation,
-            "precision": f"{self._hidden_dtype}, {self._accelerator.mixed_precision}, stored as {dtype}",
+            "precision": f"{found[0].dtype}, {self._accelerator.mixed_precision}, stored as {dtype}",
         }
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache_folder(self._args.activation_cache_dir) / key
-        cached = _Cached(ActivationStore(folder, sizes, record), why_not is None)
+        cached = _Cached(ActivationStore(folder, sizes, record), found[0].dtype, why_not is None)
         width = found[0].shape[-1] * dtype.itemsize + active * (4 + dtype.itemsize) + 8
         self._announce(cached.store, name, sizes, width, why_not)
         self._fill(cached, dataset, sizes, dtype, name)
@@ -187,7 +185,7 @@ class ActivationCache:
         cached = self._cached.get(min(numbers)) if len(numbers) == 1 else None
         if cached is None:
             return None
-        lowest = lowest_steered(self._layers)
+        lowest = cast(YaPOLayer, lowest_steered(self._layers))
         if lowest is not self._layer or one_sae(lowest) is not self._sae:
             raise ConfigError(
                 f"Activations are cached for the adapter that was active when the trainer was made, on layer "
@@ -196,7 +194,7 @@ class ActivationCache:
         examples = [row & ((1 << _ROW_BITS) - 1) for row in rows.tolist()]
         stored = cached.store.read(examples).to(inputs["input_ids"].device)
         batch = self._pack(inputs, cached.shared, together)
-        hidden = stored.hidden.to(self._hidden_dtype)[batch.flat]
+        hidden = stored.hidden.to(cached.dtype)[batch.flat]
         token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
         _, scale = self._sae.normalize(hidden.flatten(0, 1))
         features = ActiveFeatures(token, stored.feature.long(), stored.value.float(), scale)
@@ -335,51 +333,6 @@ class ActivationCache:
                 yield
         finally:
             self._model.train(training)
-
-
-def _survey(dataset: Dataset, args: YaPOTrainingConfig, name: str) -> tuple[Tensor, str]:
-    """Lengths of each pair's prompt and answers as the collator cuts them, `(pairs, 3)`, and a hash of their tokens."""
-    limit = args.max_length
-    digest = hashlib.sha256(str(limit).encode())
-    lengths = []
-    for rows in dataset.select_columns(list(TOKENISED)).iter(1000):
-        columns = [cast(dict[str, Any], rows)[column] for column in TOKENISED]
-        digest.update(json.dumps(columns).encode())
-        lengths += [[len(part) for part in pair] for pair in zip(*columns, strict=True)]
-    found = torch.tensor(lengths)
-    if limit is None:
-        return found, digest.hexdigest()
-    too_long = (found[:, :1] + found[:, 1:] > limit).any()
-    if too_long and args.truncation_mode != "keep_start":
-        raise UnsupportedOperationError(
-            f"truncation_mode={args.truncation_mode!r} cuts the prompts of the {name} dataset's longest pairs, for "
-            "each answer elsewhere: cache_activations needs truncation_mode='keep_start', or a larger max_length."
-        )
-    found[:, 1:] = torch.minimum(found[:, 1:], limit - found[:, :1])
-    return found, digest.hexdigest()
-
-
-def _hash_model(model: Any) -> str:
-    """A hash of all that decides what the model computes without steering."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    for name in ("_name_or_path", "transformers_version", "use_cache"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, module in model.named_modules():
-        # What another method's adapter does is not in its tensors alone.
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, YaPOLayer):
-            state = (module.active_adapters, module.disable_adapters, module.merged_adapters)
-            digest.update(repr((name, *state, getattr(module, "scaling", None))).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            raise UnsupportedOperationError(
-                f"cache_activations=True cannot tell which model it is for: {name!r} is offloaded. Load the model "
-                "without offloading, or train without the cache."
-            )
-        if isinstance(tensor, Tensor) and f".{CHILD_NAME}.yapo_code." not in name:
-            digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _distance(log_probs: Tensor, expected: Tensor) -> float:

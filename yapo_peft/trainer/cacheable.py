@@ -10,7 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from ..errors import UnsupportedOperationError
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
-from ..tuner.layer import CHILD_NAME
+from ..tuner.layer import is_code
 
 
 def require_cacheable(trainer: DPOTrainer) -> None:
@@ -38,7 +38,7 @@ def require_constant(model: PeftModel) -> None:
     Raises:
         UnsupportedOperationError: Something else is trained, or dropped at random.
     """
-    others = [n for n, p in model.named_parameters() if p.requires_grad and f".{CHILD_NAME}.yapo_code." not in n]
+    others = [n for n, p in model.named_parameters() if p.requires_grad and not is_code(n)]
     if others:
         raise UnsupportedOperationError(
             f"cache_activations=True holds the model below the lowest steered block constant, but {others[0]!r} is "
@@ -50,11 +50,6 @@ def require_constant(model: PeftModel) -> None:
             f"cache_activations=True needs the same activations in every epoch, but {dropout[0]!r} drops some at "
             "random: leave disable_dropout=True, or train without the cache."
         )
-
-
-def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer:
-    """The lowest layer that an active adapter steers, of layers from the bottom up."""
-    return next(layer for layer in layers if set(layer.active_adapters) & set(layer.yapo_code))
 
 
 def one_sae(layer: YaPOLayer) -> FrozenSAE:

@@ -92,7 +92,8 @@ def share_prompts(inputs: dict[str, Tensor], attention_cost: float, together: bo
     place[flat[flat >= 0]] = (flat >= 0).flatten().nonzero().squeeze(-1)
     sees = (pair_of[:, :, None] == pair_of[:, None, :]) & (position[:, None, :] <= position[:, :, None])
     sees &= (part_of[:, None, :] == 0) | (part_of[:, None, :] == part_of[:, :, None])
-    return _packed(inputs, flat, place, place[flat_of(inputs, lengths)], position, sees[:, None], rows)
+    flat_index = flat_of(inputs, lengths)
+    return _packed(inputs, flat_index, flat, place, place[flat_index], position, sees[:, None], rows)
 
 
 def keep_rows(inputs: dict[str, Tensor]) -> PackedBatch:
@@ -106,7 +107,7 @@ def keep_rows(inputs: dict[str, Tensor]) -> PackedBatch:
     for tokens, places in zip(flat.chunk(2)[::-1], origin.chunk(2)[::-1], strict=True):
         place[tokens[tokens >= 0]] = places[tokens >= 0]
     rows = [[pair] for pair in range(len(lengths))] * 2
-    return _packed(inputs, flat, place, origin, None, inputs["attention_mask"], rows)
+    return _packed(inputs, flat_index, flat, place, origin, None, inputs["attention_mask"], rows)
 
 
 def pair_lengths(inputs: dict[str, Tensor]) -> Tensor:
@@ -129,6 +130,7 @@ def flat_of(inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
 
 def _packed(
     inputs: dict[str, Tensor],
+    flat_index: Tensor,
     flat: Tensor,
     place: Tensor,
     origin: Tensor,
@@ -138,7 +140,6 @@ def _packed(
 ) -> PackedBatch:
     device = inputs["input_ids"].device
     ids, answers = inputs["input_ids"].cpu(), inputs["completion_mask"].cpu().bool()
-    flat_index = flat_of(inputs, pair_lengths(inputs))
     attended = inputs["attention_mask"].cpu().bool()
     flat_ids = torch.zeros(len(place), dtype=ids.dtype)
     flat_ids[flat_index[attended]] = ids[attended]

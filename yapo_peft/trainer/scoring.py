@@ -35,7 +35,6 @@ class WholeModel:
         """Scores a batch as TRL's fused head does, but the answers' tokens alone; other calls go to the model."""
         if not kwargs.pop("fused_lm_head", False):
             return self.model(**kwargs)
-        kwargs.pop("use_cache", None)
         return score_rows(self.base, self.model, kwargs)
 
     @property

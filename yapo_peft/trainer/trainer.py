@@ -92,6 +92,7 @@ class YaPOTrainer(PairMetricsTrainer):
         require_adapter(model, peft_config)
         require_preferences(train_dataset, "train_dataset")
         require_preferences(eval_dataset, "eval_dataset")
+        self._checked = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         self._drawn_at, self._micro_batch = -1, 0
         with no_reference_adapter(model):
             super().__init__(
@@ -116,7 +117,8 @@ class YaPOTrainer(PairMetricsTrainer):
             self._say_what_could_be_skipped()
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        require_preferences(dataset, dataset_name)
+        if not any(dataset is checked for checked in self._checked):
+            require_preferences(dataset, dataset_name)
         if args.precompute_ref_log_probs and args.world_size > 1:
             require_shared(dataset, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)

@@ -8,7 +8,7 @@ from ..errors import AdapterFileError
 from ..sae import FrozenSAE, SAEPart
 from .codes_on_disk import pack_codes, unpack_codes
 from .config import YaPOConfig
-from .layer import CHILD_NAME, YaPOLayer
+from .layer import YaPOLayer, is_code
 from .parts_on_disk import is_of_part, pack_part, unpack_part
 
 
@@ -22,7 +22,7 @@ def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: d
     codes: dict[str, Tensor] = {}
     saes: dict[str, FrozenSAE] = {}
     for name, code in selected.items():
-        if f".{CHILD_NAME}.yapo_code." in name:
+        if is_code(name):
             layer = layers[name.partition(".yapo_code.")[0]]
             codes[name] = layer.code(adapter_name) if code.is_meta else code
             saes[name] = layer.yapo_sae[adapter_name]

@@ -22,6 +22,11 @@ from .steering import Strength, steering_shift
 CHILD_NAME = "yapo"
 
 
+def is_code(name: str) -> bool:
+    """Whether a tensor of a model, by its name, is a code."""
+    return f".{CHILD_NAME}.yapo_code." in name
+
+
 class Code(nn.Parameter):
     """A code: float32 also where a trainer assigns `.data` in another dtype, as TRL does on quantised models."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEWeights
+from ..sae.identity import hash_tensors
 
 # One word: PEFT takes the name of the adapter out of the place before the last dot.
 _PART = ".part_"
@@ -95,8 +95,4 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
 def _digest(tensors: dict[str, Tensor], settings: dict[str, Any], indices: Tensor, sae: SAEIdentity) -> str:
     """SHA-256 over a part, the features that it is of, and the hash of its SAE, in hexadecimal."""
     head = json.dumps([settings["activation"], settings["k"], settings["normalization"], sae.content_hash])
-    digest = hashlib.sha256(head.encode())
-    for name, tensor in sorted({**tensors, "indices": indices.to(torch.int32)}.items()):
-        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_tensors(head, sorted({**tensors, "indices": indices.to(torch.int32)}.items()))

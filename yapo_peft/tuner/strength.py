@@ -78,12 +78,17 @@ def steered_layers(model: nn.Module) -> list[YaPOLayer]:
     return sorted(found, key=lambda layer: layer.index)
 
 
+def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
+    """The lowest layer that an adapter in use steers, of layers from the bottom up; None if none does."""
+    return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
+
+
 def mark_lowest(model: nn.Module) -> None:
     """Tells each steered layer whether it is the lowest that steers: there, and only there, the gradient ends."""
-    lowest_seen = False
-    for layer in steered_layers(model):
-        layer.is_lowest = not lowest_seen
-        lowest_seen = lowest_seen or any(name in layer.yapo_code for name in layer.used_adapters)
+    layers = steered_layers(model)
+    lowest = lowest_steered(layers)
+    for layer in layers:
+        layer.is_lowest = lowest is None or layer.index <= lowest.index
 
 
 def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
