@@ -1,6 +1,7 @@
 """A trainer on a tiny model."""
 
 import pytest
+from cached import HELD_OUT, MANY
 from peft import get_peft_model
 from tiny import make_model, make_sae, set_code
 
@@ -23,3 +24,17 @@ def build(tmp_path, pairs, tokenizer):
         return YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer, **(init or {}))
 
     return make
+
+
+@pytest.fixture
+def train(build, tmp_path):
+    """Trains, with cached activations or without, and returns the trainer."""
+
+    def run(cached, **options):
+        folder = {"cache_activations": True, "activation_cache_dir": str(tmp_path / "activations")} if cached else {}
+        options = {"train_dataset": MANY, "init": {"eval_dataset": HELD_OUT}} | options
+        trainer = build(**folder, **options)
+        trainer.train()
+        return trainer
+
+    return run

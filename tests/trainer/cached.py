@@ -1,0 +1,7 @@
+"""What the tests of training on cached activations share."""
+
+from datasets import Dataset
+from tiny import preference_rows
+
+MANY = Dataset.from_list(preference_rows(16))
+HELD_OUT = Dataset.from_list(preference_rows(5, seed=5))

@@ -1,0 +1,168 @@
+"""Cached activations on disk: whose they are, that nothing is lost or computed twice, and how they are deleted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cached import HELD_OUT, MANY
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny import make_model, make_sae, preference_rows, trained_codes
+from torch.testing import assert_close
+
+from yapo_peft import ActivationCacheError, YaPOConfig, delete_activation_cache
+from yapo_peft.trainer import activations, cache
+
+
+def parts_of(folder):
+    return sorted(Path(folder).glob("activations/*/part-*.safetensors"))
+
+
+@pytest.mark.feature("Speed", "A killed run's cache is completed, and later runs and seeds use it")
+def test_what_is_on_disk_is_not_computed_again(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "_TOKENS", 60)
+    first = train(True)
+    parts = parts_of(tmp_path)
+    assert len(parts) > 4
+    written = {part: part.stat().st_mtime_ns for part in parts}
+    parts[1].unlink()
+    computed = []
+    compute = cache.ActivationCache._compute
+    counting = lambda self, examples, *args: computed.extend(examples) or compute(self, examples, *args)  # noqa: E731
+    monkeypatch.setattr(cache.ActivationCache, "_compute", counting)
+    again = train(True)
+    assert 0 < len(computed) < len(MANY) / 2
+    assert parts_of(tmp_path) == parts
+    assert all(part.stat().st_mtime_ns == written[part] for part in parts if part != parts[1])
+    assert_close(trained_codes(again), trained_codes(first), rtol=1e-6, atol=1e-7)
+    computed.clear()
+    train(True, seed=7, direction="both", learning_rate=0.01)
+    assert not computed
+
+
+def test_a_failure_leaves_no_file_behind(train, tmp_path, monkeypatch):
+    def fail(tensors, file):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(activations, "save_file", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(True)
+    assert [file.name for file in tmp_path.glob("activations/*/*")] == ["activations.json"]
+
+
+CHANGES = {
+    "model": {"model": "gpt2"},
+    "layer": {"adapter": {"layers": 1}},
+    "sae": {"adapter": {"sae": make_sae(seed=3)}},
+    "data": {"train_dataset": Dataset.from_list(preference_rows(16, seed=8))},
+    "max_length": {"max_length": 13},
+    "dtype": {"activation_cache_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_sae_dataset_or_dtype_has_a_cache_of_its_own(train, change, tmp_path):
+    train(True, init={})
+    train(True, init={}, **CHANGES[change])
+    assert len(list((tmp_path / "activations").iterdir())) == 2
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("activations/*/activations.json")]
+    assert records[0] != records[1]
+
+
+def test_weights_that_changed_have_a_cache_of_their_own(train, tmp_path):
+    for scale in (1.0, 1.01):
+        model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+        model.get_base_model().lm_head.weight.data.mul_(scale)
+        train(True, model=model, init={})
+    assert len(list((tmp_path / "activations").iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*modify a model with PEFT", "ignore:Already found")
+def test_another_scaling_of_a_lora_has_a_cache_of_its_own(train, tmp_path):
+    for alpha in (8, 32):
+        base = make_model()
+        torch.manual_seed(0)
+        inject_adapter_in_model(
+            LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=alpha), base, "default"
+        )
+        base.requires_grad_(False)
+        train(True, model=get_peft_model(base, YaPOConfig(layers=2, sae=make_sae())), init={})
+    assert len(list((tmp_path / "activations").iterdir())) == 2
+
+
+def test_activations_that_do_not_fit_the_model_are_found_out(train, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    train(True, init={})
+    (part,) = parts_of(tmp_path)
+    tensors = load_file(part)
+    save_file(tensors | {"hidden": tensors["hidden"].flip(0).contiguous()}, part)
+    with pytest.raises(ActivationCacheError, match="Delete that folder"):
+        train(True, init={})
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(ActivationCacheError, match="cannot be read"):
+        train(True, init={})
+
+
+@pytest.mark.feature("Speed", "Space is estimated beforehand; too little of it is an error before the work")
+def test_too_little_space_is_an_error_before_the_work(train, tmp_path, monkeypatch, capsys):
+    train(True, init={})
+    said = capsys.readouterr().out
+    (part,) = parts_of(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    train(True, init={})
+    with pytest.raises(ActivationCacheError, match="has 0 MB left"):
+        train(True, init={}, max_length=13)
+    assert parts_of(tmp_path) == [part]
+    assert "Caching the activations of" in said
+
+
+def test_the_estimate_is_close(train, tmp_path, monkeypatch):
+    seen = []
+    announce = cache.ActivationCache._announce
+
+    def listen(self, store, name, sizes, width, why):
+        seen.append(sum(sizes) * width)
+        announce(self, store, name, sizes, width, why)
+
+    monkeypatch.setattr(cache.ActivationCache, "_announce", listen)
+    train(True, init={})
+    (part,) = parts_of(tmp_path)
+    assert seen[0] == pytest.approx(part.stat().st_size, rel=0.2)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_activations_stored_in_16_bits_take_half_the_space_and_train_close(train, stored, tmp_path):
+    exact = trained_codes(train(True))
+    whole = sum(file.stat().st_size for file in (tmp_path / "activations").glob("*/*"))
+    shutil.rmtree(tmp_path / "activations")
+    rounded = trained_codes(train(True, activation_cache_dtype=stored))
+    half = sum(file.stat().st_size for file in (tmp_path / "activations").glob("*/*"))
+    assert half < 0.75 * whole
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.2
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(train, build, tmp_path, monkeypatch):
+    (tmp_path / "activations").write_text("a file")
+    with pytest.raises(ActivationCacheError, match="give another activation_cache_dir"):
+        train(True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build(train_dataset=MANY, cache_activations=True, activation_cache_dir="~/cache")
+    assert delete_activation_cache(tmp_path / "cache") > 0
+
+
+@pytest.mark.feature("Speed", "`delete_activation_cache()` deletes it all")
+def test_one_call_deletes_the_cache(train, build, tmp_path, monkeypatch):
+    train(True)
+    folder = tmp_path / "activations"
+    (folder / "not ours").mkdir()
+    size = sum(file.stat().st_size for file in folder.glob("*/*"))
+    assert delete_activation_cache(folder) == size
+    assert [place.name for place in folder.iterdir()] == ["not ours"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    build(cache_activations=True, train_dataset=MANY, init={"eval_dataset": HELD_OUT})
+    assert delete_activation_cache() == size
+    assert delete_activation_cache() == 0
