@@ -18,6 +18,7 @@ AREAS = (
     "transformers",
     "Training",
     "Speed",
+    "Methods",
     "TRL",
     "Many processes",
     "Devices",

@@ -38,7 +38,11 @@ class Row:
         kinds = self.options.get("sae_kinds", ("jumprelu",))
         options = {key: value for key, value in self.options.items() if key != "sae_kinds"}
         saes = [make_sae(kind, seed=seed) for seed, kind in enumerate(kinds)]
-        return YaPOConfig(**{"layers": [2], "sae": saes, "task_type": "CAUSAL_LM"} | options | changes)
+        if self.options.get("space") != "dense":
+            options["sae"] = saes
+        elif "sae" in changes:
+            options["space"] = "sae"
+        return YaPOConfig(**{"layers": [2], "task_type": "CAUSAL_LM"} | options | changes)
 
     def model(self, adapter_name="default", **changes):
         model = get_peft_model(self.base(), self.config(**changes), adapter_name=adapter_name)
@@ -52,6 +56,7 @@ KINDS = {
     "several SAEs": {"layers": [1, 3], "sae_kinds": ("standard", "topk")},
     "completion": {"positions": "completion"},
     "last": {"positions": "last"},
+    "dense": {"space": "dense"},
     "bf16": {},
 }
 ROWS = [

@@ -103,12 +103,13 @@ def random_code(density: float = 0.5, d_sae: int = D_SAE, seed: int = 1, scale: 
 
 
 def set_code(model: nn.Module, code: torch.Tensor, adapter_name: str = "default") -> None:
-    """Writes a code into every steered layer that has the adapter."""
+    """Writes a code into every steered layer that has the adapter; a dense one gets as much of it as it takes."""
     from yapo_peft.tuner.strength import steered_layers
 
     for layer in steered_layers(model):
         if adapter_name in layer.yapo_code:
-            layer.yapo_code[adapter_name].data.copy_(code)
+            own = layer.yapo_code[adapter_name]
+            own.data.copy_(code[: len(own)])
 
 
 def random_ids(batch: int = 2, seq: int = 9, seed: int = 0) -> torch.Tensor:

@@ -27,6 +27,17 @@ def steer_block(block: nn.Module, code: Tensor, sae: nn.Module, strength: float)
     return block.register_forward_hook(hook)
 
 
+def add_vector(block: nn.Module, vector: Tensor, strength: float):
+    """Hooks the forward of BiPO (arXiv 2406.00045) onto a block: h' = h + strength * v; returns the hook's handle."""
+
+    def hook(module, args, output):
+        if isinstance(output, tuple):
+            return (output[0].detach() + strength * vector, *output[1:])
+        return output.detach() + strength * vector
+
+    return block.register_forward_hook(hook)
+
+
 def completion_logp(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
     """Sum of the log-probabilities of the completion's tokens, (batch,), in float32."""
     logp = torch.log_softmax(logits[:, :-1].float(), dim=-1)

@@ -14,6 +14,7 @@ from tiny import (
     preference_rows,
     random_code,
     random_ids,
+    set_code,
     trained_codes,
 )
 from torch import nn
@@ -49,6 +50,7 @@ OPTIONS = {
     "no reference": {"reference": "none"},
     "layers": {"adapter": {"layers": [1, 2], "sae": [make_sae(seed=1), make_sae(seed=2)]}},
     "last layer": {"adapter": {"layers": -1}},
+    "dense": {"adapter": {"space": "dense", "sae": None}},
     "answers only": {"adapter": {"positions": "completion"}},
     "last tokens": {"adapter": {"positions": "last"}, "direction": "example"},
     "ld_alpha": {"ld_alpha": 0.3},
@@ -69,6 +71,20 @@ OPTIONS = {
 def test_cached_activations_train_as_the_whole_model(train, name):
     options = {"code": random_code(0.3, scale=0.5), "max_steps": 6} | OPTIONS[name]
     assert_trained_alike(train(True, **options), train(False, **options))
+
+
+def test_a_dense_adapter_beside_a_sparse_one_trains_alike(train):
+    models = []
+    for _ in range(2):
+        model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+        model.add_adapter("dense", YaPOConfig(layers=2, space="dense"))
+        set_code(model, random_code(0.3, scale=0.5))
+        model.base_model.set_adapter(["default", "dense"])
+        models.append(model)
+    assert_trained_alike(train(True, model=models[0]), train(False, model=models[1]))
+    dense = [steered_layers(model)[0].yapo_code["dense"].detach() for model in models]
+    assert dense[0].any()
+    assert_close(dense[0], dense[1], rtol=1e-4, atol=1e-6)
 
 
 def test_eager_attention_trains_alike(train, capsys):

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from _reference.yapo import bidirectional_loss, completion_logp, steer_block
+from _reference.yapo import add_vector, bidirectional_loss, completion_logp, steer_block
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURES, make_model, make_sae, preference_rows, random_code, trained_codes
+from tiny import ARCHITECTURES, D_MODEL, make_model, make_sae, preference_rows, random_code, trained_codes
 from transformers.utils import is_torch_bf16_gpu_available
 
 from yapo_peft import (
@@ -24,7 +24,7 @@ def first_batch(trainer):
 
 
 def published_step(architecture, batch, code, direction, reference, beta=0.1, layer=2, sae=None):
-    """Loss and gradient of the published step, on an unwrapped model with full logits."""
+    """Loss and gradient of the published step, on an unwrapped model with full logits; of BiPO's for a dense code."""
     code = code.clone().requires_grad_()
     model = make_model(architecture)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -38,7 +38,10 @@ def published_step(architecture, batch, code, direction, reference, beta=0.1, la
     blocks = model.transformer.h if architecture == "gpt2" else model.model.layers
     losses = []
     for row_direction in sorted(set(direction.tolist())):
-        handle = steer_block(blocks[layer], code, sae or make_sae(), row_direction)
+        if len(code) == D_MODEL:
+            handle = add_vector(blocks[layer], code, row_direction)
+        else:
+            handle = steer_block(blocks[layer], code, sae or make_sae(), row_direction)
         logp = completion_logp(model(**inputs).logits, *scored)
         handle.remove()
         pairs = direction == row_direction
@@ -54,9 +57,11 @@ def published_step(architecture, batch, code, direction, reference, beta=0.1, la
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])
 @pytest.mark.parametrize("reference", ["unsteered", "none"])
-def test_a_step_has_the_published_loss_and_gradient(build, architecture, direction, reference):
-    code = random_code(0.3)
-    trainer = build(architecture, code=code, direction=direction, reference=reference, seed=3)
+@pytest.mark.parametrize("space", ["sae", "dense"])
+def test_a_step_has_the_published_loss_and_gradient(build, architecture, direction, reference, space):
+    code = random_code(0.3) if space == "sae" else random_code(1.0, D_MODEL)
+    adapter = {} if space == "sae" else {"space": "dense", "sae": None}
+    trainer = build(architecture, adapter=adapter, code=code, direction=direction, reference=reference, seed=3)
     batch = first_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()

@@ -130,7 +130,7 @@ INDICES, VALUES = (f"base_model.model.model.layers.2.yapo.yapo_code.{part}" for 
         (lambda t: t.update({INDICES: torch.zeros_like(t[INDICES])}), "names a feature twice"),
         (lambda t: t.update({VALUES: t[VALUES] * float("nan")}), "NaN or infinite"),
         (lambda t: t.update({INDICES: t[INDICES].float()}), "float32 indices"),
-        (lambda t: t.pop(VALUES), "but no .values"),
+        (lambda t: t.pop(VALUES), r"holds \.indices, \.sae of .* asks for \.indices, \.sae, \.values"),
         (lambda t: t.update({"lora_A.weight": torch.zeros(1)}), "'lora_A.weight', which is no YaPO code"),
         (lambda t: t.clear(), r"holds codes for layers \[\], its config steers \[2\]"),
     ],
@@ -202,8 +202,9 @@ def test_transformers_can_attach_and_delete_it():
     "`load_adapter`, and `AutoModelForCausalLM.from_pretrained` of an adapter's folder",
     refused="they match a file's tensors by name, and codes are saved sparse: use PeftModel",
 )
-def test_transformers_own_loader_is_refused_with_the_way_that_works(tmp_path):
-    steered_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"space": "dense", "sae": None}])
+def test_transformers_own_loader_is_refused_with_the_way_that_works(tmp_path, options):
+    steered_model(**options).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedOperationError, match=r"Load the adapter with peft\.PeftModel"):
         make_model().load_adapter(str(tmp_path))
 

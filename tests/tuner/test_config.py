@@ -25,6 +25,13 @@ from yapo_peft import ConfigError, SAEMismatchError, SAENotFoundError, Unsupport
         ({"layers": 0, "multiplier": float("nan")}, "multiplier=nan: give a finite number"),
         ({"layers": 0, "multiplier": "1"}, "multiplier='1': give a finite number"),
         ({"layers": 0, "init_weights": "gaussian"}, "init_weights='gaussian': give True"),
+        ({"layers": 0, "space": "latent"}, "space='latent': choose one of 'sae', 'dense'"),
+        ({"layers": 0, "space": "dense"}, "sae_path='x' has no meaning with space='dense'"),
+        (
+            {"layers": 0, "space": "dense", "sae_path": None, "self_contained": True},
+            "self_contained=True has no meaning",
+        ),
+        ({"layers": 0, "space": "dense", "sae_path": None, "sae": object()}, "sae= has no meaning with space='dense'"),
     ],
 )
 def test_bad_values_are_named(options, message):

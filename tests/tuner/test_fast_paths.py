@@ -109,6 +109,7 @@ def test_the_gradient_of_the_activations_of_an_upper_layer_is_the_general_one(ca
     layer.update_layer(
         "default",
         load_sae(content_hash=register_sae(sae)),
+        D_SAE,
         multiplier=strength,
         positions="all",
         init_weights=True,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DatasetError
+from ..errors import ConfigError
+from ..pairs import pair_batches
 from ..tuner import steering
 from ..tuner.strength import steered_layers
 
@@ -62,12 +62,9 @@ def sweep_preferences(
             is no such adapter.
     """
     strengths = [float(multiplier) for multiplier in multipliers]
-    if not strengths or batch_size < 1:
-        raise ConfigError(
-            f"multipliers={strengths!r}, batch_size={batch_size}: need one strength and one pair at least."
-        )
-    padding = cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
-    batches = _batches([_tokenize(row, tokenizer) for row in dataset], batch_size, padding)
+    if not strengths:
+        raise ConfigError(f"multipliers={strengths!r}: need one strength at least.")
+    batches = pair_batches(dataset, tokenizer, batch_size)
     progress = tqdm(total=len(strengths) * len(batches), desc="Scoring preferences", unit="batch")
     scores = []
     with progress:
@@ -140,54 +137,3 @@ def _score(model: nn.Module, batches: list[dict[str, Tensor]], multiplier: float
         model.train(was_training)
     margin = torch.cat(margins)
     return PreferenceScore(multiplier, float((margin > 0).float().mean()), float(margin.mean()), len(margin))
-
-
-def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """Ids of prompt, chosen and rejected answer; the answers start where they part from the prompt."""
-    missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
-    if missing:
-        raise DatasetError(f"A pair lacks {missing}: it has {sorted(row)}. Pairs need 'prompt', 'chosen', 'rejected'.")
-    prompt = _ids(row["prompt"], tokenizer, is_prompt=True)
-    chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
-    rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)
-    shared = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
-    return prompt[:shared], chosen[shared:], rejected[shared:]
-
-
-def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list[int]:
-    if isinstance(text, str):
-        return tokenizer(text if is_prompt else text + str(tokenizer.eos_token or ""))["input_ids"]
-    rendered = cast(str, tokenizer.apply_chat_template(text, add_generation_prompt=is_prompt, tokenize=False))
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
-
-
-def _batches(
-    rows: list[tuple[list[int], list[int], list[int]]], batch_size: int, padding: int
-) -> list[dict[str, Tensor]]:
-    """Pairs of similar length together, padded on the right, chosen rows first."""
-    if not rows:
-        raise DatasetError("The dataset is empty: there is no preference pair to score.")
-    rows = sorted(rows, key=lambda row: len(row[0]) + max(len(row[1]), len(row[2])))
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        answers = [(prompt, chosen) for prompt, chosen, _ in part] + [
-            (prompt, rejected) for prompt, _, rejected in part
-        ]
-        ids = [torch.tensor(prompt + answer) for prompt, answer in answers]
-        mask = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in answers]
-        batches.append(
-            {
-                "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
-                "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-                "answer_mask": pad_sequence(mask, batch_first=True),
-            }
-        )
-    return batches

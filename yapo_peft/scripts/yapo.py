@@ -25,6 +25,7 @@ class SteeringArguments:
 
     Attributes:
         layers: Blocks to steer; negative ones count from the end.
+        space: "sae" for a code with one entry per feature of an SAE, or "dense" for a plain vector (BiPO).
         sae_release: Release of each layer's SAE in sae-lens' directory; one name serves all layers.
         sae_id: SAE of each layer within the release.
         sae_path: A local sae-lens folder for each layer, instead.
@@ -33,6 +34,7 @@ class SteeringArguments:
     """
 
     layers: list[int] = field(default_factory=list, metadata={"help": "Blocks to steer; negative from the end."})
+    space: str = field(default="sae", metadata={"help": "'sae': a code per feature. 'dense': a plain vector."})
     sae_release: list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE, or of all."})
     sae_id: list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
     sae_path: list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
@@ -52,6 +54,7 @@ class SteeringArguments:
             release = release[0]
         return YaPOConfig(
             layers=self.layers,
+            space=self.space,
             sae_release=release,
             sae_id=self.sae_id,
             sae_path=self.sae_path,

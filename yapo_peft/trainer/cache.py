@@ -139,7 +139,7 @@ class ActivationCache:
             "format": _FORMAT,
             "model": self._model_hash,
             "layer": self._layer.index,
-            "sae": self._sae.identity.content_hash,
+            "sae": None if self._sae is None else self._sae.identity.content_hash,
             "data": data_hash,
             "attention": self._base.config._attn_implementation,
             "precision": f"{found[0].dtype}, {self._accelerator.mixed_precision}, stored as {dtype}",
@@ -196,7 +196,7 @@ class ActivationCache:
         batch = self._pack(inputs, cached.shared, together)
         hidden = stored.hidden.to(cached.dtype)[batch.flat]
         token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
-        _, scale = self._sae.normalize(hidden.flatten(0, 1))
+        scale = None if self._sae is None else self._sae.normalize(hidden.flatten(0, 1))[1]
         features = ActiveFeatures(token, stored.feature.long(), stored.value.float(), scale)
         features = features.at(batch.flat.masked_fill(~batch.real, -1).flatten(), len(stored.count))
         unsteered = torch.zeros(batch.scored.shape, device=hidden.device)
@@ -314,6 +314,8 @@ class ActivationCache:
         return share_prompts(inputs, self._attention_cost, together) if shared else keep_rows(inputs)
 
     def _encode(self, hidden: Tensor) -> ActiveFeatures:
+        if self._sae is None:
+            return ActiveFeatures.none(hidden.device)
         return ActiveFeatures.of(hidden, self._sae.weights(hidden.device, hidden.dtype))
 
     def _same(self, log_probs: Tensor, expected: Tensor, stored: torch.dtype) -> bool:

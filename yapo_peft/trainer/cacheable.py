@@ -52,16 +52,17 @@ def require_constant(model: PeftModel) -> None:
         )
 
 
-def one_sae(layer: YaPOLayer) -> FrozenSAE:
-    """The SAE of a layer's active adapters.
+def one_sae(layer: YaPOLayer) -> FrozenSAE | None:
+    """The SAE of a layer's active adapters; None if they are dense.
 
     Raises:
         UnsupportedOperationError: They have several.
     """
-    saes = {id(layer.yapo_sae[name]): layer.yapo_sae[name] for name in layer.active_adapters if name in layer.yapo_sae}
+    found = [layer.yapo_sae[name] for name in layer.active_adapters if name in layer.yapo_sae]
+    saes = {id(sae): sae for sae in found if sae is not None}
     if len(saes) > 1:
         raise UnsupportedOperationError(
             f"cache_activations=True stores the features of one SAE, but the active adapters of layer {layer.index} "
             "have several: activate one of them, or train without the cache."
         )
-    return next(iter(saes.values()))
+    return next(iter(saes.values()), None)

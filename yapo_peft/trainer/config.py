@@ -42,6 +42,13 @@ class YaPOTrainingConfig(DPOConfig):
             put out, its features and the reference are computed once, kept on disk, and used again by later runs.
         activation_cache_dir: Where; a folder beside Hugging Face's caches if None.
         activation_cache_dtype: "float32", "bfloat16" or "float16"; as the model computes if None.
+        max_features: How many entries the codes may have at the end, all layers together. Not as published, where every
+            feature that was ever on gets one.
+        sparsify_start: Share of the training's steps from which on the number of entries falls, by the same factor in
+            each step.
+        sparsify_end: Share of its steps after which there are `max_features` at most.
+        l1: Pull of each entry towards zero, in units of the loss (nats) per unit of the code: after each step entries
+            shrink by the learning rate times this.
         learning_rate: As published, in units of SAE activations: an SAE with larger activations needs a larger one.
         num_train_epochs: As published.
         per_device_train_batch_size: As published.
@@ -70,6 +77,10 @@ class YaPOTrainingConfig(DPOConfig):
     activation_cache_dtype: str | None = field(
         default=None, metadata={"help": "Keep activations in 'float32', 'bfloat16' or 'float16'."}
     )
+    max_features: int | None = field(default=None, metadata={"help": "Entries that codes may have at the end."})
+    sparsify_start: float = field(default=0.2, metadata={"help": "Share of the steps before entries are removed."})
+    sparsify_end: float = field(default=0.8, metadata={"help": "Share of the steps when max_features is reached."})
+    l1: float = field(default=0.0, metadata={"help": "Pull of each entry towards zero, in nats per unit."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate, in units of SAE activations."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Number of passes over the training set."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs per device and step."})
@@ -96,6 +107,7 @@ class YaPOTrainingConfig(DPOConfig):
         for loss_type in self.loss_type:
             self._check_loss(loss_type)
         self._check_cache()
+        self._check_sparsity()
         if self.sync_ref_model:
             raise UnsupportedOperationError(
                 "sync_ref_model=True moves the reference during training; here the reference is the model unsteered."
@@ -124,6 +136,17 @@ class YaPOTrainingConfig(DPOConfig):
             raise ConfigError(
                 "precompute_ref_log_probs=True is part of cache_activations=True: leave it out, or TRL does it again."
             )
+
+    def _check_sparsity(self) -> None:
+        if self.max_features is not None and self.max_features < 1:
+            raise ConfigError(f"max_features={self.max_features}: give a positive number, or None for no limit.")
+        if not 0 <= self.sparsify_start < self.sparsify_end <= 1:
+            raise ConfigError(
+                f"sparsify_start={self.sparsify_start}, sparsify_end={self.sparsify_end}: give shares of the training, "
+                "0 <= start < end <= 1."
+            )
+        if not 0 <= self.l1 < float("inf"):
+            raise ConfigError(f"l1={self.l1}: give a number of 0 or more.")
 
     def _check_without_reference(self) -> None:
         if self.precompute_ref_log_probs:

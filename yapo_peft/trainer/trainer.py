@@ -28,6 +28,7 @@ from .objective import draw_directions, one_pair, orient, pair_order, preference
 from .pair_metrics import PairMetricsTrainer
 from .replay import Replay
 from .scoring import Scorer, WholeModel
+from .sparsity import Sparsify, require_sparsifiable
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
 
@@ -107,6 +108,9 @@ class YaPOTrainer(PairMetricsTrainer):
         self._base_model: Any = cast(Any, self.model).get_base_model()
         for layer in self._layers:
             layer.track_moved = True
+        if self.args.max_features is not None or self.args.l1:
+            require_sparsifiable(self, self._layers)
+            self.add_callback(Sparsify(self._layers))
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             require_cacheable(self)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..sae import FrozenSAE, SAEPart
+from .blocks import hidden_size
 from .codes_on_disk import pack_codes, unpack_codes
 from .config import YaPOConfig
 from .layer import YaPOLayer, is_code
@@ -20,16 +21,16 @@ def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: d
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, YaPOLayer)}
     codes: dict[str, Tensor] = {}
-    saes: dict[str, FrozenSAE] = {}
+    saes: dict[str, FrozenSAE | None] = {}
     for name, code in selected.items():
         if is_code(name):
             layer = layers[name.partition(".yapo_code.")[0]]
             codes[name] = layer.code(adapter_name) if code.is_meta else code
             saes[name] = layer.yapo_sae[adapter_name]
-    packed = pack_codes(codes, {name: sae.identity for name, sae in saes.items()})
+    packed = pack_codes(codes, {name: sae and sae.identity for name, sae in saes.items()})
     if config.self_contained:
         for name, sae in saes.items():
-            packed |= pack_part(name, packed, sae)
+            packed |= {} if sae is None else pack_part(name, packed, sae)
     return packed
 
 
@@ -49,7 +50,8 @@ def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -
         for name, layer in model.named_modules()
         if isinstance(layer, YaPOLayer) and adapter_name in layer.yapo_code
     }
-    codes = unpack_codes(packed, {layer.index: layer.yapo_sae[adapter_name].identity for layer in layers.values()})
+    saes = {layer.index: layer.yapo_sae[adapter_name] for layer in layers.values()}
+    codes = unpack_codes(packed, {index: sae and sae.identity for index, sae in saes.items()}, hidden_size(model))
     unknown = [name for name in parts if not any(f".{layer.index}.yapo.yapo_code" in name for layer in layers.values())]
     if unknown:
         raise AdapterFileError(f"The adapter's file holds {unknown[0]!r}, of a layer that its config does not steer.")

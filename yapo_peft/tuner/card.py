@@ -14,8 +14,16 @@ from ..errors import ConfigError
 from .config import YaPOConfig
 
 PAPER = "https://arxiv.org/abs/2601.08441"
+_WHAT = {
+    "sae": f"at each steered block, one entry for each feature of a frozen sparse autoencoder ([YaPO]({PAPER})).",
+    "dense": "at each steered block, a vector that is added to the block's output.",
+}
 _LIBRARIES = ("yapo-peft", "peft", "transformers", "trl", "sae-lens", "torch")
-_TAGS = ("yapo", "steering", "activation-steering", "sparse-autoencoder")
+_TAGS = {
+    "sae": ("yapo", "steering", "activation-steering", "sparse-autoencoder"),
+    "dense": ("yapo", "steering", "activation-steering"),
+}
+_TITLES = {"sae": "Sparse steering adapter", "dense": "Steering adapter"}
 # What is left of the template that PEFT fills in for a folder without a card.
 _UNFILLED = "[More Information Needed]"
 
@@ -79,13 +87,12 @@ def card_of(
         base_model=base_model if is_repository else None,
         base_model_relation="adapter" if is_repository else None,
         datasets=[dataset] if dataset is not None and not is_local_data else None,
-        tags=list(_TAGS),
+        tags=list(_TAGS[config.space]),
     )
     sections = [
-        f"# {repo_id.rpartition('/')[2] if repo_id else 'Sparse steering adapter'}",
-        f"A steering adapter for {_link(base_model, is_repository)}: at each steered block, one learned entry for each "
-        f"feature of a frozen sparse autoencoder ([YaPO]({PAPER})). Its strength is dialled at inference: 1 as "
-        "trained, 0 off, negative for the opposite.",
+        f"# {repo_id.rpartition('/')[2] if repo_id else _TITLES[config.space]}",
+        f"A steering adapter for {_link(base_model, is_repository)}: {_WHAT[config.space]} Its strength is dialled at "
+        "inference: 1 as made, 0 off, negative for the opposite.",
         "## What it steers\n\n" + _layers(config),
         "## Use\n\n" + _snippet(config, base_model, repo_id, chat),
     ]
@@ -96,7 +103,8 @@ def card_of(
     if metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
         sections.append("## Evaluation\n\n| metric | value |\n|---|---|\n" + "\n".join(rows))
-    sections.append("## Versions\n\n" + "\n".join(f"- {name} {version(name)}" for name in _LIBRARIES))
+    libraries = [name for name in _LIBRARIES if name != "sae-lens" or config.space == "sae"]
+    sections.append("## Versions\n\n" + "\n".join(f"- {name} {version(name)}" for name in libraries))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
@@ -108,7 +116,7 @@ def save_card(config: YaPOConfig, folder: Path) -> None:
         return
     card = ModelCard.load(file)
     data = cast(Any, card.data)
-    data.tags = sorted({*(data.tags or []), *_TAGS})
+    data.tags = sorted({*(data.tags or []), *_TAGS[config.space]})
     card.save(file)
 
 
@@ -119,6 +127,9 @@ def _link(base_model: str | None, is_repository: bool) -> str:
 
 
 def _layers(config: YaPOConfig) -> str:
+    steered = f"Tokens: `positions={config.positions!r}`. Strength when loaded: {config.multiplier:g}."
+    if config.space == "dense":
+        return f"Blocks: {', '.join(map(str, config.layer_indices()))}. {steered}"
     lines = ["| block | SAE | features | architecture | hash of its weights |", "|---|---|---|---|---|"]
     for position, (layer, identity) in enumerate(zip(config.layer_indices(), config.sae_identity or [], strict=False)):
         path = config.sae_source(position)["path"]
@@ -127,14 +138,13 @@ def _layers(config: YaPOConfig) -> str:
             name = f"`{identity['release']}`, `{identity['sae_id']}`"
         hashed = str(identity.get("content_hash", ""))[:12]
         lines.append(f"| {layer} | {name} | {identity.get('d_sae')} | {identity.get('architecture')} | `{hashed}` |")
-    lines += ["", f"Tokens: `positions={config.positions!r}`. Strength when loaded: {config.multiplier:g}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", steered])
 
 
 def _snippet(config: YaPOConfig, base_model: str | None, repo_id: str | None, chat: bool) -> str:
     identities = config.sae_identity or [{}]
     register = ""
-    if not all(identity.get("release") for identity in identities):
+    if config.space == "sae" and not all(identity.get("release") for identity in identities):
         register = (
             "\nfrom sae_lens import SAE\n\n"
             'yapo_peft.register_sae(SAE.load_from_disk("folder/of/the/sae"))  # the one of the table above\n'

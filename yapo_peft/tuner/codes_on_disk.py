@@ -1,4 +1,4 @@
-"""Codes as they are saved: the indices and values of their non-zero entries, and the hash of their SAE."""
+"""Codes as they are saved: the non-zero entries of sparse ones with the hash of their SAE, and dense ones whole."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ _INDICES, _VALUES, _SAE = ".indices", ".values", ".sae"
 _PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values|\.sae)")
 
 
-def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity]) -> dict[str, Tensor]:
-    """Replaces each code by its non-zero entries.
+def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) -> dict[str, Tensor]:
+    """Replaces each code of an SAE by its non-zero entries.
 
     Args:
-        codes: Codes by their names in the model, `(d_sae,)` each.
-        saes: The SAE of each of them.
+        codes: Codes by their names in the model, `(d_sae,)` or `(d_model,)` each.
+        saes: The SAE of each of them, None for dense ones.
 
     Returns:
         For each code, `<name>.indices` (int32, ascending), `<name>.values` (float32) and `<name>.sae` (uint8, the
-        hash of the SAE: a config beside the file can be exchanged, or not be read).
+        hash of the SAE: a config beside the file can be exchanged, or not be read); of dense ones the values alone.
     """
     packed = {}
     for name, code in codes.items():
-        code = whole(code)
+        code, sae = whole(code), saes[name]
+        if sae is None:
+            packed[name + _VALUES] = code.to(torch.float32)
+            continue
         indices = code.nonzero().squeeze(-1)
         packed[name + _INDICES] = indices.to(torch.int32)
         packed[name + _VALUES] = code[indices].to(torch.float32)
-        packed[name + _SAE] = _hash(saes[name])
+        packed[name + _SAE] = _hash(sae)
     return packed
 
 
@@ -48,15 +51,16 @@ def whole(code: Tensor) -> Tensor:
     return code.detach()
 
 
-def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity]) -> dict[int, Tensor]:
+def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity | None], d_model: int) -> dict[int, Tensor]:
     """Restores the codes that `pack_codes` packed.
 
     Args:
         packed: The tensors of an adapter's file, by the names in it.
-        saes: The SAE of each steered layer, by the index of its block.
+        saes: The SAE of each steered layer, by the index of its block; None for dense codes.
+        d_model: The size of dense codes.
 
     Returns:
-        Codes by the index of the block, `(d_sae,)` each in float32.
+        Codes by the index of the block, `(d_sae,)` or `(d_model,)` each in float32.
 
     Raises:
         AdapterFileError: A tensor is missing, unknown, or has a type, shape or index that does not fit.
@@ -76,13 +80,35 @@ def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity]) -> dic
         raise AdapterFileError(
             f"The adapter's file holds codes for layers {sorted(layers.values())}, its config steers {sorted(saes)}."
         )
-    return {layer: _unpack(name, parts[name], saes[layer]) for name, layer in layers.items()}
+    return {layer: _unpack(name, parts[name], saes[layer], d_model) for name, layer in layers.items()}
 
 
-def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Tensor:
-    missing = {_INDICES, _VALUES, _SAE} - set(parts)
-    if missing:
-        raise AdapterFileError(f"The adapter's file holds {', '.join(parts)} of {name!r}, but no {sorted(missing)[0]}.")
+def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity | None, d_model: int) -> Tensor:
+    expected = {_VALUES} if sae is None else {_INDICES, _VALUES, _SAE}
+    if set(parts) != expected:
+        raise AdapterFileError(
+            f"The adapter's file holds {', '.join(sorted(parts))} of {name!r}, and its config, with "
+            f"space={'dense' if sae is None else 'sae'!r}, asks for {', '.join(sorted(expected))}."
+        )
+    return _unpack_dense(name, parts[_VALUES], d_model) if sae is None else _unpack_sparse(name, parts, sae)
+
+
+def _unpack_dense(name: str, values: Tensor, d_model: int) -> Tensor:
+    if values.shape != (d_model,) or not values.dtype.is_floating_point:
+        raise AdapterFileError(
+            f"{name!r} has {values.dtype} values of shape {tuple(values.shape)}; expected float32, {(d_model,)}: the "
+            "file belongs to another model."
+        )
+    return _finite(name, values.to(torch.float32))
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise AdapterFileError(f"{name!r} holds values that are NaN or infinite.")
+    return values
+
+
+def _unpack_sparse(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Tensor:
     indices, values, width = parts[_INDICES], parts[_VALUES], sae.d_sae
     if not torch.equal(parts[_SAE].cpu(), _hash(sae)):
         raise SAEMismatchError(
@@ -106,10 +132,8 @@ def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Tensor:
         )
     if indices.unique().numel() != indices.numel():
         raise AdapterFileError(f"{name!r} names a feature twice.")
-    if not values.isfinite().all():
-        raise AdapterFileError(f"{name!r} holds values that are NaN or infinite.")
     code = torch.zeros(width, dtype=torch.float32, device=values.device)
-    code[indices.long()] = values.to(torch.float32)
+    code[indices.long()] = _finite(name, values.to(torch.float32))
     return code
 
 

@@ -58,8 +58,10 @@ def require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None
     """Raises unless two adapters have codes of the same features, at the same places.
 
     Raises:
-        SAEMismatchError: They steer other layers, with other SAEs, or at other positions.
+        SAEMismatchError: They steer other layers, in other spaces, or at other positions.
     """
+    if first.space != other.space:
+        raise SAEMismatchError(f"{names} steer in space {first.space!r} and {other.space!r}, which do not add up.")
     if first.layers != other.layers:
         raise SAEMismatchError(f"{names} steer layers {first.layers} and {other.layers}: only the same ones combine.")
     hashes = [[identity["content_hash"] for identity in config.sae_identity or []] for config in (first, other)]

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -18,6 +18,9 @@ from .positions import POSITIONS
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+
+Space = Literal["sae", "dense"]
 
 
 class _TokenTrainingError(UnsupportedOperationError, AttributeError):
@@ -32,10 +35,12 @@ class YaPOPeftType(str, Enum):  # noqa: UP042 (as PEFT's own, whose members it s
 
 @dataclass
 class YaPOConfig(PeftConfig):
-    """Config of a sparse steering adapter: which blocks, which SAEs, how strong, on which tokens.
+    """Config of a steering adapter: which blocks, in which space, how strong, on which tokens.
 
     Attributes:
         layers: Indices of the blocks whose output is steered, one or several; negative ones count from the end.
+        space: "sae" for a code with one entry per feature of a frozen SAE, as YaPO and SAS have; or "dense" for a
+            vector that is added to the block's output, as BiPO and CAA have, which takes no SAE.
         sae_release: Release of each layer's SAE in sae-lens' directory. One name serves all layers.
         sae_id: SAE of each layer within the release.
         sae_path: A local sae-lens folder for each layer, instead of a release and an id.
@@ -58,6 +63,7 @@ class YaPOConfig(PeftConfig):
     """
 
     layers: int | list[int] | None = field(default=None, metadata={"help": "Blocks to steer; negative from the end."})
+    space: str = field(default="sae", metadata={"help": "'sae': a code per feature. 'dense': a plain vector."})
     sae_release: str | list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE."})
     sae_id: str | list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
     sae_path: str | list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
@@ -78,6 +84,8 @@ class YaPOConfig(PeftConfig):
         # PEFT reads this attribute; it follows from `layers` once the model is known, so it is no field.
         self.target_modules: list[str] | None = None
         self.layers = self._checked_layers()
+        if sae is not None and self.space == "dense":
+            raise ConfigError("sae= has no meaning with space='dense', which steers without an SAE: leave it out.")
         if sae is not None:
             self._take(sae if isinstance(sae, list) else [sae])
         self._check_saes(len(self.layers))
@@ -129,6 +137,11 @@ class YaPOConfig(PeftConfig):
         """What is remembered of the SAE of the layer at `position` in `layers`; empty before it was attached."""
         return self.sae_identity[position] if self.sae_identity else {}
 
+    @property
+    def was_attached(self) -> bool:
+        """Whether an adapter of this config has been in a model."""
+        return bool(self.sae_identity) or self.space == "dense"
+
     def _checked_layers(self) -> list[int]:
         layers = [self.layers] if isinstance(self.layers, Integral) else self.layers
         if not isinstance(layers, list | tuple) or not layers or not all(map(_is_index, layers)):
@@ -143,6 +156,11 @@ class YaPOConfig(PeftConfig):
         self.sae_identity = [{"content_hash": register_sae(sae)} for sae in saes]
 
     def _check_saes(self, count: int) -> None:
+        if self.space not in get_args(Space):
+            raise ConfigError(f"space={self.space!r}: choose one of {', '.join(map(repr, get_args(Space)))}.")
+        if self.space == "dense":
+            self._require_no_sae()
+            return
         if self.sae_path is not None and (self.sae_release is not None or self.sae_id is not None):
             raise ConfigError(
                 f"sae_path={self.sae_path!r} and sae_release={self.sae_release!r}, sae_id={self.sae_id!r} are both "
@@ -161,6 +179,15 @@ class YaPOConfig(PeftConfig):
             number = len(value) if isinstance(value, list) else 1
             if value is not None and number != count:
                 raise ConfigError(f"{name} names {number} SAEs for {count} layers ({self.layers}): give one per layer.")
+
+    def _require_no_sae(self) -> None:
+        names = ("sae_release", "sae_id", "sae_path", "sae_identity", "self_contained")
+        given = [name for name in names if getattr(self, name)]
+        if given:
+            raise ConfigError(
+                f"{given[0]}={getattr(self, given[0])!r} has no meaning with space='dense', which steers without an "
+                "SAE: leave it out, or use space='sae'."
+            )
 
     def _check_values(self) -> None:
         if self.positions not in POSITIONS:

@@ -17,7 +17,7 @@ from .call import Call
 from .folded import FoldedSteering
 from .positions import tokens_to_steer
 from .sparse import ActiveFeatures, sparse_shift
-from .steering import Strength, steering_shift
+from .steering import Strength, dense_shift, steering_shift
 
 CHILD_NAME = "yapo"
 
@@ -49,8 +49,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
     does not repeat it. Several active adapters each steer the block's own output, and their shifts add up.
 
     Attributes:
-        yapo_code: The code of each adapter, `(d_sae,)` in float32: the only parameters.
-        yapo_sae: The SAE of each adapter, shared and frozen.
+        yapo_code: The code of each adapter, `(d_sae,)` in float32, or `(d_model,)` of a dense one: the only parameters.
+        yapo_sae: The SAE of each adapter, shared and frozen; None for a dense one.
         multiplier: The strength of each adapter, or one per row of the batch, `(batch,)`.
         positions: The tokens that each adapter steers.
         index: Which block this is.
@@ -73,7 +73,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.track_moved = False
         self.moved_tokens: Tensor | None = None
         self.yapo_code = nn.ParameterDict()
-        self.yapo_sae: dict[str, FrozenSAE] = {}
+        self.yapo_sae: dict[str, FrozenSAE | None] = {}
         self.multiplier: dict[str, Strength] = {}
         self.positions: dict[str, str] = {}
         self.merged_adapters: list[str] = []
@@ -91,10 +91,17 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return self._parent[0]
 
     def update_layer(
-        self, adapter_name: str, sae: FrozenSAE, *, multiplier: float, positions: str, init_weights: bool
+        self,
+        adapter_name: str,
+        sae: FrozenSAE | None,
+        size: int,
+        *,
+        multiplier: float,
+        positions: str,
+        init_weights: bool,
     ) -> None:
-        """Adds an adapter, or replaces one of the same name."""
-        code = torch.zeros(sae.identity.d_sae, dtype=torch.float32)
+        """Adds an adapter with a code of some size, or replaces one of the same name."""
+        code = torch.zeros(size, dtype=torch.float32)
         if not init_weights:
             code.normal_(std=0.02)
         self.yapo_code[adapter_name] = Code(code)
@@ -134,11 +141,13 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         learns = code.requires_grad and torch.is_grad_enabled()
         if learns and self.training:
             self.call.require_labels(self.positions[adapter_name])
+        if sae is None:
+            return dense_shift(h, code.to(h.device), strength)
         if torch.compiler.is_compiling():
             shift, features = steering_shift(h, code.to(h.device), sae.weights(h.device, h.dtype), strength)
             return shift, features.detach().ne(0).any(dim=-1)
         if not learns:
-            return self._folded_for(adapter_name, strength, h).shift(h, strength, self.track_moved)
+            return self._folded_for(adapter_name, sae, strength, h).shift(h, strength, self.track_moved)
         constant, active = h.detach(), self.call.features if self.is_lowest else None
         if active is None:
             active = ActiveFeatures.of(constant, sae.weights(h.device, h.dtype))
@@ -146,15 +155,15 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         shift, moved = sparse_shift(constant, code.to(h.device), decoder, strength, active)
         if h.requires_grad:
             # Adds nothing but the gradient of the activations, which passes through the features that are cut.
-            folded, _ = self._folded_for(adapter_name, strength, h).shift(h, strength, track=False)
+            folded, _ = self._folded_for(adapter_name, sae, strength, h).shift(h, strength, track=False)
             shift = shift + (folded - folded.detach())
         return shift, moved
 
-    def _folded_for(self, adapter_name: str, strength: Strength, h: Tensor) -> FoldedSteering:
+    def _folded_for(self, adapter_name: str, sae: FrozenSAE, strength: Strength, h: Tensor) -> FoldedSteering:
         """An adapter's steering, folded anew only when its code, strength, device or dtype changed."""
         code, kept = self.code(adapter_name).detach(), self._folded.get(adapter_name)
-        if kept is None or not kept.still_holds(code, self.yapo_sae[adapter_name], strength, h, self.call.generation):
-            kept = FoldedSteering.of(code, self.yapo_sae[adapter_name], strength, h, self.call.generation)
+        if kept is None or not kept.still_holds(code, sae, strength, h, self.call.generation):
+            kept = FoldedSteering.of(code, sae, strength, h, self.call.generation)
             self._folded[adapter_name] = kept
         return kept
 

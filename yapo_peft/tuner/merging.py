@@ -78,6 +78,8 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
         raise _refusal(adapter_name, f"it steers only the tokens of positions={layer.positions[adapter_name]!r}")
     code = layer.code(adapter_name).detach()
     sae = layer.yapo_sae[adapter_name]
+    if sae is None:
+        return strength * code
     if sae.normalization != "none":
         raise _refusal(adapter_name, f"its SAE scales each token by itself ({sae.normalization!r})")
     cut = int((strength * code < 0).sum())
@@ -121,7 +123,9 @@ def output_projection(layer: YaPOLayer) -> nn.Linear | Conv1D:
         raise UnsupportedOperationError(
             f"Block {layer.index} holds another method's adapter too: merge or unload that one first."
         )
-    width = next(iter(layer.yapo_sae.values())).identity.d_in
+    name, code = next(iter(layer.yapo_code.items()))
+    sae = layer.yapo_sae[name]
+    width = len(code) if sae is None else sae.identity.d_in
     linear = [module for module in modules if isinstance(module, nn.Linear | Conv1D) and _width(module) == width]
     if not linear:
         raise UnsupportedOperationError(

@@ -34,12 +34,12 @@ class YaPOModel(SteeredCalls, BaseTuner):
     def __init__(
         self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, **kwargs: Any
     ) -> None:
-        # PeftModel hands over a dict. A config alone comes from direct injection, and one for inference that already
-        # knows its SAE from transformers' loader, which then matches tensors by name and knows nothing of packed codes.
-        if isinstance(peft_config, YaPOConfig) and peft_config.inference_mode and peft_config.sae_identity:
+        # PeftModel hands over a dict. A config alone comes from direct injection, and one for inference that was saved
+        # before from transformers' loader, which then matches tensors by name and knows nothing of packed codes.
+        if isinstance(peft_config, YaPOConfig) and peft_config.inference_mode and peft_config.was_attached:
             raise UnsupportedOperationError(
                 "transformers' load_adapter (and AutoModelForCausalLM.from_pretrained on an adapter's folder) cannot "
-                "read YaPO's sparse codes. Load the adapter with peft.PeftModel.from_pretrained(model, folder) or "
+                "read YaPO's codes. Load the adapter with peft.PeftModel.from_pretrained(model, folder) or "
                 "peft.AutoPeftModelForCausalLM.from_pretrained(folder)."
             )
         if not isinstance(peft_config, dict):
@@ -62,10 +62,11 @@ class YaPOModel(SteeredCalls, BaseTuner):
         _require_batches_of_rows(self.model, config)
         name, blocks = decoder_blocks(self.model)
         layers = resolve_layers(config.layer_indices(), len(blocks))
-        saes = [self._checked_sae(config, position, layer) for position, layer in enumerate(layers)]
+        is_dense = config.space == "dense"
+        saes = [None if is_dense else self._checked_sae(config, *place) for place in enumerate(layers)]
         config.layers = layers
         config.target_modules = [f"{name}.{layer}" for layer in layers]
-        config.sae_identity = [sae.identity.to_dict() for sae in saes]
+        config.sae_identity = [sae.identity.to_dict() for sae in saes if sae is not None] or None
         self._saes_to_attach = dict(zip(config.target_modules, zip(layers, saes, strict=True), strict=True))
         return config
 
@@ -112,6 +113,7 @@ class YaPOModel(SteeredCalls, BaseTuner):
         layer.update_layer(
             adapter_name,
             sae,
+            hidden_size(self.model) if sae is None else sae.identity.d_sae,
             multiplier=config.multiplier,
             positions=config.positions,
             init_weights=config.init_weights,

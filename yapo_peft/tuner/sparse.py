@@ -48,6 +48,12 @@ class ActiveFeatures:
         _, scale = sae.normalize(tokens)
         return cls(token, feature, value, scale)
 
+    @classmethod
+    def none(cls, device: torch.device) -> ActiveFeatures:
+        """Of no SAE."""
+        index = torch.zeros(0, dtype=torch.long, device=device)
+        return cls(index, index, torch.zeros(0, device=device), None)
+
     def at(self, tokens: Tensor, count: int) -> ActiveFeatures:
         """The same for tokens in another order, of `count` tokens; a token can be there twice, and -1 is none."""
         counts = self.token.bincount(minlength=count)

@@ -10,6 +10,26 @@ from ..sae.weights import SAEWeights
 Strength = float | Tensor
 
 
+def dense_shift(h: Tensor, vector: Tensor, strength: Strength) -> tuple[Tensor, Tensor]:
+    """What a plain vector adds to the output of a block: `strength * vector`, the same for every token.
+
+    Args:
+        h: Output of the block, `(batch, seq, d_model)`.
+        vector: The vector, `(d_model,)`, in float32.
+        strength: Its factor, one for all or one per row, `(batch,)`.
+
+    Returns:
+        The shift of the activations, shaped and typed as `h`, and which tokens moved, `(batch, seq)`.
+
+    Source: arXiv 2406.00045, the steered forward.
+    """
+    if isinstance(strength, Tensor):
+        strength = strength.to(vector).view(-1, 1, 1)
+    shift = (strength * vector).to(h.dtype)
+    moved = shift.detach().ne(0).any(dim=-1, keepdim=True)
+    return shift.expand_as(h), moved.expand_as(h)[..., 0]
+
+
 def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: Strength) -> tuple[Tensor, Tensor]:
     """What steering adds to the output of a block.
 

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import D_SAE, make_model, make_sae, random_code, set_code
+
+from yapo_peft import ConfigError, YaPOConfig
+from yapo_peft.methods import prune
+from yapo_peft.tuner.strength import steered_layers
+
+
+def steered(layers, saes):
+    model = get_peft_model(make_model(), YaPOConfig(layers=layers, sae=saes))
+    set_code(model, random_code(0.8))
+    return model
+
+
+@pytest.mark.feature("Methods", "`prune`: the features of an adapter that move activations the furthest")
+@pytest.mark.parametrize("k", [1, 10, 1000])
+def test_the_furthest_reaching_entries_of_all_blocks_remain(k):
+    saes = [make_sae(seed=0), make_sae(seed=1)]
+    saes[1].W_dec.data *= torch.rand(D_SAE, 1) * 3
+    model = steered([1, 3], saes)
+    reach = torch.cat([random_code(0.8).abs() * sae.W_dec.detach().norm(dim=1) for sae in saes])
+    prune(model, k)
+    codes = torch.cat([layer.yapo_code["default"].detach() for layer in steered_layers(model)])
+    kept = reach.topk(min(k, int((reach > 0).sum()))).indices
+    expected = torch.zeros(2 * D_SAE)
+    expected[kept] = torch.cat([random_code(0.8)] * 2)[kept]
+    assert torch.equal(codes, expected)
+
+
+def test_bad_arguments_are_named():
+    model = steered(2, make_sae())
+    model.add_adapter("dense", YaPOConfig(layers=1, space="dense"))
+    with pytest.raises(ConfigError, match="max_features=0: keep one feature"):
+        prune(model, 0)
+    with pytest.raises(ConfigError, match="Pruning gives codes of space='sae', and adapter 'dense'"):
+        prune(model, 5, "dense")

@@ -1,0 +1,18 @@
+"""Ways to get or change a code without training."""
+
+from .caa import fit_caa
+from .contrast import AnswerStatistics, Contrast, FeatureStatistics, measure_contrast
+from .prune import prune
+from .random_vector import fit_random
+from .sas import fit_sas
+
+__all__ = [
+    "AnswerStatistics",
+    "Contrast",
+    "FeatureStatistics",
+    "fit_caa",
+    "fit_random",
+    "fit_sas",
+    "measure_contrast",
+    "prune",
+]

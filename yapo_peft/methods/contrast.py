@@ -1,0 +1,194 @@
+"""What activations and features of chosen and rejected answers have in common, and where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from ..pairs import pair_batches
+from ..sae import FrozenSAE
+from ..tuner import YaPOLayer, steering
+from ..tuner.blocks import hidden_states
+from ..tuner.sparse import ActiveFeatures
+from ..tuner.strength import steered_layers
+
+AnswerTokens = Literal["completion", "last"]
+
+
+@dataclass
+class FeatureStatistics:
+    """Features of one SAE, over answers of one kind.
+
+    Attributes:
+        total: Sum over answers of each feature's activation, `(d_sae,)` in float32.
+        active: Number of answers in which each feature is on, `(d_sae,)`.
+    """
+
+    total: Tensor
+    active: Tensor
+
+
+@dataclass
+class AnswerStatistics:
+    """Activations of one block, over answers of one kind.
+
+    Attributes:
+        total: Sum over answers of the activations, `(d_model,)` in float32.
+        features: Those of each SAE that an adapter of the block has, by the hash of its weights.
+    """
+
+    total: Tensor
+    features: dict[str, FeatureStatistics]
+
+
+@dataclass
+class Contrast:
+    """Statistics of chosen and rejected answers, at each steered block.
+
+    Attributes:
+        chosen: Those of the chosen answers, by the index of the block.
+        rejected: Those of the rejected answers.
+        pairs: Number of pairs.
+    """
+
+    chosen: dict[int, AnswerStatistics]
+    rejected: dict[int, AnswerStatistics]
+    pairs: int
+
+
+def measure_contrast(
+    model: nn.Module,
+    dataset: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: str = "completion",
+    batch_size: int = 8,
+) -> Contrast:
+    """Reads chosen and rejected answers once, unsteered, at all blocks that any adapter of the model steers.
+
+    `fit_caa` and `fit_sas` make adapters of it. An answer counts once, however long it is.
+
+    Args:
+        model: A `PeftModel` with YaPO adapters, whose blocks and SAEs are measured.
+        dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
+        tokenizer: The model's tokenizer.
+        tokens: Where an answer is read: the mean over its tokens ("completion"), or its "last" one, such as the letter
+            of a multiple choice. The tokenizer's special tokens before its text are left out, and all from the first
+            one after it on, such as the one that ends a turn.
+        batch_size: Pairs per forward pass.
+
+    Returns:
+        Sums and counts, on the CPU.
+
+    Raises:
+        ConfigError: The model has no YaPO adapter, or an argument has a value that cannot work.
+        DatasetError: The dataset is empty, or a pair lacks a column or an answer.
+
+    Source: arXiv 2312.06681 (CAA) and 2503.00177 (SAS) read the token of the answer's letter.
+    """
+    if tokens not in get_args(AnswerTokens):
+        raise ConfigError(f"tokens={tokens!r}: choose one of {', '.join(map(repr, get_args(AnswerTokens)))}.")
+    layers = steered_layers(model)
+    if not layers or not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"{type(model).__name__} has no YaPO adapter: attach those to fit with get_peft_model, add_adapter."
+        )
+    batches = pair_batches(dataset, tokenizer, batch_size)
+    contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
+    training = model.training
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    # Without the head: its logits are not read.
+    backbone: Any = cast(Any, model.get_base_model()).base_model
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="Reading answers", unit="batch"):
+            weights = _weights_of_tokens(batch, special, tokens)
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            with torch.no_grad(), steering(model, 0.0), _outputs(layers) as outputs:
+                backbone(**inputs, use_cache=False)
+            for layer in layers:
+                _add(contrast, layer, outputs[layer.index], weights)
+            contrast.pairs += len(weights) // 2
+    finally:
+        model.train(training)
+    return contrast
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids of tokens that are no text: those with a role, and those that chat templates add; not the unknown one."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return torch.tensor(sorted({*added, *tokenizer.all_special_ids} - {cast(int | None, tokenizer.unk_token_id)}))
+
+
+def _weights_of_tokens(batch: dict[str, Tensor], special: Tensor, tokens: str) -> Tensor:
+    """How much each token counts, `(2 * pairs, seq)`; the weights of an answer add up to 1."""
+    answer = batch["answer_mask"].bool()
+    text = answer & ~torch.isin(batch["input_ids"], special)
+    # Special tokens before the text are skipped; the first one after it ends the answer.
+    ended = ((text.cumsum(dim=1) > 0) & ~text).cumsum(dim=1) > 0
+    content = text & ~ended
+    # An answer without text is read where it is.
+    content = torch.where(content.any(dim=1, keepdim=True), content, answer)
+    if tokens == "last":
+        position = torch.arange(content.shape[1]).expand_as(content)
+        last = position.masked_fill(~content, -1).max(dim=1, keepdim=True).values
+        content = position == last
+    return content / content.sum(dim=1, keepdim=True)
+
+
+@contextmanager
+def _outputs(layers: list[YaPOLayer]) -> Generator[dict[int, Tensor]]:
+    """Within it, the outputs of steered blocks are kept, `(batch, seq, d_model)` each."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = hidden_states(output)
+
+        return hook
+
+    handles = [layer.block.register_forward_hook(keep(layer.index)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(contrast: Contrast, layer: YaPOLayer, hidden: Tensor, weights: Tensor) -> None:
+    """Adds a batch's answers to the statistics of a block."""
+    weights = weights.to(hidden.device)
+    row, position = weights.nonzero(as_tuple=True)
+    read, weight = hidden[row, position], weights[row, position]
+    saes = {sae.identity.content_hash: sae for sae in layer.yapo_sae.values() if sae is not None}
+    means = torch.zeros(len(weights), hidden.shape[-1], device=hidden.device)
+    means.index_add_(0, row, read.float() * weight[:, None])
+    features = {key: _mean_features(read, row, weight, len(weights), sae) for key, sae in saes.items()}
+    for kind, part in (
+        (contrast.chosen, slice(None, len(weights) // 2)),
+        (contrast.rejected, slice(len(weights) // 2, None)),
+    ):
+        found = kind.setdefault(layer.index, AnswerStatistics(torch.zeros(hidden.shape[-1]), {}))
+        found.total += means[part].sum(dim=0).cpu()
+        for key, values in features.items():
+            size = values.shape[1]
+            own = found.features.setdefault(key, FeatureStatistics(torch.zeros(size), torch.zeros(size)))
+            own.total += values[part].sum(dim=0).cpu()
+            own.active += (values[part] > 0).sum(dim=0).cpu()
+
+
+def _mean_features(read: Tensor, row: Tensor, weight: Tensor, rows: int, sae: FrozenSAE) -> Tensor:
+    """The weighted mean of the features of each row's tokens, `(rows, d_sae)`."""
+    active = ActiveFeatures.of(read, sae.weights(read.device, read.dtype))
+    means = torch.zeros(rows, sae.identity.d_sae, device=read.device)
+    means.index_put_((row[active.token], active.feature), active.value * weight[active.token], accumulate=True)
+    return means

@@ -1,0 +1,79 @@
+"""Preference pairs as padded batches of tokens, rendered as TRL renders them in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from .errors import ConfigError, DatasetError
+
+Tokens = tuple[list[int], list[int], list[int]]
+
+
+def pair_batches(
+    dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Tokenises preference pairs and batches those of similar length, padded on the right.
+
+    Args:
+        dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
+        tokenizer: The model's tokenizer; its chat template renders conversational pairs, as in training.
+        batch_size: Pairs per batch.
+
+    Returns:
+        Batches of `input_ids`, `attention_mask` and `answer_mask` (1 on the tokens of the answer), each
+        `(2 * pairs, seq)`: first the chosen rows, then the rejected ones.
+
+    Raises:
+        ConfigError: `batch_size` is not positive.
+        DatasetError: The dataset is empty, or a pair lacks a column or an answer.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: need one pair at least.")
+    rows = sorted((_tokenize(row, tokenizer) for row in dataset), key=lambda row: len(row[0]) + max(map(len, row[1:])))
+    if not rows:
+        raise DatasetError("The dataset is empty: there is no preference pair in it.")
+    padding = cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    return [_batch(rows[start : start + batch_size], padding) for start in range(0, len(rows), batch_size)]
+
+
+def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Ids of prompt, chosen and rejected answer; the answers start where they part from the prompt."""
+    missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
+    if missing:
+        raise DatasetError(f"A pair lacks {missing}: it has {sorted(row)}. Pairs need 'prompt', 'chosen', 'rejected'.")
+    prompt = _ids(row["prompt"], tokenizer, is_prompt=True)
+    chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
+    rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)
+    shared = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    return prompt[:shared], chosen[shared:], rejected[shared:]
+
+
+def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list[int]:
+    if isinstance(text, str):
+        return tokenizer(text if is_prompt else text + str(tokenizer.eos_token or ""))["input_ids"]
+    rendered = cast(str, tokenizer.apply_chat_template(text, add_generation_prompt=is_prompt, tokenize=False))
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def _batch(rows: list[Tokens], padding: int) -> dict[str, Tensor]:
+    answers = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+    ids = [torch.tensor(prompt + answer) for prompt, answer in answers]
+    mask = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in answers]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "answer_mask": pad_sequence(mask, batch_first=True),
+    }

@@ -1,0 +1,87 @@
+"""Training towards codes with few entries."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import DPOTrainer
+
+from ..errors import ConfigError, UnsupportedOperationError
+from ..sae import FrozenSAE
+from ..tuner import YaPOLayer
+from ..tuner.sparsity import keep_largest
+from .config import YaPOTrainingConfig
+
+
+def feature_budget(args: YaPOTrainingConfig, progress: float, size: int) -> int | None:
+    """How many entries codes may have at a point of the training; None for any number.
+
+    From `sparsify_start` on, the budget falls from all entries to `max_features` by the same factor in each step, and
+    is there at `sparsify_end`.
+
+    Args:
+        args: The training config.
+        progress: The share of the training's steps that are done, in [0, 1].
+        size: The number of entries that codes have, zeros included.
+    """
+    if args.max_features is None or progress < args.sparsify_start:
+        return None
+    target = min(args.max_features, size)
+    if progress >= args.sparsify_end:
+        return target
+    remaining = (args.sparsify_end - progress) / (args.sparsify_end - args.sparsify_start)
+    return round(target * (size / target) ** remaining)
+
+
+class Sparsify(TrainerCallback):
+    """After each step of the optimizer, shrinks codes by `l1` and sets to zero what is beyond their budget.
+
+    An entry that was set to zero still learns where its feature is on, and comes back if it grows beyond the smallest
+    of those that were kept. Nothing is remembered but the codes, so a resumed training goes on as it would have.
+    """
+
+    def __init__(self, layers: list[YaPOLayer]) -> None:
+        self._layers = layers
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Changes the codes in place."""
+        config = cast(YaPOTrainingConfig, args)
+        trained = _trained(self._layers)
+        codes = [layer.yapo_code[name].data for layer, name in trained]
+        if config.l1:
+            shrink = config.l1 * kwargs["lr_scheduler"].get_last_lr()[0]
+            for code in codes:
+                code.copy_(code.sign() * (code.abs() - shrink).clamp(min=0))
+        budget = feature_budget(config, (state.global_step + 1) / state.max_steps, sum(map(len, codes)))
+        if budget is not None:
+            saes = [cast(FrozenSAE, layer.yapo_sae[name]) for layer, name in trained]
+            for code, sparse in zip(codes, keep_largest(codes, saes, budget), strict=True):
+                code.copy_(sparse)
+
+
+def require_sparsifiable(trainer: DPOTrainer, layers: list[YaPOLayer]) -> None:
+    """Raises where codes cannot be made sparse during training.
+
+    Raises:
+        ConfigError: An adapter is dense.
+        UnsupportedOperationError: Processes keep parts of the codes.
+    """
+    dense = [name for layer, name in _trained(layers) if layer.yapo_sae[name] is None]
+    if dense:
+        raise ConfigError(
+            f"max_features and l1 make codes over an SAE's features sparse; adapter {dense[0]!r} has space='dense'."
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise UnsupportedOperationError(
+            "max_features and l1 do not work with DeepSpeed or FSDP, which keep codes in parts: use DDP, or prune the "
+            "trained adapter with yapo_peft.methods.prune."
+        )
+
+
+def _trained(layers: list[YaPOLayer]) -> list[tuple[YaPOLayer, str]]:
+    return [(layer, name) for layer in layers for name, code in layer.yapo_code.items() if code.requires_grad]
