@@ -168,7 +168,7 @@ class ActivationCache:
         return dataset.add_column(COLUMN, rows.tolist())  # pyright: ignore
 
     def pairs(
-        self, model: Callable[..., Any], inputs: dict[str, Tensor], rows: Tensor, together: bool = True
+        self, model: Callable[..., Any], inputs: dict[str, Tensor], rows: Tensor, directions: Tensor | None = None
     ) -> CachedPairs | None:
         """A collated batch, ready to be scored by the upper half; None if it is not of one dataset that was added.
 
@@ -176,7 +176,7 @@ class ActivationCache:
             model: The model as it is called in training.
             inputs: The batch.
             rows: Which rows of the datasets it holds, `(pairs,)`.
-            together: Whether several pairs may share a row, because they are steered alike.
+            directions: In which direction each pair is steered, `(pairs,)`, or None if all are steered alike.
 
         Raises:
             ConfigError: Another adapter was made active than the one whose layer and SAE are cached.
@@ -193,7 +193,7 @@ class ActivationCache:
             )
         examples = [row & ((1 << _ROW_BITS) - 1) for row in rows.tolist()]
         stored = cached.store.read(examples).to(inputs["input_ids"].device)
-        batch = self._pack(inputs, cached.shared, together)
+        batch = self._pack(inputs, cached.shared, directions)
         hidden = stored.hidden.to(cached.dtype)[batch.flat]
         token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
         scale = None if self._sae is None else self._sae.normalize(hidden.flatten(0, 1))[1]
@@ -310,8 +310,8 @@ class ActivationCache:
         device = self._accelerator.device
         return {name: value.to(device) for name, value in self._collate(examples).items()}
 
-    def _pack(self, inputs: dict[str, Tensor], shared: bool, together: bool = True) -> PackedBatch:
-        return share_prompts(inputs, self._attention_cost, together) if shared else keep_rows(inputs)
+    def _pack(self, inputs: dict[str, Tensor], shared: bool, directions: Tensor | None = None) -> PackedBatch:
+        return share_prompts(inputs, self._attention_cost, directions) if shared else keep_rows(inputs)
 
     def _encode(self, hidden: Tensor) -> ActiveFeatures:
         if self._sae is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -62,17 +63,18 @@ class PackedBatch:
         return torch.stack([directions[pairs[0]] for pairs in self.pairs_of_rows])
 
 
-def share_prompts(inputs: dict[str, Tensor], attention_cost: float, together: bool = True) -> PackedBatch:
+def share_prompts(inputs: dict[str, Tensor], attention_cost: float, directions: Tensor | None = None) -> PackedBatch:
     """Packs each pair as one sequence in which both answers follow the prompt and do not see each other.
 
     Args:
         inputs: A batch of TRL's preference collator.
         attention_cost: What it costs a token to attend to another one, relative to all else that is done for it.
-        together: Whether several pairs may share a row, which saves padding.
+        directions: That of each pair, `(pairs,)`, of which one row has the same, or None if it is one for all.
     """
     lengths = pair_lengths(inputs)
     sizes = lengths.sum(dim=1).tolist()
-    rows = _cheapest_rows(sizes, attention_cost) if together else [[pair] for pair in range(len(sizes))]
+    groups = [0.0] * len(sizes) if directions is None else directions.tolist()
+    rows = _cheapest_rows(sizes, groups, attention_cost)
     length = max(sum(sizes[pair] for pair in row) for row in rows)
     starts = lengths.sum(dim=1).cumsum(0) - lengths.sum(dim=1)
     flat = torch.full((len(rows), length), -1)
@@ -169,17 +171,24 @@ def _packed(
     return PackedBatch(**on_device, position_ids=positions, pairs_of_rows=rows)
 
 
-def _cheapest_rows(sizes: list[int], attention_cost: float) -> list[list[int]]:
-    """Which pairs share a row: fewer rows have less padding, but all tokens of a row look at each other."""
-    best, lowest = [], float("inf")
-    for count in range(1, len(sizes) + 1):
-        rows: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for pair in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-            shortest = loads.index(min(loads))
-            rows[shortest].append(pair)
-            loads[shortest] += sizes[pair]
-        cost = count * max(loads) * (1 + attention_cost * max(loads))
-        if cost < lowest:
-            best, lowest = rows, cost
-    return best
+def _cheapest_rows(sizes: list[int], groups: list[float], attention_cost: float) -> list[list[int]]:
+    """Which pairs share a row, of one group each: fewer rows have less padding, but all tokens of a row look around."""
+    members = [[pair for pair, own in enumerate(groups) if own == group] for group in dict.fromkeys(groups)]
+    ways = [[_balanced(sizes, pairs, count) for count in range(1, len(pairs) + 1)] for pairs in members]
+
+    def cost(way: tuple[tuple[list[list[int]], int], ...]) -> float:
+        count, length = sum(len(rows) for rows, _ in way), max(longest for _, longest in way)
+        return count * length * (1 + attention_cost * length)
+
+    return [row for rows, _ in min(product(*ways), key=cost) for row in rows]
+
+
+def _balanced(sizes: list[int], pairs: list[int], count: int) -> tuple[list[list[int]], int]:
+    """Some pairs in so many rows of similar length, and the longest one's."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for pair in sorted(pairs, key=lambda index: -sizes[index]):
+        shortest = loads.index(min(loads))
+        rows[shortest].append(pair)
+        loads[shortest] += sizes[pair]
+    return rows, max(loads)

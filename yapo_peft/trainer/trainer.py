@@ -168,17 +168,17 @@ class YaPOTrainer(PairMetricsTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         rows = inputs.get(COLUMN)
         inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+        pairs = len(inputs["input_ids"]) // 2
+        directions = [torch.ones(pairs), -torch.ones(pairs)]
+        if self.model.training and self.args.direction != "both":
+            directions = [self._draw(pairs)]
         cached = None
         if rows is not None and self._cache is not None:
-            together = self.args.direction != "example" or not self.model.training
-            cached = self._cache.pairs(model, inputs, rows, together)
+            cached = self._cache.pairs(model, inputs, rows, directions[0])
         scorer: Scorer = cached or WholeModel(model, self._base_model)
         inputs = self._with_reference(scorer, inputs)
-        pairs = len(inputs["ref_chosen_logps"])
         if not self.model.training:
-            return self._evaluation_loss(scorer, inputs, pairs, return_outputs)
-        both = [torch.ones(pairs), -torch.ones(pairs)]
-        directions = both if self.args.direction == "both" else [self._draw(pairs)]
+            return self._evaluation_loss(scorer, inputs, directions, return_outputs)
         seen = self._total_train_tokens
         results = [self._directed_loss(scorer, inputs, direction, return_outputs) for direction in directions]
         # TRL counts the tokens of each pass; the batch is one, whichever ways it was steered.
@@ -190,10 +190,10 @@ class YaPOTrainer(PairMetricsTrainer):
             self._metrics["train"][name].append(value)
         return (loss, results[0].outputs) if return_outputs else loss
 
-    def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], pairs: int, return_outputs: bool) -> Any:
-        plus = self._directed_loss(scorer, inputs, torch.ones(pairs), return_outputs)
+    def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], both: list[Tensor], return_outputs: bool) -> Any:
+        plus = self._directed_loss(scorer, inputs, both[0], return_outputs)
         with self._metrics_kept(except_for=frozenset({"loss/minus", "margin/minus"})):
-            minus = self._directed_loss(scorer, inputs, -torch.ones(pairs), return_outputs=False)
+            minus = self._directed_loss(scorer, inputs, both[1], return_outputs=False)
         for sign, logps in ((1.0, plus.logps), (0.0, self._unsteered_logps(scorer, inputs)), (-1.0, minus.logps)):
             chosen, rejected = logps
             self._log_each(f"accuracy/{_SIGN_NAMES[sign]}", (chosen > rejected).float())
