@@ -96,6 +96,7 @@ def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingCo
         disable_tqdm=True,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
+        learning_rate_unit="raw",
         **options,
     )
 

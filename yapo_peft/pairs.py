@@ -27,7 +27,8 @@ def pair_batches(
 
     Returns:
         Batches of `input_ids`, `attention_mask` and `answer_mask` (1 on the tokens of the answer), each
-        `(2 * pairs, seq)`: first the chosen rows, then the rejected ones.
+        `(2 * pairs, seq)`: first the chosen rows, then the rejected ones; and `example`, `(pairs,)`, the indices of
+        the pairs in the dataset.
 
     Raises:
         ConfigError: `batch_size` is not positive.
@@ -35,11 +36,17 @@ def pair_batches(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need one pair at least.")
-    rows = sorted((_tokenize(row, tokenizer) for row in dataset), key=lambda row: len(row[0]) + max(map(len, row[1:])))
+    rows = list(enumerate(_tokenize(row, tokenizer) for row in dataset))
+    rows.sort(key=lambda row: len(row[1][0]) + max(map(len, row[1][1:])))
     if not rows:
         raise DatasetError("The dataset is empty: there is no preference pair in it.")
-    padding = cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    padding = padding_of(tokenizer)
     return [_batch(rows[start : start + batch_size], padding) for start in range(0, len(rows), batch_size)]
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with; that of the end of a text where there is none for padding."""
+    return cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
 def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -50,7 +57,7 @@ def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens
     prompt = _ids(row["prompt"], tokenizer, is_prompt=True)
     chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
     rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)
-    shared = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    shared = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     return prompt[:shared], chosen[shared:], rejected[shared:]
 
 
@@ -61,15 +68,23 @@ def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists start with alike."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return index
     return min(len(first), len(second))
 
 
-def _batch(rows: list[Tokens], padding: int) -> dict[str, Tensor]:
-    answers = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+def _batch(rows: list[tuple[int, Tokens]], padding: int) -> dict[str, Tensor]:
+    pairs = [tokens for _, tokens in rows]
+    answers = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
+    batch = padded_answers(answers, padding)
+    return {**batch, "example": torch.tensor([index for index, _ in rows])}
+
+
+def padded_answers(answers: list[tuple[list[int], list[int]]], padding: int) -> dict[str, Tensor]:
+    """Prompts with their answers, padded on the right, and where the answers are."""
     ids = [torch.tensor(prompt + answer) for prompt, answer in answers]
     mask = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in answers]
     return {

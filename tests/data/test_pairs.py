@@ -1,0 +1,170 @@
+import pytest
+from datasets import Dataset, DatasetDict
+
+from yapo_peft import ConfigError, DatasetError
+from yapo_peft.data import load_pairs, load_rows, where, with_system_prompt
+
+CSV = "question,matching,not_matching\nw1?,w2,w3\nw4?,w5,w6\n"
+BIPO = {"prompt": "question", "chosen": "matching", "rejected": "not_matching"}
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"w{i}?"}],
+        "chosen": [{"role": "assistant", "content": f"w{i + 1}"}],
+        "rejected": [{"role": "assistant", "content": f"w{i + 2}"}],
+    }
+    for i in (1, 4)
+]
+
+
+def said(text, role="assistant"):
+    return [{"role": role, "content": text}]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Writes the same rows in one of the ways that people have them."""
+
+    def write(kind):
+        rows = Dataset.from_list(
+            [{"question": f"w{i}?", "matching": f"w{i + 1}", "not_matching": f"w{i + 2}"} for i in (1, 4)]
+        )
+        path = tmp_path / f"pairs.{kind}"
+        if kind == "csv":
+            path.write_text(CSV)
+        elif kind == "tsv":
+            path.write_text(CSV.replace(",", "\t"))
+        elif kind == "jsonl":
+            rows.to_json(str(path))
+        elif kind == "parquet":
+            rows.to_parquet(str(path))
+        elif kind == "saved":
+            rows.save_to_disk(str(path))
+        elif kind == "saved dict":
+            DatasetDict(train=rows).save_to_disk(str(path))
+        else:
+            return rows
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "saved", "saved dict", "dataset"])
+def test_pairs_are_read_from_what_people_have(source, kind):
+    assert load_pairs(source(kind), **BIPO).to_list() == PAIRS
+
+
+def test_texts_stay_texts_where_there_is_no_chat(source):
+    pairs = load_pairs(source("csv"), **BIPO, chat=False)
+    assert pairs[0] == {"prompt": "w1?", "chosen": "w2", "rejected": "w3"}
+
+
+def test_messages_are_kept_and_so_are_columns_that_are_named():
+    rows = Dataset.from_list([{**PAIRS[0], "country": "UK", "other": 1}])
+    assert load_pairs(rows, keep=["country"]).to_list() == [{**PAIRS[0], "country": "UK"}]
+
+
+def test_a_prompt_that_both_answers_start_with_is_found():
+    prompt, chosen, rejected = (PAIRS[0][name] for name in ("prompt", "chosen", "rejected"))
+    rows = Dataset.from_list([{"good": prompt + chosen, "bad": prompt + rejected}])
+    assert load_pairs(rows, prompt=None, chosen="good", rejected="bad").to_list() == PAIRS[:1]
+
+
+def test_prompts_with_one_answer_are_read_for_answers_to_be_generated(source):
+    pairs = load_pairs(source("csv"), prompt="question", chosen="matching", rejected=None)
+    assert pairs.column_names == ["prompt", "chosen"]
+
+
+def test_pairs_that_teach_nothing_are_left_out_and_counted():
+    rows = [("", "w2", "w3"), ("w1", "w2", None), ("w1", "w2 ", "w2"), ("w1", "w2", "w3"), ("w1", " ", "w3")]
+    dataset = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
+    message = (
+        r"4 of 5 pairs are left out: 3 without a prompt or an answer \(first in row 0\); 1 with equal answers .*row 2"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert len(load_pairs(dataset)) == 1
+    with pytest.raises(DatasetError, match="No preference pair is left of 2 rows: 2 without"):
+        load_pairs(dataset.select([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, DatasetError, r"no column 'prompt', 'chosen', 'rejected' but 'question', 'matching', 'not_matching'"),
+        ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
+        ({"prompt": None, "rejected": None}, ConfigError, "prompt=None, rejected=None"),
+    ],
+)
+def test_a_wrong_mapping_says_what_is_there(source, options, error, message):
+    with pytest.raises(error, match=message):
+        load_pairs(source("csv"), **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "message"),
+    [
+        ({"prompt": 3}, True, "Row 0 has prompt=3: give a text, or a list of messages"),
+        ({"prompt": [{"from": "human"}]}, True, "Row 0 has prompt=.*'role' and 'content'"),
+        ({"prompt": said("w1", "user")}, False, "Row 0 has messages in 'prompt'"),
+    ],
+)
+def test_a_cell_that_is_neither_text_nor_messages_is_named(row, chat, message):
+    rows = Dataset.from_list([{"chosen": "w1", "rejected": "w2", **row}])
+    with pytest.raises(DatasetError, match=message):
+        load_pairs(rows, chat=chat)
+
+
+@pytest.mark.parametrize(
+    ("source_", "error", "message"),
+    [
+        ("nowhere.csv", FileNotFoundError, "There is no file 'nowhere.csv'"),
+        (["a"], DatasetError, "source is a list"),
+        (DatasetDict(), DatasetError, "source is a DatasetDict"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(source_, error, message):
+    with pytest.raises(error, match=message):
+        load_rows(source_)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / "pairs.xlsx").touch()
+    with pytest.raises(DatasetError, match=r"pairs.xlsx' is of no kind that is read here: .csv"):
+        load_rows(tmp_path / "pairs.xlsx")
+
+
+def test_a_missing_split_of_a_folder_is_named(source):
+    with pytest.raises(DatasetError, match="no split 'test' but 'train'"):
+        load_rows(source("saved dict"), "test")
+
+
+COUNTRIES = Dataset.from_list(
+    [{"country": c, "status": s, "i": i} for i, (c, s) in enumerate([("UK", "l"), ("UK", "n"), ("Iran", "l")])]
+)
+
+
+def test_rows_are_selected_by_values():
+    assert where(COUNTRIES, country="UK", status="l")["i"] == [0]
+    assert where(COUNTRIES, country=["UK", "Iran"], status="l")["i"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"country": "Mars"}, "No row has country='Mars': that column has 'UK', 'Iran'"),
+        ({"planet": "Mars"}, "no column 'planet' but 'country', 'status', 'i'"),
+        ({"country": "Iran", "status": "n"}, "No row has country='Iran', status='n' together"),
+    ],
+)
+def test_values_that_no_row_has_are_named(values, message):
+    with pytest.raises(DatasetError, match=message):
+        where(COUNTRIES, **values)
+
+
+def test_a_system_prompt_goes_before_each_prompt():
+    pairs = with_system_prompt(Dataset.from_list(PAIRS), "w9")
+    assert pairs[0]["prompt"] == [*said("w9", "system"), *PAIRS[0]["prompt"]]
+    assert pairs[0]["chosen"] == PAIRS[0]["chosen"]
+    texts = with_system_prompt(Dataset.from_list([{"prompt": "w1"}]), "w9")
+    assert texts[0]["prompt"] == "w9\n\nw1"
+    with pytest.raises(DatasetError, match="has a system message already: 'w9'"):
+        with_system_prompt(pairs, "w8")

@@ -1,0 +1,18 @@
+"""What people have, as TRL's preference datasets."""
+
+from .choices import choice_pairs, choice_prompt, letters, load_choices
+from .preferences import load_pairs, with_system_prompt
+from .rejected import generate_rejected
+from .sources import load_rows, where
+
+__all__ = [
+    "choice_pairs",
+    "choice_prompt",
+    "generate_rejected",
+    "letters",
+    "load_choices",
+    "load_pairs",
+    "load_rows",
+    "where",
+    "with_system_prompt",
+]

@@ -1,0 +1,108 @@
+"""Rows of any source that `datasets` reads, and some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from ..errors import DatasetError
+
+# The builders of `datasets` for local files, by the ending of their names.
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any) -> Dataset:
+    """Reads a dataset, wherever it is.
+
+    Args:
+        source: A CSV, TSV, JSON, JSON-lines, Parquet or Arrow file; a folder that `save_to_disk` wrote; the name of a
+            dataset on the Hub; or a `Dataset`, which is returned as it is.
+        split: Of a dataset on the Hub or a saved `DatasetDict`; a file has only one.
+        **options: For `datasets.load_dataset`, such as `name` or `revision`.
+
+    Raises:
+        DatasetError: The file's kind is unknown, or the source is something else than a dataset.
+        FileNotFoundError: There is no such file.
+    """
+    if isinstance(source, Dataset):
+        return source
+    if not isinstance(source, str | Path):
+        raise DatasetError(
+            f"source is a {type(source).__name__}: give a path, the name of a dataset on the Hub, or a "
+            "datasets.Dataset (one split of a DatasetDict; the rows of a stream by Dataset.from_list(list(stream)))."
+        )
+    path = Path(source)
+    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        saved = load_from_disk(str(path))
+        return _split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved
+    if path.suffix in _BUILDERS or path.is_file():
+        return _load_file(path, options)
+    return cast(Dataset, load_dataset(str(source), split=split, **options))
+
+
+def where(dataset: Dataset, **values: Any) -> Dataset:
+    """The rows whose columns have given values, such as `where(rows, country="UK", split=["train", "dev"])`.
+
+    Args:
+        dataset: Any dataset.
+        **values: For each column, the value that it must have, or a list of those that it may have.
+
+    Raises:
+        DatasetError: A column is missing, or no row has such values; the message lists what is there.
+    """
+    require_columns(dataset, list(values))
+    allowed = {name: value if isinstance(value, list | tuple | set) else [value] for name, value in values.items()}
+    for name, wanted in allowed.items():
+        there = dataset.unique(name)
+        if not set(there) & set(wanted):
+            listed = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "")
+            raise DatasetError(f"No row has {name}={_plain(wanted)}: that column has {listed}.")
+    columns = [dataset[name] for name in allowed]
+    chosen = [
+        index
+        for index, row in enumerate(zip(*columns, strict=True))
+        if all(value in wanted for value, wanted in zip(row, allowed.values(), strict=True))
+    ]
+    if not chosen:
+        asked = ", ".join(f"{name}={_plain(wanted)}" for name, wanted in allowed.items())
+        raise DatasetError(f"No row has {asked} together, though each of them occurs.")
+    return dataset.select(chosen)
+
+
+def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
+    """Raises unless a dataset has columns.
+
+    Raises:
+        DatasetError: One is missing; the message lists those that are there.
+    """
+    missing = [name for name in names if name not in dataset.column_names]
+    if missing:
+        there = ", ".join(map(repr, dataset.column_names))
+        raise DatasetError(
+            f"The dataset has no column {', '.join(map(repr, missing))} but {there}: "
+            "say which of them to read, such as prompt='question'."
+        )
+
+
+def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
+    if path.suffix not in _BUILDERS:
+        raise DatasetError(f"{str(path)!r} is of no kind that is read here: {', '.join(_BUILDERS)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    if path.suffix == ".tsv":
+        options = {"sep": "\t", **options}
+    return cast(Dataset, load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options))
+
+
+def _split_of(saved: DatasetDict, split: str, path: Path) -> Dataset:
+    if split not in saved:
+        raise DatasetError(f"{str(path)!r} has no split {split!r} but {', '.join(map(repr, saved))}.")
+    return saved[split]
+
+
+def _plain(wanted: Any) -> str:
+    values = list(wanted)
+    return repr(values[0]) if len(values) == 1 else f"one of {values!r}"

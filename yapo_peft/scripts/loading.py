@@ -1,0 +1,23 @@
+"""Models by name, with or without an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """A model, or a model with an adapter, and its tokenizer.
+
+    Args:
+        name: Name or path of either; an adapter says which model it is for.
+        dtype: Of the model's weights, such as "bfloat16"; "auto" as they are saved.
+    """
+    from peft import AutoPeftModelForCausalLM, PeftConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except ValueError:  # PEFT's way to say that there is no adapter
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(base)
