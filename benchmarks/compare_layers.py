@@ -1,8 +1,8 @@
 """Compares layers by how well a code learned there steers, and by what that does to unrelated text.
 
 For each SAE it trains a code on one of the embedded preference sets, with the same steps and each of some learning
-rates, and measures on the held-out pairs the accuracy and margin at -1, 0 and +1, and on unrelated text the increase in
-loss at -1 and +1. A good layer moves the margin far while it costs little elsewhere.
+rates, and measures on the held-out pairs the accuracy and margin at -1, 0 and +1, and on unrelated text the KL from
+the unsteered model at -1 and +1. A good layer moves the margin far while it costs little elsewhere.
 
     python benchmarks/compare_layers.py --sae runs/sae-11 runs/sae-14 --text heldout.txt --set enthusiasm
 """
@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -22,7 +21,8 @@ from peft import get_peft_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from embedded import load_model_and_tokenizer, preferences
 
-from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, steering, sweep_preferences
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, sweep
+from yapo_peft.evaluation import Damage
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to append the rows to, as JSON lines")
     options = parser.parse_args()
 
-    print("layer  rate   acc -1    0   +1   margin -1     0    +1   damage -1   +1  (nats/token)")
+    print("layer  rate   acc -1    0   +1   margin -1     0    +1       KL -1   +1  (nats/token)")
     for folder in options.sae:
         layer = int(json.loads((Path(folder) / "cfg.json").read_text())["metadata"]["hook_name"].split(".")[1])
         for rate in options.learning_rates:
@@ -63,6 +63,7 @@ def measure(folder: str, layer: int, rate: float, options: argparse.Namespace) -
             output_dir=out,
             max_steps=options.steps,
             learning_rate=rate,
+            learning_rate_unit="raw",
             warmup_steps=5,
             save_strategy="no",
             report_to="none",
@@ -74,23 +75,14 @@ def measure(folder: str, layer: int, rate: float, options: argparse.Namespace) -
         train = preferences(options.set, "train")
         trainer = YaPOTrainer(model, args, train_dataset=train, processing_class=tokenizer)
         trainer.train()
-    scores = sweep_preferences(model, preferences(options.set, "test"), tokenizer, (-1, 0, 1))
-    losses = [text_loss(model, tokenizer, options.text, multiplier) for multiplier in (-1, 0, 1)]
+    scores = sweep(model, preferences(options.set, "test"), tokenizer, (-1, 0, 1)).summary()
+    text = [options.text.read_text()]
+    damage = sweep(model, text, tokenizer, (-1, 1), measure=Damage(block_size=128, max_blocks=32)).summary()
     return {
-        "accuracy": [score.accuracy for score in scores],
-        "margin": [score.margin for score in scores],
-        "damage": [losses[0] - losses[1], losses[2] - losses[1]],
+        "accuracy": scores["accuracy"].tolist(),
+        "margin": scores["margin"].tolist(),
+        "damage": damage["kl"].tolist(),
     }
-
-
-@torch.no_grad()
-def text_loss(model: Any, tokenizer: Any, path: Path, multiplier: float, windows: int = 32, length: int = 128) -> float:
-    """Mean loss per token of unrelated text, steered."""
-    ids = tokenizer(path.read_text()[: windows * length * 8], return_tensors="pt")["input_ids"][0]
-    batch = ids[: windows * length].view(windows, length)
-    model.eval()
-    with steering(model, multiplier):
-        return sum(float(model(input_ids=part, labels=part).loss) for part in batch.split(8)) / len(batch.split(8))
 
 
 if __name__ == "__main__":

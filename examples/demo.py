@@ -18,7 +18,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, plot_dose_response, sweep_preferences
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, plot_dose_response, sweep
 
 PROMPTS = {
     "enthusiasm": [
@@ -60,12 +60,14 @@ def main() -> None:
     console.rule("3. Held-out preference, from strongly against to strongly for")
     held_out = preferences(options.set, "test")
     held_out = held_out.select(range(min(options.held_out, len(held_out))))
-    scores = sweep_preferences(model, held_out, tokenizer, MULTIPLIERS)
-    table = Table("multiplier", "chosen answer more likely", "mean margin (nats)")
-    for score in scores:
-        table.add_row(f"{score.multiplier:+.1f}", f"{100 * score.accuracy:.0f} %", f"{score.margin:+.1f}")
+    scores = sweep(model, held_out, tokenizer, MULTIPLIERS)
+    table = Table("multiplier", "chosen answer more likely", "mean margin (nats)", "95 % interval")
+    for row in scores.summary().itertuples():
+        interval = f"{row.margin_low:+.1f} to {row.margin_high:+.1f}"
+        table.add_row(f"{row.multiplier:+.1f}", f"{100 * row.accuracy:.0f} %", f"{row.margin:+.1f}", interval)
     console.print(table)
-    picture = plot_dose_response(scores, options.out / "dose-response.png", f"Steering towards {options.set}")
+    title = f"Steering towards {options.set}"
+    picture = plot_dose_response(scores, options.out / "dose-response.png", title, metrics=["accuracy", "margin"])
     console.print(f"Picture: {picture}")
 
     console.rule("4. The same questions at -1, 0 and +1")

@@ -19,6 +19,8 @@ AREAS = (
     "Training",
     "Speed",
     "Methods",
+    "Data",
+    "Evaluation",
     "TRL",
     "Many processes",
     "Devices",

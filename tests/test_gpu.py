@@ -57,8 +57,9 @@ def test_training_gives_the_codes_of_the_cpu(device, cached, tokenizer, tmp_path
             {"cache_activations": True, "activation_cache_dir": str(tmp_path / f"cache-{use_cpu}")} if cached else {}
         )
         args = YaPOTrainingConfig(
-            output_dir=str(tmp_path / str(use_cpu)), max_steps=4, learning_rate=0.1, warmup_steps=0, direction="both",
-            report_to="none", save_strategy="no", bf16=False, use_cpu=use_cpu, **cache,
+            output_dir=str(tmp_path / str(use_cpu)), max_steps=4, learning_rate=0.1, learning_rate_unit="raw",
+            warmup_steps=0, direction="both", report_to="none", save_strategy="no", bf16=False, use_cpu=use_cpu,
+            **cache,
         )  # fmt: skip
         trainer = YaPOTrainer(
             model, args, train_dataset=Dataset.from_list(preference_rows()), processing_class=tokenizer

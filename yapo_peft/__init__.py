@@ -27,8 +27,7 @@ from .tuner import YaPOConfig, YaPOLayer, YaPOModel, model_card, set_multiplier,
 from .tuner.registration import register
 
 if TYPE_CHECKING:
-    from .evaluation.plots import plot_dose_response
-    from .evaluation.preference import PreferenceScore, score_preferences, sweep_preferences
+    from .evaluation import Scores, plot_dose_response, sweep
     from .trainer import YaPOTrainer, YaPOTrainingConfig
     from .trainer.activations import delete_activation_cache
 
@@ -39,10 +38,10 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "NonFiniteLossError",
-    "PreferenceScore",
     "SAEError",
     "SAEMismatchError",
     "SAENotFoundError",
+    "Scores",
     "UnsupportedOperationError",
     "UnsupportedSAEError",
     "YaPOConfig",
@@ -55,10 +54,9 @@ __all__ = [
     "model_card",
     "plot_dose_response",
     "register_sae",
-    "score_preferences",
     "set_multiplier",
     "steering",
-    "sweep_preferences",
+    "sweep",
 ]
 
 # These pull in TRL or matplotlib, which a program that only steers does not need.
@@ -66,10 +64,9 @@ _LAZY = {
     "YaPOTrainer": "trainer",
     "delete_activation_cache": "trainer.activations",
     "YaPOTrainingConfig": "trainer",
-    "PreferenceScore": "evaluation.preference",
-    "score_preferences": "evaluation.preference",
-    "sweep_preferences": "evaluation.preference",
-    "plot_dose_response": "evaluation.plots",
+    "Scores": "evaluation",
+    "plot_dose_response": "evaluation",
+    "sweep": "evaluation",
 }
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from _reference.yapo import completion_logp, steer_block
 from peft import get_peft_model
-from tiny import make_model, make_sae, preference_rows, random_code, set_code
+from tiny import ARCHITECTURES, make_model, make_sae, preference_rows, random_code, set_code
 
-from yapo_peft import ConfigError, DatasetError, YaPOConfig, plot_dose_response, score_preferences, sweep_preferences
-from yapo_peft.evaluation.preference import PreferenceScore
+from yapo_peft import ConfigError, DatasetError, YaPOConfig, sweep
+from yapo_peft.tuner.blocks import decoder_blocks
 
 
 def steered():
@@ -45,30 +45,82 @@ def test_scores_equal_those_of_one_answer_at_a_time(tokenizer, conversational, b
     rows = preference_rows(7, conversational)
     if not conversational:
         rows = [row | {k: f" {row[k]} " for k in ("chosen", "rejected")} for row in rows]
-    scores = sweep_preferences(steered(), rows, tokenizer, (-2.0, 0.0, 1.0), batch_size=batch_size)
-    assert [score.multiplier for score in scores] == [-2.0, 0.0, 1.0]
-    for score in scores:
-        expected = slow_margins(rows, tokenizer, score.multiplier)
-        assert score.margin == pytest.approx(float(expected.mean()), rel=1e-3, abs=1e-3)
-        assert score.accuracy == pytest.approx(float((expected > 0).float().mean()))
-        assert score.pairs == 7
+    scores = sweep(steered(), rows, tokenizer, (-2.0, 0.0, 1.0), batch_size=batch_size)
+    assert scores.metrics == ("accuracy", "margin", "margin_per_token")
+    assert scores.table["multiplier"].tolist() == [-2.0] * 7 + [0.0] * 7 + [1.0] * 7
+    assert scores.table["example"].tolist() == list(range(7)) * 3
+    for strength, group in scores.table.groupby("multiplier"):
+        expected = slow_margins(rows, tokenizer, strength)
+        assert group["margin"].tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
+        assert group["accuracy"].tolist() == (expected > 0).float().tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["all", "completion"])
+def test_the_lower_half_is_run_once_for_all_strengths(tokenizer, architecture, positions, monkeypatch):
+    model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae(), positions=positions))
+    set_code(model, random_code())
+    lowest = decoder_blocks(model.get_base_model())[1][0]
+    calls = []
+    # A hook runs also where a block only passes on what it gets; its attention does not.
+    attention = getattr(lowest, "self_attn", None) or lowest.attn
+    attention.register_forward_hook(lambda *args: calls.append(1))
+    strengths = (-1.0, 0.5, 0.0, 2.0)
+    rows = preference_rows(4)
+    once = sweep(model, rows, tokenizer, strengths, batch_size=4)
+    # For each of two batches, and where the first one was compared with the whole model.
+    assert len(calls) == 2 + 1
+    monkeypatch.setattr("yapo_peft.evaluation.lower_half.UpperHalf", None)
+    monkeypatch.setattr("yapo_peft.evaluation.lower_half.lowest_steered", lambda layers: None)
+    whole = sweep(model, rows, tokenizer, strengths, batch_size=4)
+    assert len(calls) == 2 + 1 + 2 * 4
+    torch.testing.assert_close(
+        torch.tensor(once.table["margin"].to_numpy()), torch.tensor(whole.table["margin"].to_numpy())
+    )
+
+
+def test_a_model_whose_upper_blocks_look_past_the_steered_one_is_run_as_a_whole(tokenizer):
+    model = steered()
+    blocks = decoder_blocks(model.get_base_model())[1]
+    kept = []
+    blocks[0].self_attn.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+    blocks[3].register_forward_hook(lambda module, args, output: output + kept.pop())
+    rows, strengths = preference_rows(4), (1.0, -1.0)
+    scores = sweep(model, rows, tokenizer, strengths)
+    for strength in strengths:
+        alone = sweep(model, rows, tokenizer, [strength])
+        found = scores.table[scores.table["multiplier"] == strength]["margin"].tolist()
+        assert found == pytest.approx(alone.table["margin"].tolist(), abs=1e-4)
+
+
+def test_another_adapter_can_be_dialled(tokenizer):
+    model = steered()
+    model.add_adapter("other", YaPOConfig(layers=1, space="dense"))
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].yapo.yapo_code["other"].fill_(0.5)
+    rows = preference_rows(3)
+    other = sweep(model, rows, tokenizer, (0.0, 1.0), adapter_name="other").table
+    assert model.active_adapter == "default"
+    model.set_adapter("other")
+    assert other.equals(sweep(model, rows, tokenizer, (0.0, 1.0)).table)
+    assert other["margin"].nunique() == 6
 
 
 def test_adapters_of_other_positions_score_as_they_were_trained(tokenizer):
     rows = preference_rows(5)
-    everywhere = score_preferences(steered(), rows, tokenizer, 1.0)
+    everywhere = sweep(steered(), rows, tokenizer, [1.0])
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), positions="completion"))
     set_code(model, random_code())
-    on_answers = score_preferences(model, rows, tokenizer, 1.0)
+    on_answers = sweep(model, rows, tokenizer, [1.0])
     with model.disable_adapter():
-        nowhere = score_preferences(model, rows, tokenizer, 1.0)
-    assert len({round(score.margin, 3) for score in (everywhere, on_answers, nowhere)}) == 3
+        nowhere = sweep(model, rows, tokenizer, [1.0])
+    assert len({round(scores.table["margin"].mean(), 3) for scores in (everywhere, on_answers, nowhere)}) == 3
 
 
 def test_scoring_changes_neither_mode_nor_strength(tokenizer):
     model = steered().train()
     before = model.base_model.model.model.layers[2].yapo.multiplier["default"]
-    score_preferences(model, preference_rows(2), tokenizer, -1.0)
+    sweep(model, preference_rows(2), tokenizer, [-1.0])
     assert model.training
     assert model.base_model.model.model.layers[2].yapo.multiplier["default"] == before
 
@@ -80,28 +132,13 @@ def test_scoring_changes_neither_mode_nor_strength(tokenizer):
         ([{"prompt": "w1", "chosen": "w2"}], {}, DatasetError, r"A pair lacks \['rejected'\]"),
         ([{"prompt": "", "chosen": "w2", "rejected": "w3"}], {}, DatasetError, r"A pair lacks \['prompt'\]"),
         (preference_rows(1), {"multipliers": []}, ConfigError, r"multipliers=\[\]"),
+        (preference_rows(1), {"multipliers": [1.0, 1]}, ConfigError, "each of them once"),
         (preference_rows(1), {"batch_size": 0}, ConfigError, "batch_size=0"),
-        (preference_rows(1), {"multipliers": [float("nan")]}, ConfigError, "multiplier=nan"),
+        (preference_rows(1), {"multipliers": [1.0, float("nan")]}, ConfigError, "multiplier=nan"),
         (preference_rows(1), {"adapter_name": "x"}, ConfigError, "no YaPO adapter 'x'"),
+        (preference_rows(1), {"max_new_tokens": 3}, ConfigError, "max_new_tokens= is for measures of answers"),
     ],
 )
 def test_bad_input_is_named(tokenizer, rows, options, error, message):
     with pytest.raises(error, match=message):
-        sweep_preferences(steered(), rows, tokenizer, **options)
-
-
-def test_the_picture_is_drawn(tmp_path):
-    scores = [PreferenceScore(m, 0.5 + 0.2 * m, 10 * m, 60) for m in (1.0, -1.0, 0.0)]
-    path = plot_dose_response(scores, tmp_path / "new" / "dose.png", "Dose-response")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in path.parent.iterdir()] == ["dose.png"]
-
-
-def test_a_picture_needs_an_ending(tmp_path):
-    with pytest.raises(ConfigError, match="has no ending, which chooses the format"):
-        plot_dose_response([PreferenceScore(m, 0.5, 0.0, 3) for m in (0.0, 1.0)], tmp_path / "dose", "x")
-
-
-def test_one_strength_is_no_dose_response(tmp_path):
-    with pytest.raises(ConfigError, match="at least two strengths, got 1"):
-        plot_dose_response([PreferenceScore(1.0, 0.5, 0.0, 3)], tmp_path / "dose.png", "x")
+        sweep(steered(), rows, tokenizer, **options)

@@ -94,7 +94,13 @@ def test_a_fitted_code_can_be_trained_further(tokenizer, tmp_path):
     fit_sas(model, measure_contrast(model, ROWS, tokenizer))
     before = code_of(model, "sas").clone()
     args = YaPOTrainingConfig(
-        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-3, warmup_steps=0, report_to="none", use_cpu=True
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=1e-3,
+        learning_rate_unit="raw",
+        warmup_steps=0,
+        report_to="none",
+        use_cpu=True,
     )
     YaPOTrainer(model, args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer).train()
     assert 0 < float((code_of(model, "sas") - before).abs().max()) < 0.01

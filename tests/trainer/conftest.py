@@ -14,6 +14,7 @@ def build(tmp_path, pairs, tokenizer):
 
     def make(model="llama", train_dataset=pairs, adapter=None, code=None, out="out", init=None, **options):
         defaults = {"max_steps": 4, "learning_rate": 0.1, "warmup_steps": 0, "logging_steps": 1}
+        defaults |= {"learning_rate_unit": "raw"}
         defaults |= {"report_to": "none", "bf16": False, "use_cpu": True}
         args = YaPOTrainingConfig(output_dir=str(tmp_path / out), **defaults | options)
         if isinstance(model, str):

@@ -37,7 +37,8 @@ def trainer(name, max_steps=4, layers=(2,), **options):
         options["activation_cache_dir"] = str(FOLDER / f"activations-{WORLD}")
     args = YaPOTrainingConfig(
         output_dir=str(FOLDER / f"{name}-{WORLD}"), use_cpu=True, bf16=False, report_to="none", max_steps=max_steps,
-        save_steps=2, learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", logging_steps=1,
+        save_steps=2, learning_rate=0.1, learning_rate_unit="raw", warmup_steps=0, lr_scheduler_type="constant",
+        logging_steps=1,
         per_device_train_batch_size=PAIRS // WORLD, per_device_eval_batch_size=2, **options,
     )  # fmt: skip
     train, test = (datasets.load_from_disk(str(FOLDER / part)) for part in ("train", "test"))

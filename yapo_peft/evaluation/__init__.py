@@ -1,1 +1,36 @@
-"""Measures of a steered model, one file each, and their pictures."""
+"""Measures of a steered model, one file each, their comparison and their pictures."""
+
+from .choice import GeneratedChoice, MultipleChoice
+from .compare import at_matched_damage
+from .culture import cultural_scores, normalised_localization_gap, robust_cultural_accuracy
+from .damage import Damage, Repetition
+from .judge import RUBRICS, Judge, JudgeUsage
+from .lm_eval import evaluate_tasks, sweep_tasks
+from .plots import plot_dose_response, plot_losses, plot_matched_damage
+from .preference import Preference
+from .scores import Scores
+from .sweep import AnswerMeasure, LikelihoodMeasure, sweep
+
+__all__ = [
+    "RUBRICS",
+    "AnswerMeasure",
+    "Damage",
+    "GeneratedChoice",
+    "Judge",
+    "JudgeUsage",
+    "LikelihoodMeasure",
+    "MultipleChoice",
+    "Preference",
+    "Repetition",
+    "Scores",
+    "at_matched_damage",
+    "cultural_scores",
+    "evaluate_tasks",
+    "normalised_localization_gap",
+    "plot_dose_response",
+    "plot_losses",
+    "plot_matched_damage",
+    "robust_cultural_accuracy",
+    "sweep",
+    "sweep_tasks",
+]

@@ -2,55 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from ..errors import ConfigError
-from .preference import PreferenceScore
+from .scores import SEED, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colours that those who see few can tell apart (Okabe and Ito, 2008).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+_AXES = {
+    "accuracy": "accuracy (% of examples)",
+    "margin": "mean margin (nats)",
+    "margin_per_token": "mean margin (nats per token)",
+    "kl": "KL from the unsteered model (nats per token)",
+    "nll": "negative log-likelihood (nats per token)",
+    "repeated": "repeated runs of words (%)",
+    "score": "mean score of the judge",
+}
+_SHARES = ("accuracy", "repeated", "answered", "top_changed")
 
 
-def plot_dose_response(scores: Sequence[PreferenceScore], path: str | Path, title: str) -> Path:
-    """Draws preference accuracy and margin against the strength of steering.
+def plot_dose_response(
+    scores: Scores, path: str | Path, title: str, *, metrics: Sequence[str] | None = None, **bootstrap: Any
+) -> Path:
+    """Draws metrics against the strength of steering, a line per method, with bootstrap intervals.
 
     Args:
-        scores: What `sweep_preferences` returned; at least two strengths.
+        scores: What `sweep` returned, or several in one, with labels such as "method"; at least two strengths.
         path: File to write; its ending chooses the format, such as ".png" or ".svg".
         title: What was measured.
+        metrics: Which to draw; all if None.
+        **bootstrap: For `Scores.summary`.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: There are fewer than two scores, or the path has no ending.
+        ConfigError: There are fewer than two strengths, there is no such metric, or the path has no ending.
         ImportError: matplotlib is not installed.
     """
-    if len(scores) < 2:
-        raise ConfigError(f"A dose-response needs at least two strengths, got {len(scores)}.")
+    metrics = list(scores.metrics if metrics is None else metrics)
+    unknown = [name for name in metrics if name not in scores.metrics]
+    if unknown or not metrics:
+        raise ConfigError(f"metrics={metrics!r}: choose from {', '.join(map(repr, scores.metrics))}.")
+    strengths = len(set(scores.table["multiplier"]))
+    if strengths < 2:
+        raise ConfigError(f"A dose-response needs at least two strengths, got {strengths}.")
+    summary = scores.summary(**bootstrap)
+    figure = _figure(path, len(metrics))
+    for axes, metric in zip(figure.axes, metrics, strict=True):
+        factor = 100 if metric in _SHARES else 1
+        for colour, (name, line) in zip(_cycle(), _lines(summary, scores.labels), strict=False):
+            line = line.sort_values("multiplier")
+            x = line["multiplier"]
+            axes.plot(x, factor * line[metric], "o-", color=colour, markersize=4, label=name)
+            low, high = factor * line[f"{metric}_low"], factor * line[f"{metric}_high"]
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.axvline(0, color="0.8", zorder=0)
+        axes.set(xlabel="multiplier", ylabel=_AXES.get(metric, metric))
+        if metric == "margin":
+            axes.axhline(0, color="0.8", zorder=0)
+    figure.suptitle(f"{title} ({max(summary['examples'])} examples)")
+    return _save(figure, path)
+
+
+def plot_matched_damage(
+    table: pd.DataFrame, path: str | Path, title: str, *, metric: str, damage_metric: str = "kl"
+) -> Path:
+    """Draws what `at_matched_damage` returned: effect against damage, a line per method.
+
+    Raises:
+        ConfigError: The table has no such columns, or the path has no ending.
+        ImportError: matplotlib is not installed.
+    """
+    missing = [name for name in (metric, damage_metric, "multiplier") if name not in table.columns]
+    if missing:
+        raise ConfigError(
+            f"The table has {list(table.columns)}, but no {missing}: give what at_matched_damage returned."
+        )
+    labels = [
+        name for name in table.columns if name not in (damage_metric, "multiplier") and not name.startswith(metric)
+    ]
+    figure = _figure(path, 1)
+    factor = 100 if metric in _SHARES else 1
+    for colour, (name, line) in zip(_cycle(), _lines(table, labels), strict=False):
+        line = line.dropna(subset=[metric]).sort_values(damage_metric)
+        x = line[damage_metric]
+        figure.axes[0].plot(x, factor * line[metric], "o-", color=colour, markersize=4, label=name)
+        low, high = factor * line[f"{metric}_low"], factor * line[f"{metric}_high"]
+        figure.axes[0].fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    figure.axes[0].set(xlabel=_AXES.get(damage_metric, damage_metric), ylabel=_AXES.get(metric, metric))
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def plot_losses(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str, *, metric: str = "loss"
+) -> Path:
+    """Draws a metric of training runs against their steps.
+
+    Args:
+        histories: The log of each run, `trainer.state.log_history`, by its name.
+        path: File to write; its ending chooses the format.
+        title: What was trained.
+        metric: Such as "loss", "eval_loss", "margin/plus" or "code/nonzero".
+
+    Raises:
+        ConfigError: A run did not log it, or the path has no ending.
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(path, 1)
+    for colour, (name, history) in zip(_cycle(), histories.items(), strict=False):
+        points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
+        if not points:
+            there = sorted({key for entry in history for key in entry})
+            raise ConfigError(f"The run {name!r} did not log {metric!r}; it logged {', '.join(there) or 'nothing'}.")
+        figure.axes[0].plot(*zip(*points, strict=True), color=colour, label=name)
+    figure.axes[0].set(xlabel="step", ylabel=metric)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _figure(path: str | Path, panels: int) -> Figure:
+    """A figure, once it is clear that it can be saved."""
     if not Path(path).suffix:
         raise ConfigError(f"path={str(path)!r} has no ending, which chooses the format: give one such as '.png'.")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'yapo-peft[plots]'.") from error
-    ordered = sorted(scores, key=lambda score: score.multiplier)
-    strengths = [score.multiplier for score in ordered]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(strengths, [100 * score.accuracy for score in ordered], "o-", color="#1f6f8b")
-    left.set(ylabel="chosen answer more likely (% of pairs)", ylim=(-3, 103))
-    right.plot(strengths, [score.margin for score in ordered], "o-", color="#b5542b")
-    right.set(ylabel="mean margin (nats per answer)")
-    for axes in (left, right):
-        axes.axvline(0, color="0.8", zorder=0)
-        axes.set(xlabel="multiplier")
+    figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
+    figure.subplots(1, panels)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
-    left.axhline(50, color="0.8", linestyle=":", zorder=0)
-    right.axhline(0, color="0.8", zorder=0)
-    figure.suptitle(f"{title} ({ordered[0].pairs} held-out pairs)")
+    return figure
+
+
+def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None, pd.DataFrame]]:
+    """The parts of a table that are a line each, and their names."""
+    keys = [name for name in labels if name != SEED]
+    if not keys:
+        return [(None, table)]
+    # A label that all lines share says nothing about one of them.
+    said = [name for name in keys if len(set(table[name])) > 1] or keys[:1]
+    return [(", ".join(str(part[name].iloc[0]) for name in said), part) for _, part in table.groupby(keys, sort=False)]
+
+
+def _cycle() -> list[str]:
+    return [*_COLOURS] * 4
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    """Writes beside the target and renames, so that a failure leaves no half picture."""
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[-1].legend(frameon=False, fontsize="small")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that a failure leaves no half picture.
     partial = path.with_name(f".partial-{path.name}")
     figure.savefig(partial, dpi=150)
     partial.replace(path)

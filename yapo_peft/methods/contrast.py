@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -17,7 +16,7 @@ from ..errors import ConfigError
 from ..pairs import pair_batches
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer, steering
-from ..tuner.blocks import hidden_states
+from ..tuner.observe import block_outputs
 from ..tuner.sparse import ActiveFeatures
 from ..tuner.strength import steered_layers
 
@@ -113,7 +112,7 @@ def measure_contrast(
         for batch in tqdm(batches, desc="Reading answers", unit="batch"):
             weights = _weights_of_tokens(batch, special, tokens)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            with torch.no_grad(), steering(model, 0.0), _outputs(layers) as outputs:
+            with torch.no_grad(), steering(model, 0.0), block_outputs(layers) as outputs:
                 backbone(**inputs, use_cache=False)
             for layer in layers:
                 _add(contrast, layer, outputs[layer.index], weights)
@@ -143,25 +142,6 @@ def _weights_of_tokens(batch: dict[str, Tensor], special: Tensor, tokens: str) -
         last = position.masked_fill(~content, -1).max(dim=1, keepdim=True).values
         content = position == last
     return content / content.sum(dim=1, keepdim=True)
-
-
-@contextmanager
-def _outputs(layers: list[YaPOLayer]) -> Generator[dict[int, Tensor]]:
-    """Within it, the outputs of steered blocks are kept, `(batch, seq, d_model)` each."""
-    outputs: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[index] = hidden_states(output)
-
-        return hook
-
-    handles = [layer.block.register_forward_hook(keep(layer.index)) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add(contrast: Contrast, layer: YaPOLayer, hidden: Tensor, weights: Tensor) -> None:

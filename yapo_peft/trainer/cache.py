@@ -23,13 +23,13 @@ from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationErro
 from ..tuner import YaPOLayer
 from ..tuner.sparse import ActiveFeatures
 from ..tuner.strength import lowest_steered
+from ..tuner.upper_half import UpperHalf
 from .activations import Activations, ActivationStore, cache_folder
 from .cacheable import one_sae, require_constant
 from .config import YaPOTrainingConfig
 from .fingerprint import hash_model, survey
 from .packing import PackedBatch, keep_rows, share_prompts
 from .scoring import CachedPairs, score_packed
-from .upper_half import UpperHalf
 
 # The column that says which stored example a row of a dataset is.
 COLUMN = "activations_row"

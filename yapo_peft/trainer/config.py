@@ -9,9 +9,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from ..errors import ConfigError, UnsupportedOperationError
+from .objective import OBJECTIVES
 
 Direction = Literal["batch", "example", "both"]
 Reference = Literal["unsteered", "none"]
+LearningRateUnit = Literal["activation", "raw"]
 
 _ONE_SIDED = {
     "apo_down": "it lowers the likelihood of both answers, so its two directions do not oppose each other",
@@ -23,7 +25,7 @@ _SORTED = {
 _CACHE_DTYPES = ("float32", "bfloat16", "float16")
 # Metrics that a good code lowers.
 _FALLING = ("loss/plus", "loss/minus", "margin/minus", "accuracy/minus")
-_ABSOLUTE = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
+_ABSOLUTE = ("reps", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class YaPOTrainingConfig(DPOConfig):
         sparsify_end: Share of its steps after which there are `max_features` at most.
         l1: Pull of each entry towards zero, in units of the loss (nats) per unit of the code: after each step entries
             shrink by the learning rate times this.
+        loss_type: TRL's, or "reps", the loss of RePS; "sigmoid", as published, unless given.
         learning_rate: As published, in units of SAE activations: an SAE with larger activations needs a larger one.
         num_train_epochs: As published.
         per_device_train_batch_size: As published.
@@ -81,6 +84,9 @@ class YaPOTrainingConfig(DPOConfig):
     sparsify_start: float = field(default=0.2, metadata={"help": "Share of the steps before entries are removed."})
     sparsify_end: float = field(default=0.8, metadata={"help": "Share of the steps when max_features is reached."})
     l1: float = field(default=0.0, metadata={"help": "Pull of each entry towards zero, in nats per unit."})
+    learning_rate_unit: str = field(
+        default="activation", metadata={"help": "'activation': per typical activation. 'raw': per unit, as published."}
+    )
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate, in units of SAE activations."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Number of passes over the training set."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs per device and step."})
@@ -102,10 +108,16 @@ class YaPOTrainingConfig(DPOConfig):
             raise ConfigError(f"beta={self.beta}: give a positive number; at 0 the loss does not depend on the code.")
         if self.direction not in get_args(Direction):
             raise ConfigError(f"direction={self.direction!r}: choose one of {get_args(Direction)}.")
+        if self.learning_rate_unit not in get_args(LearningRateUnit):
+            raise ConfigError(
+                f"learning_rate_unit={self.learning_rate_unit!r}: choose one of {get_args(LearningRateUnit)}."
+            )
         if self.reference not in get_args(Reference):
             raise ConfigError(f"reference={self.reference!r}: choose one of {get_args(Reference)}.")
         for loss_type in self.loss_type:
             self._check_loss(loss_type)
+        if set(self.loss_type) & set(OBJECTIVES):
+            self.require_plain_loss()
         self._check_cache()
         self._check_sparsity()
         if self.sync_ref_model:
@@ -123,6 +135,25 @@ class YaPOTrainingConfig(DPOConfig):
             reason = "it judges each answer by its own ratio to the reference, and reference='none' has none"
         if reason is not None:
             raise UnsupportedOperationError(f"loss_type={loss_type!r} cannot train a steering code: {reason}.")
+
+    def require_plain_loss(self) -> None:
+        """Raises where an option changes TRL's losses, which are not the ones to train with.
+
+        Raises:
+            ConfigError: One of them is set, or there are several losses.
+        """
+        defaults = {
+            "loss_weights": None,
+            "ld_alpha": None,
+            "use_weighting": False,
+            "label_smoothing": 0.0,
+            "f_divergence_type": "reverse_kl",
+        }
+        found = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if found:
+            raise ConfigError(f"{found[0]}={getattr(self, found[0])!r} changes TRL's losses, and none of them is used.")
+        if len(self.loss_type) > 1:
+            raise ConfigError(f"loss_type={self.loss_type!r}: {sorted(OBJECTIVES)} stand alone, without others.")
 
     def _check_cache(self) -> None:
         if self.activation_cache_dtype not in (None, *_CACHE_DTYPES):

@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 # Tensors of a collated batch that hold the chosen rows first and the rejected rows second.
 _PAIRED = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class OrientedPairs:
+    """What an objective sees of a batch: each pair as its direction turns it, `(pairs,)` each.
+
+    Where the direction is +1, the winning answer is the chosen one, and the model is steered with +1; where it is -1,
+    it is the rejected one, and the model is steered with -1.
+
+    Attributes:
+        winning: Log-probability of the answer that is to be raised, in nats summed over its tokens, with gradient.
+        losing: The same of the other one.
+        ref_winning: As `winning`, unsteered; zeros with `reference="none"`.
+        ref_losing: As `losing`, unsteered.
+        winning_tokens: Number of tokens of the answer.
+        losing_tokens: The same of the other one.
+    """
+
+    winning: Tensor
+    losing: Tensor
+    ref_winning: Tensor
+    ref_losing: Tensor
+    winning_tokens: Tensor
+    losing_tokens: Tensor
+
+    @classmethod
+    def of(cls, log_probs: Tensor, inputs: dict[str, Any]) -> OrientedPairs:
+        """The pairs of an oriented batch, with the log-probabilities of its answers' tokens, `(2 * pairs, seq - 1)`."""
+        tokens = inputs["completion_mask"][:, 1:].sum(dim=1).chunk(2)
+        winning, losing = log_probs.sum(dim=1).chunk(2)
+        return cls(winning, losing, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], tokens[0], tokens[1])
+
+
+Objective = Callable[[OrientedPairs], Tensor]
+
+
+def reps(pairs: OrientedPairs) -> Tensor:
+    """The loss of RePS, `(pairs,)`: likelihoods per token, without a reference to stay close to.
+
+        -log sigmoid(w / |y_w| * log p(y_w) - 1 / |y_l| * log p(y_l)),  w = max(log ref(y_l) - log ref(y_w), 1)
+
+    The unsteered model decides only the constant `w`, by which an answer that it finds unlikely counts more. Published
+    with a projection as the negative direction; here that is strength -1, as everywhere.
+
+    Source: arXiv 2505.20809, section 3 (the loss of both directions).
+    """
+    weight = (pairs.ref_losing - pairs.ref_winning).clamp(min=1)
+    return -logsigmoid(weight * pairs.winning / pairs.winning_tokens - pairs.losing / pairs.losing_tokens)
+
+
+# The `loss_type`s that TRL does not have.
+OBJECTIVES: dict[str, Objective] = {"reps": reps}
 
 
 def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int, rank: int) -> Tensor:

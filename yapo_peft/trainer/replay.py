@@ -37,6 +37,11 @@ class Replay:
         """Log-probabilities of the answers' tokens, `(2 * pairs, seq - 1)`, in nats."""
         return self._scored.log_probs.detach()
 
+    @property
+    def log_probs_with_gradient(self) -> Tensor:
+        """The same, before `reorder`, for a loss."""
+        return self._scored.log_probs
+
     def of_rows(self, rows: Tensor) -> Replay:
         """The same for some rows of the batch, without gradient."""
         part = Replay(self._model)

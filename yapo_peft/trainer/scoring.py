@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..tuner.call import Call
 from ..tuner.sparse import ActiveFeatures
+from ..tuner.upper_half import UpperHalf
 from .answers import score_answers, score_rows
 from .objective import pair_order
 from .packing import PackedBatch
 from .replay import Replay
-from .upper_half import UpperHalf
 
 
 @dataclass(frozen=True)

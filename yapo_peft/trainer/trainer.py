@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
@@ -24,11 +25,21 @@ from .card import training_card
 from .code_metrics import share_of_tokens_moved, size_of_codes
 from .config import YaPOTrainingConfig
 from .data import require_preferences, require_room, require_shared, with_lengths
-from .objective import draw_directions, one_pair, orient, pair_order, preference_margin
+from .objective import (
+    OBJECTIVES,
+    Objective,
+    OrientedPairs,
+    draw_directions,
+    one_pair,
+    orient,
+    pair_order,
+    preference_margin,
+)
 from .pair_metrics import PairMetricsTrainer
 from .replay import Replay
 from .scoring import Scorer, WholeModel
 from .sparsity import Sparsify, require_sparsifiable
+from .units import Units, gradients_in_units, in_units, measure_units, require_normalised
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
 
@@ -49,6 +60,7 @@ class YaPOTrainer(PairMetricsTrainer):
         model: A model, or the name or path of one, together with `peft_config`; or a `PeftModel` with a YaPO adapter.
         args: The training config; published defaults if None.
         peft_config: The adapter to attach.
+        objective: A loss of one's own, `(pairs,)`, of `OrientedPairs`, instead of `args.loss_type`.
         **kwargs: As for `DPOTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
@@ -84,6 +96,7 @@ class YaPOTrainer(PairMetricsTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: PeftConfig | None = None,
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         if args is not None and not isinstance(args, YaPOTrainingConfig):
@@ -104,6 +117,7 @@ class YaPOTrainer(PairMetricsTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
+        self._objective = self._chosen_objective(objective)
         self._layers = steered_layers(self.model)
         self._base_model: Any = cast(Any, self.model).get_base_model()
         for layer in self._layers:
@@ -111,6 +125,7 @@ class YaPOTrainer(PairMetricsTrainer):
         if self.args.max_features is not None or self.args.l1:
             require_sparsifiable(self, self._layers)
             self.add_callback(Sparsify(self._layers))
+        self._units = self._measured_units()
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             require_cacheable(self)
@@ -130,6 +145,40 @@ class YaPOTrainer(PairMetricsTrainer):
         if warning is not None:
             warnings.warn(warning, UserWarning, stacklevel=2)
         return with_lengths(prepared, args)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers', with a rate for each code that suits its activations."""
+        is_given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self._units is not None and not is_given:
+            in_units(optimizer, self._layers, self._units)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        with gradients_in_units(self._layers, self._units or {}):
+            return super()._clip_grad_norm(model)
+
+    def _measured_units(self) -> Units | None:
+        if self.args.learning_rate_unit == "raw" or self.optimizer is not None:
+            return None
+        require_normalised(str(getattr(self.args.optim, "value", self.args.optim)), is_deepspeed_zero3_enabled())
+        units = measure_units(self.model, self._base_model, self._layers, self.train_dataset)
+        said = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in units.items())
+        self.accelerator.print(f"The learning rate is in units of typical activations: {said}.")
+        return units
+
+    def _chosen_objective(self, own: Objective | None) -> Objective | None:
+        """The loss that is not TRL's, if any; TRL's code then runs for its metrics alone."""
+        name = self.loss_types[0] if self.loss_types[0] in OBJECTIVES else None
+        if own is None and name is None:
+            return None
+        if own is not None and self.loss_types != ["sigmoid"]:
+            raise ConfigError(f"objective= and loss_type={self.loss_types!r} are both given: keep one of them.")
+        if self.aux_loss_enabled:
+            raise UnsupportedOperationError("router_aux_loss_coef is part of TRL's losses alone: set it to 0.")
+        self.args.require_plain_loss()
+        self.loss_types = ["sigmoid"]
+        return own if own is not None else OBJECTIVES[cast(str, name)]
 
     def _say_what_could_be_skipped(self) -> None:
         blocks = len(decoder_blocks(self._base_model)[1])
@@ -216,7 +265,11 @@ class YaPOTrainer(PairMetricsTrainer):
         with self._given_reference():
             with self._metrics_kept(), steering(unwrapped, strength):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
-            losses = loss.detach()[None] if self.model.training else self._loss_of_each(replay, oriented)
+            if self._objective is not None:
+                each = self._objective(OrientedPairs.of(replay.log_probs_with_gradient, oriented))
+                loss, losses = each.mean(), each.detach()
+            else:
+                losses = loss.detach()[None] if self.model.training else self._loss_of_each(replay, oriented)
             seen = [layer.moved_tokens for layer in self._layers if layer.moved_tokens is not None]
             collated = [scorer.collated(tokens, directions) for tokens in seen]
             moved = share_of_tokens_moved(collated, inputs["attention_mask"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tuner.blocks import decoder_blocks, hidden_states, with_hidden_states
+from .blocks import decoder_blocks, hidden_states, with_hidden_states
 
 
 class UpperHalf:
@@ -29,7 +29,10 @@ class UpperHalf:
 
     @contextmanager
     def observed(self, found: list[Tensor]) -> Generator[None]:
-        """Within it, what the lowest steered block puts out is added to a list, and the form of outputs is learned."""
+        """Within it, what the lowest steered block puts out, before it is steered, is added to a list.
+
+        The form of the blocks' outputs is learned too, for `given`.
+        """
         outputs: dict[int, Any] = {}
 
         def keep(index: int) -> Callable[..., None]:
@@ -43,7 +46,8 @@ class UpperHalf:
             found.append(hidden_states(output).detach())
 
         handles = [block.register_forward_hook(keep(index)) for index, block in enumerate(self._lower)]
-        handles.append(self._lower[-1].register_forward_hook(find))
+        # Before the hook that steers it.
+        handles.append(self._lower[-1].register_forward_hook(find, prepend=True))
         try:
             yield
         finally:

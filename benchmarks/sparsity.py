@@ -1,0 +1,132 @@
+"""Effect against the number of features: a budget during training, and pruning after it.
+
+Trains a code without a budget, prunes copies of it to fewer and fewer features, and trains one for each budget, all
+on the same cached activations with the same recipe. The effect of a code is how far it moves the margin between chosen
+and rejected answers of held-out pairs from -1 to +1; its damage is the KL from the unsteered model on neutral text.
+
+    python benchmarks/sparsity.py --data train.csv --text neutral.txt --out sparsity.json --plot sparsity.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from embedded import load_model_and_tokenizer, sae_folder, sae_layer
+from published import cached_arguments, pairs_of, report
+
+from yapo_peft import YaPOConfig, YaPOTrainer, sweep
+from yapo_peft.evaluation import Damage
+from yapo_peft.methods import prune
+
+
+def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], blocks: int) -> dict[str, float]:
+    """Effect, damage and size of the trainer's code as it is."""
+    model, tokenizer = trainer.model, trainer.processing_class
+    margins = sweep(model, held_out, tokenizer, (-1.0, 1.0), batch_size=16).summary()["margin"]
+    damage = sweep(model, text, tokenizer, (-1.0, 1.0), measure=Damage(max_blocks=blocks), batch_size=4).summary()["kl"]
+    code = trainer._layers[0].yapo_code["default"].detach()
+    return {
+        "features": int(code.count_nonzero()),
+        "effect": float(margins[1] - margins[0]),
+        "held-out loss": trainer.evaluate()["eval_loss"],
+        "KL at -1": float(damage[0]),
+        "KL at +1": float(damage[1]),
+    }
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Trains and measures all of them."""
+    pairs = pairs_of(options.data).shuffle(seed=0)
+    train, held_out = pairs.select(range(options.pairs)), pairs.select(range(len(pairs) - options.held_out, len(pairs)))
+    text = [options.text.read_text()] if options.text else held_out_text(held_out)
+    found: dict[str, Any] = {"during training": [], "after training": []}
+
+    def trained(budget: int | None) -> YaPOTrainer:
+        model, tokenizer = load_model_and_tokenizer()
+        model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae_folder()))
+        args = cached_arguments(
+            folder,
+            "activations",
+            max_steps=options.steps,
+            warmup_steps=min(10, options.steps // 4),
+            learning_rate=options.learning_rate,
+            adam_epsilon=options.epsilon,
+            direction="example",
+            max_features=budget,
+        )
+        trainer = YaPOTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+        trainer.train()
+        return trainer
+
+    full = trained(None)
+    found["no budget"] = measure(full, held_out, text, options.blocks)
+    print(found["no budget"], flush=True)
+    code = full._layers[0].yapo_code["default"].detach().clone()
+    for budget in options.features:
+        full._layers[0].yapo_code["default"].data.copy_(code)
+        prune(full.model, budget)
+        found["after training"].append(measure(full, held_out, text, options.blocks))
+        found["during training"].append(measure(trained(budget), held_out, text, options.blocks))
+        print(budget, found["after training"][-1], found["during training"][-1], flush=True)
+    return found
+
+
+def held_out_text(pairs: Any) -> list[str]:
+    """Questions, where there is no other text."""
+    return [" ".join(message["content"] for message in pair["prompt"]) for pair in pairs]
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draws the effect against the number of features."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.7), layout="constrained")
+    axes = figure.subplots()
+    whole = found["no budget"]["effect"]
+    for name, colour in (("during training", "#0072B2"), ("after training", "#D55E00")):
+        line = sorted((point["features"], 100 * point["effect"] / whole) for point in found[name])
+        axes.plot(*zip(*line, strict=True), "o-", color=colour, label=f"pruned {name}")
+    axes.axhline(100, color="0.7", zorder=0)
+    axes.axhline(95, color="0.85", linestyle=":", zorder=0)
+    axes.set(xscale="log", xlabel="features", ylabel=f"effect, % of that of all {found['no budget']['features']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="CSV of question, matching, not_matching; embedded if missing")
+    parser.add_argument("--text", type=Path, help="neutral text, for the damage; the held-out questions if missing")
+    parser.add_argument("--features", nargs="+", type=int, default=[1024, 256, 64, 16])
+    parser.add_argument("--pairs", type=int, default=450)
+    parser.add_argument("--held-out", type=int, default=120, help="pairs of the same file that are not trained on")
+    parser.add_argument("--blocks", type=int, default=24, help="blocks of 256 tokens of the text")
+    parser.add_argument("--steps", type=int, default=112)
+    parser.add_argument("--learning-rate", type=float, default=0.3)
+    parser.add_argument("--epsilon", type=float, default=3e-3)
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+    options = parser.parse_args()
+    if options.quick:
+        options.pairs, options.held_out, options.steps, options.features, options.blocks = 8, 4, 3, [16], 1
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(options, Path(folder))
+    report({"sparsity": found}, options.out)
+    if options.plot is not None:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import make_model, make_sae, random_code, set_code
+
+from yapo_peft import ConfigError, Scores, UnsupportedOperationError, YaPOConfig, steering
+from yapo_peft.cli import main
+from yapo_peft.evaluation import evaluate_tasks, sweep_tasks
+
+DOCUMENTS = [{"q": f"w{3 * i} w{i + 1}", "o": [f"w{i + 5} w3", f"w{i + 9} w7"], "a": i % 2} for i in range(8)]
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A multiple-choice task of lm-eval, on a file."""
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
+    return {
+        "task": "own_choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{o}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
+@pytest.fixture
+def model():
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+    set_code(model, random_code(scale=2.0))
+    return model
+
+
+@torch.no_grad()
+def slow_accuracies(model, tokenizer, multiplier):
+    found = []
+    for row in DOCUMENTS:
+        scores = []
+        for option in row["o"]:
+            before, own = (tokenizer(text)["input_ids"] for text in (row["q"], option))
+            with steering(model, multiplier):
+                logps = model(input_ids=torch.tensor([before + own])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logps[len(before) - 1 + i, token]) for i, token in enumerate(own)))
+        found.append(float(scores.index(max(scores)) == row["a"]))
+    return found
+
+
+@pytest.mark.feature("Evaluation", "Any task of lm-eval, at any strength")
+def test_a_task_is_run_on_the_steered_model(model, tokenizer, task):
+    scores = sweep_tasks(model, tokenizer, [task], [0.0, 1.0, -1.0], batch_size=3)
+    assert scores.labels == ["task"]
+    for multiplier, group in scores.table.groupby("multiplier"):
+        accuracies = group.sort_values("example")["acc"].tolist()
+        assert accuracies == slow_accuracies(model, tokenizer, multiplier)
+        found = evaluate_tasks(model, tokenizer, [task], multiplier, limit=5)
+        assert found["results"]["own_choices"]["acc,none"] == pytest.approx(sum(accuracies[:5]) / 5)
+    of_strengths = scores.table.pivot(index="example", columns="multiplier", values="acc")
+    assert not of_strengths[0.0].equals(of_strengths[1.0])
+
+
+def test_neither_mode_nor_strength_is_left_changed(model, tokenizer, task):
+    model.train()
+    evaluate_tasks(model, tokenizer, [task], 0.5)
+    assert model.training
+    assert model.base_model.model.model.layers[2].yapo.multiplier["default"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": []}, r"tasks=\[\]"),
+        ({"multipliers": []}, r"multipliers=\[\]"),
+        ({"multipliers": [1.0, 1.0]}, "each of them once"),
+        ({"metric": "f1"}, "'own_choices' has no metric 'f1' per document, but 'acc'"),
+        ({"adapter_name": "x"}, "no YaPO adapter 'x'"),
+    ],
+)
+def test_bad_input_is_named(model, tokenizer, task, options, message):
+    arguments = {"tasks": [task], "multipliers": [1.0]} | options
+    with pytest.raises(ConfigError, match=message):
+        sweep_tasks(model, tokenizer, **arguments)
+
+
+def test_an_adapter_that_steers_some_tokens_is_refused(tokenizer, task):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), positions="completion"))
+    with pytest.raises(UnsupportedOperationError, match="positions='completion': lm-eval scores answers without"):
+        evaluate_tasks(model, tokenizer, [task])
+
+
+def test_the_command_measures_a_saved_adapter(model, tokenizer, task, tmp_path, capsys, monkeypatch):
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), self_contained=True))
+    set_code(model, random_code(scale=2.0))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(json.dumps(task))
+    arguments = [
+        "lm-eval", str(tmp_path / "adapter"), "--tasks", "own_choices", "--include_path", str(tmp_path / "tasks"),
+        "--multipliers", "0", "1", "--out", str(tmp_path / "scores.json"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "own_choices" in capsys.readouterr().out
+    table = Scores.load(tmp_path / "scores.json").table
+    for multiplier, group in table.groupby("multiplier"):
+        assert group.sort_values("example")["acc"].tolist() == slow_accuracies(model, tokenizer, multiplier)

@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import bootstrap
+
+from yapo_peft import ConfigError, DatasetError, Scores
+from yapo_peft.evaluation import (
+    at_matched_damage,
+    cultural_scores,
+    normalised_localization_gap,
+    plot_dose_response,
+    plot_losses,
+    plot_matched_damage,
+    robust_cultural_accuracy,
+)
+
+
+def scores(values, metric="margin", **labels):
+    """Scores of one metric, from `{multiplier: values of examples}`."""
+    rows = [
+        {"multiplier": multiplier, "example": index, metric: float(value)}
+        for multiplier, column in values.items()
+        for index, value in enumerate(column)
+    ]
+    return Scores(pd.DataFrame(rows), (metric,)).labelled(**labels)
+
+
+NOISE = np.random.default_rng(0).normal(2.0, 3.0, 60)
+
+
+def test_a_summary_has_means_and_intervals():
+    summary = scores({0.0: NOISE, 1.0: [5.0] * 60}).summary(resamples=9999)
+    expected = bootstrap((NOISE,), np.mean, method="percentile", rng=1).confidence_interval
+    row = summary.iloc[0]
+    assert (row["multiplier"], row["examples"]) == (0.0, 60)
+    assert row["margin"] == pytest.approx(NOISE.mean())
+    assert (row["margin_low"], row["margin_high"]) == pytest.approx(tuple(expected), abs=0.05)
+    assert summary.iloc[1][["margin", "margin_low", "margin_high"]].tolist() == [5.0, 5.0, 5.0]
+
+
+def test_seeds_are_averaged_and_widen_the_interval():
+    parts = [scores({1.0: NOISE + shift}, seed=seed) for seed, shift in enumerate((-2.0, 0.0, 2.0))]
+    one, all_ = parts[1].summary(), Scores.concat(parts).summary()
+    assert len(all_) == 1
+    assert all_["margin"].item() == pytest.approx(NOISE.mean())
+    width = [float((table["margin_high"] - table["margin_low"]).iloc[0]) for table in (one, all_)]
+    assert width[1] > 1.3 * width[0]
+
+
+def test_labels_part_the_summary_and_what_is_unknown_does_not_count():
+    known = [*NOISE[:-1], float("nan")]
+    both = Scores.concat([scores({1.0: known}, method="a"), scores({1.0: NOISE}, method="b")])
+    summary = both.summary()
+    assert summary["method"].tolist() == ["a", "b"]
+    assert summary["margin"].tolist() == pytest.approx([NOISE[:-1].mean(), NOISE.mean()])
+    nothing = scores({1.0: [float("nan")] * 3}).summary()
+    assert nothing[["margin", "margin_low", "margin_high"]].isna().all(axis=None)
+
+
+def test_scores_are_saved_and_loaded(tmp_path):
+    found = scores({0.0: [1 / 3, float("nan")]}, method="a", seed=0)
+    loaded = Scores.load(found.save(tmp_path / "new" / "scores.json"))
+    pd.testing.assert_frame_equal(loaded.table, found.table)
+    assert loaded.metrics == found.metrics
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["scores.json"]
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(DatasetError, match=r"other.json' does not hold scores"):
+        Scores.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is a column of the scores already"),
+        (lambda: Scores.concat([]), "no scores"),
+        (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "do not go together"),
+        (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "do not go together"),
+        (lambda: scores({0.0: [1]}).summary(confidence=95), "confidence=95"),
+        (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x"), "at least two strengths, got 1"),
+        (lambda: plot_dose_response(scores({0.0: [1], 1.0: [1]}), "dose", "x"), "has no ending"),
+        (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x", metrics=["kl"]), r"metrics=\['kl'\]"),
+        (lambda: plot_losses({"a": [{"step": 1}]}, "x.png", "x"), "'a' did not log 'loss'; it logged step"),
+        (lambda: cultural_scores(scores({0.0: [1]})), "RCA and PNLG need 'accuracy'"),
+        (lambda: at_matched_damage(scores({0.0: [1]}), scores({0.0: [1]}), [1], metric="kl"), "no metric 'kl'"),
+    ],
+)
+def test_bad_input_is_named(do, message):
+    with pytest.raises(ConfigError, match=message):
+        do()
+
+
+def test_methods_meet_at_the_same_damage():
+    """b does at half the multiplier what a does, and 10 % more of the effect at the same damage."""
+    effect = [
+        scores({m: [slope * m] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, method=name)
+        for name, slope in (("a", 1.0), ("b", 2.2))
+    ]
+    damage = [
+        scores({m: [rate * abs(m)] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, "kl", method=name)
+        for name, rate in (("a", 0.1), ("b", 0.2))
+    ]
+    table = at_matched_damage(Scores.concat(effect), Scores.concat(damage), [0.05, 0.1, 0.3], metric="margin")
+    assert table["method"].tolist() == ["a"] * 3 + ["b"] * 3
+    assert table["multiplier"].tolist() == pytest.approx([0.5, 1.0, math.nan, 0.25, 0.5, 1.5], nan_ok=True)
+    assert table["margin"].tolist() == pytest.approx([0.5, 1.0, math.nan, 0.55, 1.1, 3.3], nan_ok=True)
+    down = at_matched_damage(Scores.concat(effect), Scores.concat(damage), [0.05], metric="margin", negative=True)
+    assert down["margin"].tolist() == pytest.approx([-0.5, -0.55])
+
+
+def test_damage_without_labels_is_matched_too():
+    table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
+    assert table["margin"].tolist() == [1.0]
+
+
+def test_an_effect_without_its_damage_is_named():
+    effect, damage = scores({0: [0], 1: [2]}, method="a"), scores({0: [0], 1: [2]}, "kl", method="b")
+    with pytest.raises(ConfigError, match=r"There is an effect of {'method': 'a'}, but no damage"):
+        at_matched_damage(effect, damage, [0.1], metric="margin")
+    with pytest.raises(ConfigError, match="too few negative strengths"):
+        at_matched_damage(effect, damage.labelled(method="a"), [0.1], metric="margin", negative=True)
+
+
+@pytest.mark.parametrize(
+    ("localized", "nonlocalized", "rca", "pnlg"),
+    [
+        (0.8, 0.4, 8 / 15, 2 / 3),
+        (0.5, 0.5, 0.5, 0.0),
+        (0.4, 0.8, 8 / 15, -2 / 3),
+        (0.5, 0.0, 0.0, 2.0),
+        (0, 0, 0.0, math.nan),
+    ],
+)
+def test_cultural_metrics(localized, nonlocalized, rca, pnlg):
+    assert robust_cultural_accuracy(localized, nonlocalized) == pytest.approx(rca)
+    assert normalised_localization_gap(localized, nonlocalized) == pytest.approx(pnlg, nan_ok=True)
+
+
+def test_cultural_scores_have_a_row_per_country_and_strength():
+    parts = [
+        scores({0.0: right, 1.0: [1, 1, 1, 1]}, "accuracy", country=country, localization_status=status)
+        for country, status, right in (("UK", "localized", [1, 1, 1, 0]), ("UK", "nonlocalized", [1, 0, 0, 0]))
+    ]
+    table = cultural_scores(Scores.concat(parts))
+    assert table.columns.tolist() == ["country", "multiplier", "localized", "nonlocalized", "rca", "pnlg"]
+    assert table.iloc[0].tolist() == ["UK", 0.0, 0.75, 0.25, pytest.approx(0.375), pytest.approx(1.0)]
+    assert table.iloc[1]["rca"] == 1.0
+    with pytest.raises(ConfigError, match=r"no \['nonlocalized'\]"):
+        cultural_scores(parts[0])
+
+
+def test_pictures_are_drawn(tmp_path):
+    both = Scores.concat([scores({m: NOISE + m for m in (-1.0, 0.0, 1.0)}, method=name) for name in ("a", "b")])
+    damage = Scores.concat([scores({m: [abs(m)] for m in (-1.0, 0.0, 1.0)}, "kl", method=name) for name in ("a", "b")])
+    table = at_matched_damage(both, damage, [0.1, 0.5], metric="margin")
+    paths = [
+        plot_dose_response(both, tmp_path / "new" / "dose.png", "Dose-response"),
+        plot_matched_damage(table, tmp_path / "new" / "matched.png", "Matched", metric="margin"),
+        plot_losses(
+            {"a": [{"step": s, "loss": 1 / s} for s in (1, 2)] + [{"step": 2}]}, tmp_path / "new" / "loss.png", "Loss"
+        ),
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["dose.png", "loss.png", "matched.png"]

@@ -1,0 +1,205 @@
+"""Multiple choice, by likelihood and by what the model answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..data.choices import choice_prompt, letters
+from ..errors import ConfigError, DatasetError
+from ..generation import prompt_ids
+from ..pairs import common_prefix, padded_answers, padding_of
+from .preference import answer_logps, log_probs_of_answers
+
+Normalisation = Literal["none", "tokens", "characters"]
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Reads questions with `question`, `options` and `answer`, as `yapo_peft.data.load_choices` returns them.
+
+    Metrics of a question: `accuracy`, 1 if the right option is the most likely one; `margin`, its score less that of
+    the best wrong one, in nats. An option's score is the log-probability of its tokens.
+
+    Attributes:
+        form: "letter": the question lists the options, and their letters are scored. "text": the question stands alone,
+            and the options themselves are scored.
+        normalise: "none" for sums over tokens; "tokens" for means, which do not favour short options; "characters" for
+            sums divided by the length of the text, which no tokenizer decides.
+        chat: Whether the question is rendered as a user's message; False for a model without a chat template, which
+            then completes `question` and "Answer:".
+    """
+
+    form: str = "letter"
+    normalise: str = "none"
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.normalise not in get_args(Normalisation):
+            raise ConfigError(f"normalise={self.normalise!r}: choose one of {get_args(Normalisation)}.")
+        choice_prompt("", [], self.form)  # raises for an unknown form
+
+    def batches(
+        self, dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
+    ) -> list[dict[str, Tensor]]:
+        """Batches of whole questions, of as many rows as fit.
+
+        Where every option is one token, as letters are, a question is one row; otherwise each option is one.
+        """
+        questions = [self._tokenized(index, dict(row), tokenizer) for index, row in enumerate(dataset)]
+        if not questions:
+            raise DatasetError("The dataset is empty: there is no question in it.")
+        questions.sort(
+            key=lambda question: (question.is_one_row, len(question.prompt) + max(map(len, question.options)))
+        )
+        batches: list[list[_Question]] = []
+        for question in questions:
+            last = batches[-1] if batches else []
+            fits = sum(other.rows for other in last) + question.rows <= batch_size
+            if last and fits and last[0].is_one_row == question.is_one_row:
+                last.append(question)
+            else:
+                batches.append([question])
+        return [_batch(questions, padding_of(tokenizer)) for questions in batches]
+
+    def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
+        """Metrics of each question, `(questions,)`."""
+        rows = {name: batch[name] for name in ("input_ids", "attention_mask", "answer_mask")}
+        if "candidates" in batch:
+            next_token = torch.cat(list(log_probs_of_answers(model, **rows)))
+            logps = next_token.gather(1, batch["candidates"])
+        else:
+            logps = answer_logps(model, **rows)[batch["row_of_option"]]
+        if self.normalise != "none":
+            logps = logps / batch[self.normalise]
+        scores = logps.masked_fill(batch["tokens"] == 0, -torch.inf)
+        right = scores.gather(1, batch["right"][:, None]).squeeze(1)
+        best_wrong = scores.scatter(1, batch["right"][:, None], -torch.inf).amax(dim=1)
+        return {"accuracy": (right > best_wrong).float(), "margin": right - best_wrong}
+
+    def _tokenized(self, index: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Question:
+        question, options, right = question_of(row)
+        answers = letters(len(options)) if self.form == "letter" else options
+        text = choice_prompt(question, options, self.form)
+        prompt: Any = [{"role": "user", "content": text}] if self.chat else f"{text}\nAnswer:"
+        ids = prompt_ids(prompt, tokenizer)
+        if self.chat:
+            rendered = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+            whole = [tokenizer(rendered + answer, add_special_tokens=False)["input_ids"] for answer in answers]
+        else:
+            whole = [tokenizer(f"{prompt} {answer}")["input_ids"] for answer in answers]
+        # Some tokenizers join the prompt's last token with the answer's first one.
+        shared = min(common_prefix(ids, tokens) for tokens in whole)
+        return _Question(index, ids[:shared], [tokens[shared:] for tokens in whole], right, list(map(len, answers)))
+
+
+@dataclass(frozen=True)
+class GeneratedChoice:
+    """Reads the same questions, and the letter or the text in what the model answers to them.
+
+    Metrics of a question: `accuracy`, 1 if its answer names the right option; `answered`, 1 if it names exactly one.
+
+    Attributes:
+        chat: Whether the question is rendered as a user's message.
+    """
+
+    chat: bool = True
+
+    def prompts(self, dataset: Iterable[dict[str, Any]]) -> list[Any]:
+        """The questions, with their options."""
+        texts = [choice_prompt(*question_of(dict(row))[:2]) for row in dataset]
+        return [[{"role": "user", "content": text}] if self.chat else f"{text}\nAnswer:" for text in texts]
+
+    def score_answers(self, dataset: Any, examples: Sequence[int], answers: Sequence[str]) -> list[dict[str, float]]:
+        """Metrics of answers to questions."""
+        found: list[dict[str, float]] = []
+        for example, answer in zip(examples, answers, strict=True):
+            _, options, right = question_of(dict(dataset[example]))
+            named = named_option(answer, options)
+            found.append({"accuracy": float(named == right), "answered": float(named is not None)})
+        return found
+
+
+def named_option(answer: str, options: Sequence[str]) -> int | None:
+    """The option that an answer names: by its letter at the start or behind "answer is", or by its text; None if none.
+
+    An answer that names several of them by their texts names none.
+    """
+    names = "".join(letters(len(options)))
+    start = re.match(rf"\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer, re.IGNORECASE)
+    if start is not None:
+        return names.index(start.group(1).upper())
+    behind = re.search(rf"\b(?:[Aa]nswer|[Oo]ption)(?: is)?\W*([{names}])(?![\w'])", answer)
+    if behind is not None:
+        return names.index(behind.group(1))
+    told = [i for i, text in enumerate(options) if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.I)]
+    # "New York City" names that one, and not "York" as well.
+    longest = [i for i in told if not any(i != j and options[i].lower() in options[j].lower() for j in told)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def question_of(row: dict[str, Any]) -> tuple[str, list[str], int]:
+    """Question, options and index of the right one.
+
+    Raises:
+        DatasetError: A column is missing or holds something else.
+    """
+    missing = [name for name in ("question", "options", "answer") if name not in row]
+    if missing:
+        raise DatasetError(
+            f"A question lacks {missing}: it has {sorted(row)}. yapo_peft.data.load_choices gives them these columns."
+        )
+    options, answer = row["options"], row["answer"]
+    if not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise DatasetError(f"answer={answer!r} is no index of {len(options)} options: read it with load_choices.")
+    return row["question"], list(options), answer
+
+
+@dataclass(frozen=True)
+class _Question:
+    example: int
+    prompt: list[int]
+    options: list[list[int]]
+    right: int
+    characters: list[int]
+
+    @property
+    def is_one_row(self) -> bool:
+        return all(len(option) == 1 for option in self.options)
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.is_one_row else len(self.options)
+
+
+def _batch(questions: list[_Question], padding: int) -> dict[str, Tensor]:
+    """Rows for the model, and of each question's options, `(questions, options)`: lengths, 0 where there is none."""
+    width = max(len(question.options) for question in questions)
+
+    def table(values: list[list[int]]) -> Tensor:
+        return torch.tensor([[*row, *([0] * (width - len(row)))] for row in values])
+
+    if questions[0].is_one_row:
+        # The first option stands for all: what follows the prompt is read.
+        rows = padded_answers([(question.prompt, question.options[0]) for question in questions], padding)
+        rows["candidates"] = table([[option[0] for option in question.options] for question in questions])
+    else:
+        pairs = [(question.prompt, option) for question in questions for option in question.options]
+        rows = padded_answers(pairs, padding)
+        starts = torch.tensor([0, *(len(question.options) for question in questions)]).cumsum(0).tolist()
+        indices = [list(range(start, end)) for start, end in pairwise(starts)]
+        rows["row_of_option"] = table(indices)
+    return {
+        **rows,
+        "tokens": table([[len(option) for option in question.options] for question in questions]),
+        "characters": table([question.characters for question in questions]),
+        "right": torch.tensor([question.right for question in questions]),
+        "example": torch.tensor([question.example for question in questions]),
+    }

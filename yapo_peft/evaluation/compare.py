@@ -1,0 +1,93 @@
+"""Methods side by side: at the same strength, or at the same damage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from ..errors import ConfigError
+from .scores import SEED, Scores
+
+
+def at_matched_damage(
+    effect: Scores,
+    damage: Scores,
+    levels: Sequence[float],
+    *,
+    metric: str,
+    damage_metric: str = "kl",
+    negative: bool = False,
+    **bootstrap: Any,
+) -> pd.DataFrame:
+    """What each method achieves at the strength at which it does a given damage.
+
+    Strengths of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
+    along each method's strengths, from 0 outwards, damage is interpolated to find the multiplier of each level, and the
+    effect is interpolated there.
+
+    Args:
+        effect: Scores with labels such as "method", over strengths that both have.
+        damage: Scores of `Damage` with the same labels.
+        levels: Levels of damage, such as KL of 0.05, 0.1, 0.2 nats.
+        metric: Metric of `effect`.
+        damage_metric: Metric of `damage` that grows with the strength.
+        negative: Along negative strengths instead of positive ones.
+        **bootstrap: For `Scores.summary`.
+
+    Returns:
+        A row per level and labels: `multiplier`, `metric`, and the interval's ends interpolated in the same way; NaN
+        where the largest strength does less damage than that.
+
+    Raises:
+        ConfigError: Labels differ, there is no such metric, or there are no strengths on that side of 0.
+    """
+    for scores, name in ((effect, metric), (damage, damage_metric)):
+        if name not in scores.metrics:
+            raise ConfigError(f"There is no metric {name!r}; the scores have {', '.join(map(repr, scores.metrics))}.")
+    keys = [name for name in effect.labels if name != SEED]
+    if set(keys) != {name for name in damage.labels if name != SEED}:
+        raise ConfigError(
+            f"effect has the labels {effect.labels}, damage has {damage.labels}: give both the same ones."
+        )
+    effects, damages = effect.summary(**bootstrap), damage.summary(**bootstrap)
+    found: list[dict[str, Any]] = []
+    for labels, of_effect, of_damage in _groups(effects, damages, keys):
+        columns = ["multiplier", metric, f"{metric}_low", f"{metric}_high"]
+        both = of_effect[columns].merge(of_damage[["multiplier", damage_metric]], on="multiplier")
+        side = both[both["multiplier"] <= 0] if negative else both[both["multiplier"] >= 0]
+        side = side.sort_values("multiplier", ascending=not negative)
+        if len(side) < 2:
+            sign = "negative" if negative else "positive"
+            raise ConfigError(f"{labels or 'The scores'}: there are too few {sign} strengths in common to go along.")
+        # Where damage shrinks again with the strength, the first strength that does it counts.
+        reached = np.maximum.accumulate(side[damage_metric].to_numpy())
+        for level in levels:
+            known = reached[0] <= level <= reached[-1]
+            values = {
+                name: float(np.interp(level, *_rising(reached, side[name].to_numpy()))) if known else float("nan")
+                for name in columns
+            }
+            found.append({**labels, damage_metric: level, **values})
+    return pd.DataFrame(found)
+
+
+def _groups(effects: pd.DataFrame, damages: pd.DataFrame, keys: list[str]) -> Any:
+    """Each combination of labels, and its part of both tables."""
+    if not keys:
+        yield {}, effects, damages
+        return
+    of_damage = dict(list(damages.groupby(keys, sort=False)))
+    for values, group in effects.groupby(keys, sort=False):
+        labels = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
+        if values not in of_damage:
+            raise ConfigError(f"There is an effect of {labels}, but no damage: measure both.")
+        yield labels, group, of_damage[cast(Any, values)]
+
+
+def _rising(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a curve, of those with the same x the first."""
+    _, first = np.unique(x, return_index=True)
+    return x[first], y[first]

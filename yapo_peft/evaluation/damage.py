@@ -1,0 +1,140 @@
+"""What steering costs: distance from the model unsteered, perplexity, and answers that go in circles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DatasetError
+from ..tuner import steering
+from .preference import needs_labels
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Reads running text, a list of texts or a dataset with a column `text`, cut into blocks of equal length.
+
+    Metrics of a block, means over its tokens: `kl`, the divergence KL(unsteered || steered) of the next token in nats;
+    `nll`, the negative log-likelihood of the text in nats, whose exponential is the perplexity; `top_changed`, the
+    share of tokens after which another one is the most likely.
+
+    Attributes:
+        block_size: Tokens of a block, the tokenizer's first special token included.
+        max_blocks: How many blocks to read at most, from the start; None for all.
+    """
+
+    block_size: int = 256
+    max_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2 or (self.max_blocks is not None and self.max_blocks < 1):
+            raise ConfigError(
+                f"block_size={self.block_size}, max_blocks={self.max_blocks}: give two tokens and one block at least."
+            )
+
+    def batches(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, Tensor]]:
+        """Batches of `input_ids`, `(blocks, block_size)`."""
+        start = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
+        blocks: list[list[int]] = []
+        rest: list[int] = []
+        for text in _texts(dataset):
+            rest += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
+            size = self.block_size - len(start)
+            while len(rest) >= size and len(blocks) != self.max_blocks:
+                blocks.append([*cast(list[int], start), *rest[:size]])
+                rest = rest[size:]
+            if len(blocks) == self.max_blocks:
+                break
+        if not blocks:
+            raise DatasetError(f"The text is shorter than one block of {self.block_size} tokens: give more of it.")
+        return [
+            {
+                "input_ids": torch.tensor(blocks[first : first + batch_size]),
+                "example": torch.arange(first, min(first + batch_size, len(blocks))),
+            }
+            for first in range(0, len(blocks), batch_size)
+        ]
+
+    def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
+        """Metrics of each block, `(blocks,)`."""
+        if "base" not in kept:
+            with steering(model.model, 0.0):
+                kept["base"] = _log_probs(model, batch["input_ids"])
+        found: dict[str, list[Tensor]] = {"kl": [], "nll": [], "top_changed": []}
+        steered = _log_probs(model, batch["input_ids"])
+        # A block at a time: the vocabulary makes temporaries large.
+        for base, own, ids in zip(kept["base"], steered, batch["input_ids"], strict=True):
+            own = own.float().log_softmax(-1)
+            base = base.float().log_softmax(-1)
+            found["kl"].append(torch.nn.functional.kl_div(own, base, log_target=True, reduction="none").sum(-1).mean())
+            found["nll"].append(-own.gather(-1, ids[1:, None]).mean())
+            found["top_changed"].append((own.argmax(-1) != base.argmax(-1)).float().mean())
+        return {name: torch.stack(values) for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Reads prompts, a dataset with a column `prompt`, and looks for what answers say twice.
+
+    Metrics of an answer: `repeated`, the share of its runs of `n` words that it has said before; `words`, its length.
+
+    Attributes:
+        n: Words of a run.
+    """
+
+    n: int = 3
+
+    def prompts(self, dataset: Any) -> list[Any]:
+        """The prompts."""
+        return prompts_of(dataset)
+
+    def score_answers(self, dataset: Any, examples: Sequence[int], answers: Sequence[str]) -> list[dict[str, float]]:
+        """Metrics of answers."""
+        return [{"repeated": repeated_share(text, self.n), "words": float(len(text.split()))} for text in answers]
+
+
+def repeated_share(text: str, n: int) -> float:
+    """The share of a text's runs of `n` words that occur in it before; 0 for a text of fewer words."""
+    words = text.casefold().split()
+    runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def prompts_of(dataset: Any) -> list[Any]:
+    """The column `prompt` of a dataset.
+
+    Raises:
+        DatasetError: There is none, or it is empty.
+    """
+    rows = [dict(row) for row in dataset]
+    if not rows or "prompt" not in rows[0]:
+        there = sorted(rows[0]) if rows else "nothing"
+        raise DatasetError(f"The dataset has {there}: it needs a column 'prompt', of texts or messages.")
+    return [row["prompt"] for row in rows]
+
+
+def _log_probs(model: Any, input_ids: Tensor) -> Tensor:
+    """Logits of each next token, `(blocks, block_size - 1, vocabulary)`."""
+    labels = {"labels": input_ids} if needs_labels(model) else {}
+    return model(input_ids=input_ids, use_cache=False, **labels).logits[:, :-1]
+
+
+def _texts(dataset: Any) -> Iterable[str]:
+    if isinstance(dataset, str):
+        raise DatasetError("The dataset is one string: give a list of texts, or a dataset with a column 'text'.")
+    for row in dataset:
+        text = row if isinstance(row, str) else dict(row).get("text")
+        if not isinstance(text, str):
+            raise DatasetError(f"A row is {row!r}: give texts, or a dataset with a column 'text'.")
+        yield text
+
+
+def _starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a token before every text, as the model was trained to see."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id

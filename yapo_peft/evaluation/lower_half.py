@@ -1,0 +1,77 @@
+"""Runs what lies below the lowest steered block once for several strengths."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..tuner.strength import lowest_steered, steered_layers
+from ..tuner.upper_half import UpperHalf
+
+# How far log-probabilities may be apart for two ways to count as one, in nats.
+_SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
+
+
+class LowerHalfOnce:
+    """Calls a model, and remembers what its lowest steered block put out for the same `input_ids` before.
+
+    In the first call that it could spare something in, it runs the whole model as well and compares. A model whose
+    upper blocks look past the steered one is called as a whole from then on.
+
+    Args:
+        model: A model with a YaPO adapter.
+        calls: How often each batch will be scored; once, and there is nothing to spare.
+    """
+
+    def __init__(self, model: nn.Module, calls: int) -> None:
+        self.model = model
+        lowest = lowest_steered(steered_layers(model))
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        can_spare = calls > 1 and lowest is not None and lowest.index > 0
+        self._upper = UpperHalf(cast(nn.Module, base), lowest.index) if can_spare and lowest is not None else None
+        self._ids: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self._is_checked = False
+
+    @property
+    def spares(self) -> bool:
+        """Whether the lower blocks are run once per batch."""
+        return self._upper is not None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Calls the model."""
+        if self._upper is None:
+            return self.model(**inputs)
+        if inputs["input_ids"] is not self._ids:
+            found: list[Tensor] = []
+            with self._upper.observed(found):
+                output = self.model(**inputs)
+            self._ids, self._hidden = inputs["input_ids"], found[0]
+            return output
+        assert self._hidden is not None
+        if self._is_checked:
+            with self._upper.given(self._hidden):
+                return self.model(**inputs)
+        return self._compared(self._upper, self._hidden, inputs)
+
+    def _compared(self, upper: UpperHalf, hidden: Tensor, inputs: dict[str, Any]) -> Any:
+        whole = self.model(**inputs)
+        try:
+            with upper.given(hidden):
+                part = self.model(**inputs)
+            agree = _agree(whole.logits, part.logits)
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+            # Blocks that others ask for what they kept fail in ways of their own.
+            agree = False
+        self._is_checked, self._upper = True, upper if agree else None
+        return whole
+
+
+def _agree(whole: Tensor, part: Tensor) -> bool:
+    if whole.shape != part.shape:
+        return False
+    bound = _SAME if whole.dtype == torch.float32 else _SAME_IN_16_BITS
+    whole, part = (logits.float().log_softmax(-1) for logits in (whole, part))
+    return torch.allclose(whole, part, rtol=0, atol=bound, equal_nan=True)

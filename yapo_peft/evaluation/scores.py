@@ -1,0 +1,149 @@
+"""Measurements of single examples at several strengths, and what they say of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from ..errors import ConfigError, DatasetError
+
+_OWN = ("multiplier", "example")
+# The label whose values are repetitions of one measurement, not different ones.
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a measure found, for each example at each strength.
+
+    Attributes:
+        table: A row per example and strength: `multiplier`, `example` (its index in the dataset), a column per metric,
+            and one per label. NaN stands for what could not be measured.
+        metrics: Names of the metrics' columns.
+    """
+
+    table: pd.DataFrame
+    metrics: tuple[str, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the columns that say what was measured, such as "method"."""
+        return [name for name in self.table.columns if name not in (*_OWN, *self.metrics)]
+
+    def labelled(self, **labels: Any) -> Scores:
+        """The same, saying what it is of: `scores.labelled(method="CAA", seed=0)`.
+
+        A `seed` tells repetitions of one measurement apart; all other labels tell measurements apart.
+        """
+        taken = [name for name in labels if name in (*_OWN, *self.metrics)]
+        if taken:
+            raise ConfigError(f"{taken[0]!r} is a column of the scores already: give the label another name.")
+        return Scores(self.table.assign(**labels), self.metrics)
+
+    @staticmethod
+    def concat(parts: Sequence[Scores]) -> Scores:
+        """Several scores in one table.
+
+        Raises:
+            ConfigError: They are of different metrics, or have different labels.
+        """
+        if not parts:
+            raise ConfigError("There are no scores to put together.")
+        first = parts[0]
+        for part in parts:
+            if set(part.metrics) != set(first.metrics) or set(part.labels) != set(first.labels):
+                raise ConfigError(
+                    f"Scores of {sorted(part.metrics)} with the labels {sorted(part.labels)} and of "
+                    f"{sorted(first.metrics)} with {sorted(first.labels)} do not go together: compare like with like."
+                )
+        return Scores(pd.concat([part.table for part in parts], ignore_index=True), first.metrics)
+
+    def summary(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+        """Means over examples, and over seeds where there are several, with bootstrap intervals.
+
+        An interval is the percentile bootstrap's: examples are drawn with replacement, and so are seeds.
+
+        Args:
+            confidence: Share of resamples within the interval.
+            resamples: How many are drawn.
+            seed: Of the drawing; all rows of the summary use the same draws, so that they can be compared.
+
+        Returns:
+            A row per strength and labels other than `seed`: for each metric its mean and the interval's ends
+            (`accuracy`, `accuracy_low`, `accuracy_high`), and `examples`, the number of them.
+
+        Raises:
+            ConfigError: `confidence` is no share, or `resamples` is not positive.
+        """
+        if not 0 < confidence < 1 or resamples < 1:
+            raise ConfigError(f"confidence={confidence}, resamples={resamples}: give a share, and a positive number.")
+        keys = [*(name for name in self.labels if name != SEED), "multiplier"]
+        found: list[dict[str, Any]] = []
+        for values, group in self.table.groupby(keys, sort=False, dropna=False):
+            row = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
+            row["examples"] = group["example"].nunique()
+            for metric in self.metrics:
+                matrix = _by_seed_and_example(group, metric)
+                low, high = _interval(matrix, confidence, resamples, seed)
+                row |= {metric: _mean(matrix), f"{metric}_low": low, f"{metric}_high": high}
+            found.append(row)
+        return pd.DataFrame(found)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the table as JSON; a failure leaves what was there."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".partial-{path.name}")
+        rows = json.loads(cast(str, self.table.to_json(orient="records", double_precision=15)))
+        partial.write_text(json.dumps({"metrics": self.metrics, "rows": rows}))
+        partial.replace(path)
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Scores:
+        """Reads what `save` wrote.
+
+        Raises:
+            DatasetError: The file holds something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            metrics = tuple(content["metrics"])
+            table = pd.DataFrame(content["rows"])
+            return Scores(table.astype(dict.fromkeys(metrics, float)), metrics)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{str(path)!r} does not hold scores ({error!r}): measure again.") from error
+
+
+def _by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
+    """Values of a metric, `(seeds, examples)`."""
+    if SEED not in group.columns:
+        return group[metric].to_numpy(dtype=float)[None]
+    return group.pivot_table(index=SEED, columns="example", values=metric, dropna=False).to_numpy(dtype=float)
+
+
+def _mean(matrix: np.ndarray) -> float:
+    return float(np.nanmean(matrix)) if np.isfinite(matrix).any() else float("nan")
+
+
+def _interval(matrix: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
+    """Ends of the percentile interval of the mean."""
+    seeds, examples = matrix.shape
+    generator = np.random.default_rng(seed)
+    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(float)
+    of_examples = generator.multinomial(examples, np.full(examples, 1 / examples), resamples).astype(float)
+    known = np.isfinite(matrix)
+    total = ((of_seeds @ np.where(known, matrix, 0.0)) * of_examples).sum(axis=1)
+    count = ((of_seeds @ known.astype(float)) * of_examples).sum(axis=1)
+    # A resample of nothing but what could not be measured says nothing.
+    means = total[count > 0] / count[count > 0]
+    if not len(means):
+        return float("nan"), float("nan")
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

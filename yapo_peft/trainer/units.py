@@ -1,0 +1,158 @@
+"""How large activations are where codes steer, so that one learning rate suits SAEs and layers of any scale."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError, UnsupportedOperationError
+from ..pairs import padded_answers
+from ..sae import FrozenSAE
+from ..tuner import YaPOLayer, steering
+from ..tuner.observe import block_outputs
+from ..tuner.sparse import ActiveFeatures
+
+# Optimizers whose steps do not grow with the gradient, by the start of transformers' names.
+_NORMALISED = ("adam", "ademamix", "lion")
+_EXAMPLES, _TOKENS = 16, 512
+
+# The unit of each code, by layer and adapter.
+Units = dict[tuple[int, str], float]
+
+
+def measure_units(model: nn.Module, base: Any, layers: list[YaPOLayer], dataset: Iterable[Any]) -> Units:
+    """The typical activation of what each code is about, from the first examples of a dataset, unsteered.
+
+    Of an SAE that is the mean activation of a token's active features, of a dense vector the root mean square of a
+    token's activations; and of that the median over tokens, which a few tokens of an extreme norm do not move.
+
+    Args:
+        model: The model with its adapter.
+        base: The causal language model in it.
+        layers: Its steered layers.
+        dataset: As TRL tokenises it.
+
+    Returns:
+        A positive number for each code that is trained; the same in all processes.
+
+    Raises:
+        ConfigError: No feature of an SAE is on in any token.
+        UnsupportedOperationError: The dataset is not of tokens.
+    """
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    training = model.training
+    model.eval()
+    try:
+        for row in islice(dataset, _EXAMPLES):
+            if "prompt_ids" not in row:
+                raise UnsupportedOperationError(
+                    f"Activations are measured on tokens, and the dataset has {sorted(row)}: give "
+                    "learning_rate_unit='raw', and a rate in units of the SAE's activations."
+                )
+            tokens = row["prompt_ids"][-_TOKENS:], row["chosen_ids"][:_TOKENS]
+            batch = padded_answers([tokens], 0)
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            with torch.no_grad(), steering(model, 0.0), block_outputs(layers) as outputs:
+                base.base_model(**inputs, use_cache=False)
+            for layer in layers:
+                for name in trained(layer):
+                    sizes = _sizes_of_tokens(outputs[layer.index][0], layer.yapo_sae[name])
+                    found.setdefault((layer.index, name), []).append(sizes.cpu())
+    finally:
+        model.train(training)
+    units = {key: _median(key, torch.cat(sizes)) for key, sizes in found.items()}
+    return broadcast_object_list([units])[0]
+
+
+def in_units(optimizer: Optimizer, layers: list[YaPOLayer], units: Units) -> None:
+    """Gives each code a group of its own in an optimizer, as if the code were counted in its unit.
+
+    For a step that does not depend on the gradient's size, that is the same as training `code / unit` at the learning
+    rate that was asked for: the rate is multiplied by the unit, epsilon and weight decay are divided by it.
+
+    Raises:
+        UnsupportedOperationError: The optimizer has no group with a code in it.
+    """
+    unit_of = {id(layer.yapo_code[name]): units[layer.index, name] for layer in layers for name in trained(layer)}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        own = [parameter for parameter in group["params"] if id(parameter) in unit_of]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in unit_of]
+        if rest:
+            groups.append({**group, "params": rest})
+        for parameter in own:
+            unit = unit_of.pop(id(parameter))
+            scaled = {name: group[name] / unit for name in ("weight_decay", "eps") if name in group}
+            groups.append({**group, **scaled, "lr": group["lr"] * unit, "params": [parameter]})
+    if unit_of:
+        raise UnsupportedOperationError(
+            "The optimizer holds codes in pieces of its own, which cannot have a rate each: give "
+            "learning_rate_unit='raw'."
+        )
+    optimizer.param_groups[:] = groups
+
+
+@contextmanager
+def gradients_in_units(layers: list[YaPOLayer], units: Units) -> Generator[None]:
+    """Within it, gradients are those of codes counted in their units, so that clipping does not depend on these."""
+    keys = [(layer, name) for layer in layers for name in trained(layer) if (layer.index, name) in units]
+    codes = [(layer.yapo_code[name], units[layer.index, name]) for layer, name in keys]
+    codes = [(code, unit) for code, unit in codes if code.grad is not None]
+    for code, unit in codes:
+        cast(Tensor, code.grad).mul_(unit)
+    try:
+        yield
+    finally:
+        for code, unit in codes:
+            cast(Tensor, code.grad).div_(unit)
+
+
+def require_normalised(optim: str, is_zero3: bool) -> None:
+    """Raises unless steps of an optimizer, by transformers' name for it, can be measured in units.
+
+    Raises:
+        UnsupportedOperationError: Its steps grow with the gradient, or the weights are in parts before training.
+    """
+    if not optim.startswith(_NORMALISED):
+        raise UnsupportedOperationError(
+            f"optim={optim!r} takes steps that grow with the gradient: give learning_rate_unit='raw', and a rate "
+            "for it."
+        )
+    if is_zero3:
+        raise UnsupportedOperationError(
+            "ZeRO-3 has the model in parts before training, so that activations cannot be measured: give "
+            "learning_rate_unit='raw', and a rate in units of the SAE's activations."
+        )
+
+
+def trained(layer: YaPOLayer) -> list[str]:
+    """The adapters of a layer whose codes are trained."""
+    return [name for name, code in layer.yapo_code.items() if code.requires_grad]
+
+
+def _sizes_of_tokens(hidden: Tensor, sae: FrozenSAE | None) -> Tensor:
+    """A token's typical activation, `(tokens,)`, of those where there is one."""
+    if sae is None:
+        return hidden.float().square().mean(dim=-1).sqrt()
+    active = ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype))
+    total = torch.zeros(len(hidden), device=hidden.device).index_add_(0, active.token, active.value.float())
+    count = torch.bincount(active.token, minlength=len(hidden))
+    return total[count > 0] / count[count > 0]
+
+
+def _median(key: tuple[int, str], sizes: Tensor) -> float:
+    unit = float(sizes.median()) if len(sizes) else 0.0
+    if not 0 < unit < float("inf"):
+        raise ConfigError(
+            f"No feature of the SAE at layer {key[0]} is on in the first {_EXAMPLES} examples (typical activation "
+            f"{unit}): is it an SAE of this model and layer? If so, give learning_rate_unit='raw'."
+        )
+    return unit
