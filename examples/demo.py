@@ -97,6 +97,7 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
         output_dir=str(options.out / "training"),
         max_steps=options.steps,
         learning_rate=options.learning_rate,
+        learning_rate_unit="raw",
         warmup_steps=5,
         logging_steps=5,
         save_strategy="no",

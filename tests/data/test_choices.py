@@ -19,6 +19,7 @@ def test_an_answer_is_an_index_a_letter_or_the_text(answer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"o": ["O", "A", "B"], "a": "A"}, "the text of option B and the letter of another one"),
         ({"a": 3}, "Row 0 has a=3, which is none of its 3 options"),
         ({"a": "w9"}, "Row 0 has a='w9'"),
         ({"a": -1}, "Row 0 has a=-1"),

@@ -91,6 +91,8 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted():
     [
         ({}, DatasetError, r"no column 'prompt', 'chosen', 'rejected' but 'question', 'matching', 'not_matching'"),
         ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
+        ({**BIPO, "keep": ["prompt"]}, ConfigError, "'prompt' is a column of the pairs themselves"),
+        ({**BIPO, "streaming": True}, DatasetError, "streaming=True"),
         ({"prompt": None, "rejected": None}, ConfigError, "prompt=None, rejected=None"),
     ],
 )
@@ -150,6 +152,7 @@ def test_rows_are_selected_by_values():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"country": ["UK", "Mars"]}, "No row has country='Mars': that column has 'UK', 'Iran'"),
         ({"country": "Mars"}, "No row has country='Mars': that column has 'UK', 'Iran'"),
         ({"planet": "Mars"}, "no column 'planet' but 'country', 'status', 'i'"),
         ({"country": "Iran", "status": "n"}, "No row has country='Iran', status='n' together"),

@@ -132,6 +132,7 @@ def test_answers_that_are_cut_say_so(tmp_path, tokenizer):
     [
         (PROMPTS.select([]), {}, DatasetError, "The dataset is empty"),
         (PROMPTS.remove_columns("chosen"), {}, DatasetError, "no column 'chosen' but 'prompt'"),
+        (Dataset.from_list([{"prompt": "w1", "chosen": None}]), {}, DatasetError, "Row 0 has chosen=None"),
         (PROMPTS, {"batch_size": 0}, ConfigError, "batch_size=0"),
         (PROMPTS, {"max_length": 9}, ConfigError, "leave max_length"),
         (PROMPTS, {"num_return_sequences": 2}, ConfigError, "leave max_length"),

@@ -127,7 +127,7 @@ def test_what_was_scored_is_not_asked_again(tmp_path):
         with pytest.raises(HfHubHTTPError):
             first.score_answers(PROMPTS, [0, 1, 2], ["yes", "no", "perhaps"])
         with cache.open("a") as file:
-            file.write('{"key": "half wri')
+            file.write('\n{"key": "half wri')
         second = judge(url, cache=cache)
         assert second.score_answers(PROMPTS, [0, 1], ["yes", "no"]) == [{"score": 4.0}, {"score": 1.0}]
         assert (second.usage.cached, len(requests)) == (2, 3)
@@ -192,7 +192,7 @@ def test_a_real_server_judges(tmp_path):
         assert found.usage.prompt_tokens > 200
         known = [score for score in scores if score["score"] == score["score"]]
         assert all(score["score"] in (1, 2, 3, 4) for score in known)
-        assert len((tmp_path / "judged.jsonl").read_text().splitlines()) == len(known) if known else True
+        assert found.usage.judged == len(known)
     finally:
         process.terminate()
         process.wait(30)

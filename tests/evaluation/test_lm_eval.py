@@ -76,7 +76,10 @@ def test_neither_mode_nor_strength_is_left_changed(model, tokenizer, task):
         ({"tasks": []}, r"tasks=\[\]"),
         ({"multipliers": []}, r"multipliers=\[\]"),
         ({"multipliers": [1.0, 1.0]}, "each of them once"),
-        ({"metric": "f1"}, "'own_choices' has no metric 'f1' per document, but 'acc'"),
+        ({"metric": "f1"}, "'own_choices' has no metric 'f1' that is a number per document, but 'acc'"),
+        ({"filter": "strict"}, "filter='strict': the task 'own_choices' .* choose one of 'none'"),
+        ({"tasks": "mmluu"}, r"tasks=\['mmluu'\]: name tasks"),
+        ({"use_cache": "c"}, "use_cache= would take the answers"),
         ({"adapter_name": "x"}, "no YaPO adapter 'x'"),
     ],
 )

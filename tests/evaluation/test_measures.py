@@ -98,7 +98,10 @@ def test_a_model_without_a_chat_template_completes_the_question(model, lettered)
     [
         ("B", 1), ("b", 1), ("B.", 1), ("(B) Lyon", 1), ("The answer is C.", 2), ("The correct answer is: (C)", 2),
         ("Answer: A", 0), ("I think the answer is B, because", 1), ("Paris, of course", 0), ("York", 3),
-        ("New York City", 2), ("A good question", None), ("It is Paris or Lyon", None), ("", None), ("Bern", None),
+        ("New York City", 2), ("A good question", None),
+        
+        ("Option A is wrong because it is. The answer is C.", 2), ("The answer is A good question", None),
+        ("It is Paris or Lyon", None), ("", None), ("Bern", None),
         ("D", 3), ("E", None), ("a city", None),
     ],
 )  # fmt: skip

@@ -109,6 +109,13 @@ def test_methods_meet_at_the_same_damage():
     assert down["margin"].tolist() == pytest.approx([-0.5, -0.55])
 
 
+def test_the_first_strength_with_that_damage_counts_and_unknown_ones_do_not():
+    effect = scores({m: [m] for m in (0.0, 1.0, 2.0, 3.0, 4.0)})
+    damage = scores({0.0: [0.0], 1.0: [0.1], 2.0: [0.05], 3.0: [0.2], 4.0: [float("nan")]}, "kl")
+    table = at_matched_damage(effect, damage, [0.05, 0.1, 0.15, 0.3], metric="margin")
+    assert table["multiplier"].tolist() == pytest.approx([0.5, 1.0, 2 + 2 / 3, math.nan], nan_ok=True)
+
+
 def test_damage_without_labels_is_matched_too():
     table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
     assert table["margin"].tolist() == [1.0]

@@ -283,10 +283,8 @@ def test_a_ready_adapter_of_any_name_is_trained_without_a_copy(build):
 
 def test_defaults_are_the_published_ones(tmp_path):
     args = YaPOTrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    published = (5e-4, 20, 4, "cosine", 100, 0.1, 0.0, "batch", "unsteered", ["sigmoid"])
-    names = (
-        "learning_rate num_train_epochs per_device_train_batch_size lr_scheduler_type warmup_steps beta weight_decay"
-    )
+    published = (20, 4, "cosine", 100, 0.1, 0.0, "batch", "unsteered", ["sigmoid"])
+    names = "num_train_epochs per_device_train_batch_size lr_scheduler_type warmup_steps beta weight_decay"
     names = [*names.split(), "direction", "reference", "loss_type"]
     assert tuple(getattr(args, name) for name in names) == published
     assert not args.activation_checkpointing

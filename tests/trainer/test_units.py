@@ -96,7 +96,7 @@ def test_a_resumed_run_keeps_its_units(build):
     assert torch.equal(trained_codes(half.model), trained_codes(whole.model))
 
 
-@pytest.mark.parametrize("options", [{"cache_activations": True}, {"direction": "both"}])
+@pytest.mark.parametrize("options", [{"cache_activations": True}, {"cache_activations": True, "direction": "both"}])
 def test_units_work_with_everything_else(build, tmp_path, options):
     if options.get("cache_activations"):
         options["activation_cache_dir"] = str(tmp_path / "activations")
@@ -121,7 +121,7 @@ def test_an_optimizer_that_is_given_keeps_its_rates(build):
 @pytest.mark.parametrize(
     ("options", "adapter", "error", "message"),
     [
-        ({"optim": "sgd"}, {}, UnsupportedOperationError, "optim='sgd' takes steps that grow with the gradient"),
+        ({"optim": "sgd"}, {}, UnsupportedOperationError, "optim='sgd' is not known to take steps whose size"),
         ({"optim": "adafactor"}, {}, UnsupportedOperationError, "optim='adafactor'"),
         ({}, {"sae": silent_sae()}, ConfigError, "No feature of the SAE at layer 2 is on"),
     ],

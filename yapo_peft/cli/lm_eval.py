@@ -15,6 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--include_path", help="folder of tasks of one's own")
     parser.add_argument("--multipliers", nargs="+", type=float, default=[0.0, 1.0], help="strengths; 0 is unsteered")
     parser.add_argument("--metric", default="acc", help="metric per document, such as acc, acc_norm, exact_match")
+    parser.add_argument("--filter", help="which way to read an answer, for tasks that have several")
     parser.add_argument("--num_fewshot", type=int)
     parser.add_argument("--limit", type=float, help="documents per task, or a share of them")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -29,14 +30,13 @@ def lm_eval(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
     from peft.utils import infer_device
 
-    from ..evaluation import sweep_tasks
+    from ..evaluation import Scores, sweep_tasks
+    from ..evaluation.lm_eval import task_manager
     from ..scripts.loading import load_model
 
     extra = {}
     if options.include_path is not None:
-        from lm_eval.tasks import TaskManager
-
-        extra["task_manager"] = TaskManager(include_path=options.include_path)
+        extra["task_manager"] = task_manager(options.include_path)
     model, tokenizer = load_model(options.adapter, options.dtype)
     scores = sweep_tasks(
         model.to(infer_device()),
@@ -44,6 +44,7 @@ def lm_eval(arguments: list[str]) -> int:
         options.tasks,
         options.multipliers,
         metric=options.metric,
+        filter=options.filter,
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
@@ -51,6 +52,9 @@ def lm_eval(arguments: list[str]) -> int:
         **extra,
     )
     print(scores.summary().to_string(index=False))
+    if len(set(scores.table["task"])) > 1:
+        whole = Scores(scores.table.assign(task="all", example=range(len(scores.table))), scores.metrics)
+        print(whole.summary().to_string(index=False))
     if options.out is not None:
         print(f"The scores of each document are in {scores.save(options.out)}.")
     return 0

@@ -6,7 +6,7 @@ import random
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from datasets import Dataset
 
@@ -64,9 +64,13 @@ def load_choices(
         **load_options: For `datasets.load_dataset`.
 
     Raises:
+        ConfigError: `keep` names a column of the questions.
         DatasetError: A column is missing, or a row has less than two options, the same one twice, or an answer that is
             none of them.
     """
+    taken = sorted(set(keep or []) & {"question", "options", "answer"})
+    if taken:
+        raise ConfigError(f"keep={keep!r}: {taken[0]!r} is a column of the questions themselves; rename the other one.")
     rows = load_rows(source, split, **load_options)
     require_columns(rows, [question, options, answer, *(keep or [])])
     found: list[dict[str, Any]] = []
@@ -104,6 +108,9 @@ def choice_pairs(dataset: Dataset, *, form: str = "text", wrong: str = "random",
         DatasetError: A column is missing.
     """
     require_columns(dataset, ["question", "options", "answer"])
+    taken = sorted(set(dataset.column_names) & {"prompt", "chosen", "rejected"})
+    if taken:
+        raise ConfigError(f"The questions have a column {taken[0]!r}, which the pairs would replace: rename it first.")
     if wrong not in get_args(Wrong):
         raise ConfigError(f"wrong={wrong!r}: choose one of {', '.join(map(repr, get_args(Wrong)))}.")
     draw = random.Random(seed)
@@ -129,11 +136,16 @@ def _index_of(answer: Any, options: list[str], row: int, column: str) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return answer
     if isinstance(answer, str):
-        if answer in options:
-            return options.index(answer)
         names = letters(len(options))
-        if answer.strip().upper() in names:
-            return names.index(answer.strip().upper())
+        text = options.index(answer) if answer in options else None
+        letter = names.index(answer.strip().upper()) if answer.strip().upper() in names else None
+        if text is not None and letter is not None and text != letter:
+            raise DatasetError(
+                f"Row {row} has {column}={answer!r}, the text of option {names[text]} and the letter of another one: "
+                "give the index, from 0 on."
+            )
+        if text is not None or letter is not None:
+            return cast(int, text if text is not None else letter)
     raise DatasetError(
         f"Row {row} has {column}={answer!r}, which is none of its {len(options)} options: give an index from 0 on, a "
         "letter, or the option's text."

@@ -45,11 +45,16 @@ def load_pairs(
         warning that counts them.
 
     Raises:
-        ConfigError: Neither `prompt` nor `rejected` is named.
+        ConfigError: Neither `prompt` nor `rejected` is named, or `keep` names a column of the pairs.
         DatasetError: A column is missing, holds neither texts nor messages, or no pair is left.
     """
     if prompt is None and rejected is None:
         raise ConfigError("prompt=None, rejected=None: a prompt is what two answers both start with; name its column.")
+    taken = sorted(set(keep or []) & set(PAIR))
+    if taken:
+        raise ConfigError(
+            f"keep={keep!r}: {taken[0]!r} is a column of the pairs themselves; rename the other one first."
+        )
     rows = load_rows(source, split, **options)
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     columns = {ours: theirs for ours, theirs in names.items() if theirs is not None}
@@ -73,12 +78,14 @@ def load_pairs(
     return Dataset.from_list(pairs)
 
 
-def with_system_prompt(dataset: Dataset, system_prompt: str) -> Dataset:
-    """The same pairs or questions, each prompt behind a system prompt: what steering is to be compared with.
+def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = False) -> Dataset:
+    """The same pairs or prompts, each behind a system prompt: what steering is to be compared with.
 
     Args:
         dataset: With a column `prompt`, of messages or texts.
         system_prompt: What the system says; before a text it is a paragraph of its own.
+        as_user: Put it before the first message's text instead, for chat templates without a system role, such as
+            Gemma 2's.
 
     Raises:
         DatasetError: There is no column `prompt`, or a prompt has a system message already.
@@ -91,6 +98,9 @@ def with_system_prompt(dataset: Dataset, system_prompt: str) -> Dataset:
             return {"prompt": f"{system_prompt}\n\n{prompt}"}
         if prompt and prompt[0]["role"] == "system":
             raise DatasetError(f"A prompt has a system message already: {prompt[0]['content']!r}.")
+        if as_user:
+            first = {**prompt[0], "content": f"{system_prompt}\n\n{prompt[0]['content']}"}
+            return {"prompt": [first, *prompt[1:]]}
         return {"prompt": [{"role": "system", "content": system_prompt}, *prompt]}
 
     return dataset.map(add, desc="Adding the system prompt")
@@ -100,7 +110,8 @@ def _with_prompts(rows: Dataset, chosen: str, rejected: str) -> Dataset:
     """The pairs with what both answers start with as their prompt, as TRL finds it."""
     from trl import extract_prompt
 
-    renamed = rows.rename_columns({old: new for old, new in ((chosen, "chosen"), (rejected, "rejected")) if old != new})
+    both = rows.filter(lambda row: bool(row[chosen]) and bool(row[rejected]), desc="Leaving out empty answers")
+    renamed = both.rename_columns({old: new for old, new in ((chosen, "chosen"), (rejected, "rejected")) if old != new})
     return renamed.map(extract_prompt, desc="Finding prompts")
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, DatasetError, UnsupportedOperationError
 from ..generation import answer, mixed_seed, prompt_ids
 from ..sae.identity import hash_tensors
-from ..tuner.strength import steered_layers
+from ..tuner import YaPOLayer
 from .sources import require_columns
 
 # Of larger tensors, the start tells one model from another.
@@ -65,7 +68,7 @@ def generate_rejected(
 
     Raises:
         ConfigError: An argument has a value that cannot work, or `output_dir` holds another run.
-        DatasetError: A column is missing, or no pair is left.
+        DatasetError: A column is missing or holds no text, or no pair is left.
 
     Source: arXiv 2601.08441, which prepares its rejected answers so.
     """
@@ -77,6 +80,7 @@ def generate_rejected(
     require_columns(dataset, ["prompt", "chosen"])
     if not len(dataset):
         raise DatasetError("The dataset is empty: there is no prompt to answer.")
+    _require_texts(dataset)
     state, folder = PartialState(), Path(output_dir)
     prompts = [prompt_ids(prompt, tokenizer) for prompt in dataset["prompt"]]
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **generation}
@@ -84,25 +88,30 @@ def generate_rejected(
         made_of = {"prompts": _hash_prompts(prompts), "model": _hash_model(model), "shard_size": shard_size}
         _begin(folder, {**options, **made_of})
     state.wait_for_everyone()
+    if not (folder / "run.json").is_file():
+        raise ConfigError(
+            f"output_dir={str(folder)!r} is not the folder of the first process: give all of them the same."
+        )
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     shards = [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
     files = [folder / "answers" / f"{number:05d}-of-{len(shards):05d}.jsonl" for number in range(len(shards))]
+    missing = broadcast_object_list([[n for n, file in enumerate(files) if not file.is_file()]])[0]
     training = model.training
     model.eval()
     try:
-        for number in range(state.process_index, len(shards), state.num_processes):
-            if not files[number].is_file():
-                said = f"Answering, shard {number + 1} of {len(shards)}"
-                _write(files[number], _answers(model, tokenizer, prompts, shards[number], said, **options))
+        for number in missing[state.process_index :: state.num_processes]:
+            said = f"Answering, shard {number + 1} of {len(shards)}"
+            _write(files[number], _answers(model, tokenizer, prompts, shards[number], said, **options))
     finally:
         model.train(training)
-    state.wait_for_everyone()
+    # No barrier, which would give up on a process that has much more to do.
+    while not all(file.is_file() for file in files):
+        time.sleep(0.2)
     pairs = _pairs(dataset, [json.loads(line) for file in files for line in file.read_text().splitlines()], state)
     if state.is_main_process:
         _save(pairs, folder, len(shards))
         if push_to_hub is not None:
             pairs.push_to_hub(push_to_hub)
-    state.wait_for_everyone()
     return pairs
 
 
@@ -131,11 +140,6 @@ def _answers(
 def _pairs(dataset: Dataset, answers: list[dict[str, Any]], state: PartialState) -> Dataset:
     """The dataset with the answers, less what there is nothing to learn from."""
     by_row = {found["row"]: found for found in answers}
-    if len(answers) != len(dataset) or len(by_row) != len(dataset):
-        raise ConfigError(
-            f"The answers on the disk are {len(answers)} for {len(dataset)} prompts: some process writes to another "
-            "output_dir than the others. Give all of them the same one."
-        )
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
     left_out = {"empty": 0, "the same as the chosen one": 0, "of a pair that is there already": 0}
@@ -170,7 +174,10 @@ def _said(answer: Any) -> str:
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
     """Writes what a run is, or checks that it is the one that was begun."""
-    settings = json.loads(json.dumps(settings, default=str))
+    try:
+        settings = json.loads(json.dumps(settings))
+    except TypeError as error:
+        raise ConfigError(f"An option of generate cannot be written down to recognise the run by ({error}).") from error
     file = folder / "run.json"
     if not file.is_file():
         (folder / "answers").mkdir(parents=True, exist_ok=True)
@@ -216,18 +223,31 @@ def _hash_prompts(prompts: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
-def _hash_model(model: nn.Module) -> str:
-    """What tells one model, and one strength of steering, from another."""
-    state = [
-        (layer.index, layer.active_adapters, layer.disable_adapters, {k: repr(v) for k, v in layer.multiplier.items()})
-        for layer in steered_layers(model)
-    ]
+def _hash_model(model: Any) -> str:
+    """What tells one model, its adapters, its steering and its way to generate from another."""
+    state: list[Any] = [getattr(model, "generation_config", None) and model.generation_config.to_dict()]
+    for name, module in model.named_modules():
+        if isinstance(module, YaPOLayer):
+            state += [(module.positions, {key: repr(value) for key, value in module.multiplier.items()})]
+        if isinstance(module, BaseTunerLayer):
+            # What another method's adapter does is not in its tensors alone.
+            own = (module.active_adapters, module.disable_adapters, module.merged_adapters)
+            state += [(name, *own, getattr(module, "scaling", None))]
     tensors = [(name, value) for name, value in sorted(model.state_dict().items()) if isinstance(value, Tensor)]
     offloaded = [name for name, tensor in tensors if tensor.is_meta]
     if offloaded:
         raise UnsupportedOperationError(f"{offloaded[0]!r} is offloaded: load the model without offloading.")
     parts = ((name, t if t.numel() <= _WHOLE else t.flatten()[:_START]) for name, t in tensors)
     return hash_tensors(f"{type(model).__name__}{state!r}", parts)
+
+
+def _require_texts(dataset: Dataset) -> None:
+    """Raises where a prompt or a chosen answer is no text and no messages, before anything is generated."""
+    for index, row in enumerate(cast(Iterable[dict[str, Any]], dataset.select_columns(["prompt", "chosen"]))):
+        for column, cell in row.items():
+            texts = [cell] if not isinstance(cell, list) else [message.get("content") for message in cell]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise DatasetError(f"Row {index} has {column}={cell!r}: give a text, or messages with texts.")
 
 
 def _require_positive(**values: int) -> None:

@@ -27,6 +27,8 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
         DatasetError: The file's kind is unknown, or the source is something else than a dataset.
         FileNotFoundError: There is no such file.
     """
+    if options.get("streaming"):
+        raise DatasetError("streaming=True: all rows are read here; stream the dataset yourself, and train on that.")
     if isinstance(source, Dataset):
         return source
     if not isinstance(source, str | Path):
@@ -51,15 +53,16 @@ def where(dataset: Dataset, **values: Any) -> Dataset:
         **values: For each column, the value that it must have, or a list of those that it may have.
 
     Raises:
-        DatasetError: A column is missing, or no row has such values; the message lists what is there.
+        DatasetError: A column is missing, or no row has one of the values; the message lists what is there.
     """
     require_columns(dataset, list(values))
     allowed = {name: value if isinstance(value, list | tuple | set) else [value] for name, value in values.items()}
     for name, wanted in allowed.items():
         there = dataset.unique(name)
-        if not set(there) & set(wanted):
+        unknown = [value for value in wanted if value not in there]
+        if unknown:
             listed = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "")
-            raise DatasetError(f"No row has {name}={_plain(wanted)}: that column has {listed}.")
+            raise DatasetError(f"No row has {name}={unknown[0]!r}: that column has {listed}.")
     columns = [dataset[name] for name in allowed]
     chosen = [
         index
@@ -92,8 +95,9 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
         raise DatasetError(f"{str(path)!r} is of no kind that is read here: {', '.join(_BUILDERS)}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    if path.suffix == ".tsv":
-        options = {"sep": "\t", **options}
+    if _BUILDERS[path.suffix] == "csv":
+        # "None" and "NA" can be answers.
+        options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
     return cast(Dataset, load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options))
 
 

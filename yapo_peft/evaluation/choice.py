@@ -16,7 +16,7 @@ from ..data.choices import choice_prompt, letters
 from ..errors import ConfigError, DatasetError
 from ..generation import prompt_ids
 from ..pairs import common_prefix, padded_answers, padding_of
-from .preference import answer_logps, log_probs_of_answers
+from .preference import answer_logps, log_probs_of_answers, share_above_zero
 
 Normalisation = Literal["none", "tokens", "characters"]
 
@@ -35,11 +35,13 @@ class MultipleChoice:
             sums divided by the length of the text, which no tokenizer decides.
         chat: Whether the question is rendered as a user's message; False for a model without a chat template, which
             then completes `question` and "Answer:".
+        system_prompt: What the system says before each question, as a control for steering.
     """
 
     form: str = "letter"
     normalise: str = "none"
     chat: bool = True
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.normalise not in get_args(Normalisation):
@@ -82,13 +84,13 @@ class MultipleChoice:
         scores = logps.masked_fill(batch["tokens"] == 0, -torch.inf)
         right = scores.gather(1, batch["right"][:, None]).squeeze(1)
         best_wrong = scores.scatter(1, batch["right"][:, None], -torch.inf).amax(dim=1)
-        return {"accuracy": (right > best_wrong).float(), "margin": right - best_wrong}
+        return {"accuracy": share_above_zero(right - best_wrong), "margin": right - best_wrong}
 
     def _tokenized(self, index: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Question:
         question, options, right = question_of(row)
         answers = letters(len(options)) if self.form == "letter" else options
         text = choice_prompt(question, options, self.form)
-        prompt: Any = [{"role": "user", "content": text}] if self.chat else f"{text}\nAnswer:"
+        prompt = _prompt(text, self.chat, self.system_prompt)
         ids = prompt_ids(prompt, tokenizer)
         if self.chat:
             rendered = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
@@ -107,15 +109,17 @@ class GeneratedChoice:
     Metrics of a question: `accuracy`, 1 if its answer names the right option; `answered`, 1 if it names exactly one.
 
     Attributes:
-        chat: Whether the question is rendered as a user's message.
+        chat: As for `MultipleChoice`.
+        system_prompt: As for `MultipleChoice`.
     """
 
     chat: bool = True
+    system_prompt: str | None = None
 
     def prompts(self, dataset: Iterable[dict[str, Any]]) -> list[Any]:
         """The questions, with their options."""
         texts = [choice_prompt(*question_of(dict(row))[:2]) for row in dataset]
-        return [[{"role": "user", "content": text}] if self.chat else f"{text}\nAnswer:" for text in texts]
+        return [_prompt(text, self.chat, self.system_prompt) for text in texts]
 
     def score_answers(self, dataset: Any, examples: Sequence[int], answers: Sequence[str]) -> list[dict[str, float]]:
         """Metrics of answers to questions."""
@@ -130,15 +134,20 @@ class GeneratedChoice:
 def named_option(answer: str, options: Sequence[str]) -> int | None:
     """The option that an answer names: by its letter at the start or behind "answer is", or by its text; None if none.
 
+    Of several "answer is", the last one counts.
+
     An answer that names several of them by their texts names none.
     """
     names = "".join(letters(len(options)))
     start = re.match(rf"\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer, re.IGNORECASE)
     if start is not None:
         return names.index(start.group(1).upper())
-    behind = re.search(rf"\b(?:[Aa]nswer|[Oo]ption)(?: is)?\W*([{names}])(?![\w'])", answer)
-    if behind is not None:
-        return names.index(behind.group(1))
+    stated = re.findall(rf"\b[Aa]nswer(?: is)?:?\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer)
+    if stated:
+        return names.index(stated[-1])
+    named = set(re.findall(rf"\b[Oo]ption ([{names}])(?!\w)", answer))
+    if len(named) == 1:
+        return names.index(named.pop())
     told = [i for i, text in enumerate(options) if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.I)]
     # "New York City" names that one, and not "York" as well.
     longest = [i for i in told if not any(i != j and options[i].lower() in options[j].lower() for j in told)]
@@ -160,6 +169,14 @@ def question_of(row: dict[str, Any]) -> tuple[str, list[str], int]:
     if not isinstance(answer, int) or not 0 <= answer < len(options):
         raise DatasetError(f"answer={answer!r} is no index of {len(options)} options: read it with load_choices.")
     return row["question"], list(options), answer
+
+
+def _prompt(text: str, chat: bool, system_prompt: str | None) -> Any:
+    """A question as a chat, or as a text for the answer to follow."""
+    if not chat:
+        return f"{system_prompt}\n\n{text}\nAnswer:" if system_prompt else f"{text}\nAnswer:"
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": text}]
 
 
 @dataclass(frozen=True)

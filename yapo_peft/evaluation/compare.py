@@ -62,15 +62,9 @@ def at_matched_damage(
         if len(side) < 2:
             sign = "negative" if negative else "positive"
             raise ConfigError(f"{labels or 'The scores'}: there are too few {sign} strengths in common to go along.")
-        # Where damage shrinks again with the strength, the first strength that does it counts.
-        reached = np.maximum.accumulate(side[damage_metric].to_numpy())
+        side = side.dropna()
         for level in levels:
-            known = reached[0] <= level <= reached[-1]
-            values = {
-                name: float(np.interp(level, *_rising(reached, side[name].to_numpy()))) if known else float("nan")
-                for name in columns
-            }
-            found.append({**labels, damage_metric: level, **values})
+            found.append({**labels, damage_metric: level, **_at(level, side, damage_metric, columns)})
     return pd.DataFrame(found)
 
 
@@ -79,15 +73,22 @@ def _groups(effects: pd.DataFrame, damages: pd.DataFrame, keys: list[str]) -> An
     if not keys:
         yield {}, effects, damages
         return
-    of_damage = dict(list(damages.groupby(keys, sort=False)))
-    for values, group in effects.groupby(keys, sort=False):
+    of_damage = dict(list(damages.groupby(keys, sort=False, dropna=False)))
+    for values, group in effects.groupby(keys, sort=False, dropna=False):
         labels = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
         if values not in of_damage:
             raise ConfigError(f"There is an effect of {labels}, but no damage: measure both.")
         yield labels, group, of_damage[cast(Any, values)]
 
 
-def _rising(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a curve, of those with the same x the first."""
-    _, first = np.unique(x, return_index=True)
-    return x[first], y[first]
+def _at(level: float, side: pd.DataFrame, damage_metric: str, columns: list[str]) -> dict[str, float]:
+    """The columns where the damage first reaches a level, on the line between two strengths; NaN if it never does."""
+    damage = side[damage_metric].to_numpy(dtype=float)
+    reaches = np.flatnonzero(damage >= level)
+    if not len(reaches) or (reaches[0] == 0 and damage[0] > level):
+        return dict.fromkeys(columns, float("nan"))
+    end = int(reaches[0])
+    start = max(end - 1, 0)
+    share = (level - damage[start]) / (damage[end] - damage[start]) if end > start else 0.0
+    values = side[columns].to_numpy(dtype=float)
+    return dict(zip(columns, (values[start] + share * (values[end] - values[start])).tolist(), strict=True))

@@ -73,7 +73,8 @@ class Damage:
             base = base.float().log_softmax(-1)
             found["kl"].append(torch.nn.functional.kl_div(own, base, log_target=True, reduction="none").sum(-1).mean())
             found["nll"].append(-own.gather(-1, ids[1:, None]).mean())
-            found["top_changed"].append((own.argmax(-1) != base.argmax(-1)).float().mean())
+            changed = (own.argmax(-1) != base.argmax(-1)).float().mean()
+            found["top_changed"].append(changed if own.isfinite().all() else torch.full_like(changed, torch.nan))
         return {name: torch.stack(values) for name, values in found.items()}
 
 

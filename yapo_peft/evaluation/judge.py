@@ -206,7 +206,8 @@ class Judge:
             self._known[key] = score
             if self.cache is not None:
                 with Path(self.cache).open("a") as file:
-                    file.write(json.dumps({"key": key, "score": score}) + "\n")
+                    # A line of its own, also after one that a stopped run left half written.
+                    file.write("\n" + json.dumps({"key": key, "score": score}))
 
     def _read_cache(self) -> dict[str, int]:
         if self.cache is None or not Path(self.cache).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from .scores import Scores
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str | dict[str, Any]],
+    tasks: str | Sequence[str | dict[str, Any]],
     multiplier: float = 1.0,
     *,
     adapter_name: str | None = None,
@@ -31,7 +32,7 @@ def evaluate_tasks(
     Args:
         model: A model with a YaPO adapter.
         tokenizer: The model's tokenizer.
-        tasks: Names of tasks or groups, such as "mmlu", or configs of tasks of one's own.
+        tasks: A task or group, such as "mmlu", or several, or configs of tasks of one's own.
         multiplier: The strength; 0 for the model unsteered.
         adapter_name: The adapter to dial; None for the active ones.
         batch_size: Rows per forward pass.
@@ -43,17 +44,20 @@ def evaluate_tasks(
         What `lm_eval.simple_evaluate` returns.
 
     Raises:
-        ConfigError: There is no task or no such adapter, or the strength is not finite.
+        ConfigError: There is no such task or adapter, the strength is not finite, or `use_cache` is given.
         ImportError: lm-eval is not installed.
         UnsupportedOperationError: An adapter steers some tokens only, which lm-eval's calls do not tell apart.
     """
-    if not tasks:
-        raise ConfigError(f"tasks={tasks!r}: name one task at least, such as 'mmlu'.")
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError("Tasks of lm-eval need it: pip install 'yapo-peft[eval]'.") from error
+    harness = _harness()
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    options.setdefault("task_manager", task_manager())
+    unknown = [task for task in tasks if isinstance(task, str) and task not in options["task_manager"].all_tasks]
+    if not tasks or unknown:
+        raise ConfigError(f"tasks={unknown or tasks!r}: name tasks or groups of lm-eval, such as 'mmlu'.")
+    if options.get("use_cache"):
+        raise ConfigError("use_cache= would take the answers of one strength for those of another: leave it out.")
     training = model.training
     model.eval()
     try:
@@ -61,7 +65,7 @@ def evaluate_tasks(
             _require_all_positions(model)
             given = {"batch_size": batch_size, **(model_args or {})}
             lm = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, **given)
-            found = cast(Any, lm_eval).simple_evaluate(model=lm, tasks=list(tasks), **options)
+            found = harness.simple_evaluate(model=lm, tasks=tasks, **options)
     finally:
         model.train(training)
     return found
@@ -70,10 +74,11 @@ def evaluate_tasks(
 def sweep_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str | dict[str, Any]],
+    tasks: str | Sequence[str | dict[str, Any]],
     multipliers: Iterable[float] = (0.0, 1.0),
     *,
     metric: str = "acc",
+    filter: str | None = None,
     **options: Any,
 ) -> Scores:
     """Runs tasks of lm-eval at several strengths.
@@ -84,29 +89,70 @@ def sweep_tasks(
         tasks: As for `evaluate_tasks`.
         multipliers: The strengths.
         metric: A metric that the tasks compute for each document, such as "acc", "acc_norm", "exact_match".
+        filter: Which of a task's ways to read an answer counts, such as "strict-match", where it has several.
         **options: As for `evaluate_tasks`.
 
     Returns:
         The metric of each document at each strength, with the label `task`.
 
     Raises:
-        ConfigError: As `evaluate_tasks`; or a task has no such metric.
+        ConfigError: As `evaluate_tasks`; or a task has no such metric or filter. Found on one document of each task,
+            before the others are read.
     """
     strengths = [float(multiplier) for multiplier in multipliers]
     if not strengths or len(set(strengths)) < len(strengths):
         raise ConfigError(f"multipliers={strengths!r}: give one strength at least, and each of them once.")
+    options = cast(Any, {**options, "log_samples": True})
+    options.setdefault("task_manager", task_manager())
+    # A document of each task shows whether they have the metric, before the work of all of them.
+    _rows(evaluate_tasks(model, tokenizer, tasks, strengths[0], **cast(Any, {**options, "limit": 1})), metric, filter)
     rows: list[dict[str, Any]] = []
     for strength in strengths:
-        found = evaluate_tasks(model, tokenizer, tasks, strength, **cast(Any, {**options, "log_samples": True}))
-        for task, samples in found["samples"].items():
-            for sample in samples:
-                if metric not in sample:
-                    there = ", ".join(repr(name) for name in sample.get("metrics", []))
-                    raise ConfigError(f"The task {task!r} has no metric {metric!r} per document, but {there}.")
-                rows.append(
-                    {"multiplier": strength, "example": sample["doc_id"], metric: float(sample[metric]), "task": task}
-                )
+        found = evaluate_tasks(model, tokenizer, tasks, strength, **options)
+        rows += [{"multiplier": strength, **row} for row in _rows(found, metric, filter)]
     return Scores(pd.DataFrame(rows), (metric,))
+
+
+def task_manager(include_path: str | None = None) -> Any:
+    """lm-eval's tasks, and those in a folder of one's own."""
+    return _harness().tasks.TaskManager(include_path=include_path)
+
+
+def _harness() -> Any:
+    try:
+        from importlib import import_module
+
+        harness = import_module("lm_eval")
+        import_module("lm_eval.tasks")
+    except ImportError as error:
+        raise ImportError("Tasks of lm-eval need it: pip install 'yapo-peft[eval]'.") from error
+    return harness
+
+
+def _rows(found: dict[str, Any], metric: str, wanted: str | None) -> list[dict[str, Any]]:
+    """The metric of each document."""
+    rows: list[dict[str, Any]] = []
+    for task, samples in found["samples"].items():
+        filters = sorted({sample["filter"] for sample in samples})
+        if (wanted is None and len(filters) > 1) or (wanted is not None and wanted not in filters):
+            there = ", ".join(map(repr, filters))
+            raise ConfigError(
+                f"filter={wanted!r}: the task {task!r} reads answers in several ways; choose one of {there}."
+            )
+        for sample in samples:
+            if wanted is not None and sample["filter"] != wanted:
+                continue
+            value = sample.get(metric)
+            if not isinstance(value, bool | int | float | np.number):
+                numbers = [
+                    n for n in sample.get("metrics", []) if isinstance(sample[n], bool | int | float | np.number)
+                ]
+                there = ", ".join(map(repr, numbers)) or "none that is a number"
+                raise ConfigError(
+                    f"The task {task!r} has no metric {metric!r} that is a number per document, but {there}."
+                )
+            rows.append({"example": sample["doc_id"], metric: float(value), "task": task})
+    return rows
 
 
 def _require_all_positions(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ _SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
 
 
 class LowerHalfOnce:
-    """Calls a model, and remembers what its lowest steered block put out for the same `input_ids` before.
+    """Calls a model, and remembers what its lowest steered block put out for the same inputs before.
 
     In the first call that it could spare something in, it runs the whole model as well and compares. A model whose
     upper blocks look past the steered one is called as a whole from then on.
@@ -31,7 +31,7 @@ class LowerHalfOnce:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
         can_spare = calls > 1 and lowest is not None and lowest.index > 0
         self._upper = UpperHalf(cast(nn.Module, base), lowest.index) if can_spare and lowest is not None else None
-        self._ids: Tensor | None = None
+        self._inputs: dict[str, Any] = {}
         self._hidden: Tensor | None = None
         self._is_checked = False
 
@@ -44,11 +44,12 @@ class LowerHalfOnce:
         """Calls the model."""
         if self._upper is None:
             return self.model(**inputs)
-        if inputs["input_ids"] is not self._ids:
+        if not _equal(_of_blocks(inputs), self._inputs):
             found: list[Tensor] = []
             with self._upper.observed(found):
                 output = self.model(**inputs)
-            self._ids, self._hidden = inputs["input_ids"], found[0]
+            self._inputs = {name: v.clone() if isinstance(v, Tensor) else v for name, v in _of_blocks(inputs).items()}
+            self._hidden = found[0]
             return output
         assert self._hidden is not None
         if self._is_checked:
@@ -62,6 +63,8 @@ class LowerHalfOnce:
             with upper.given(hidden):
                 part = self.model(**inputs)
             agree = _agree(whole.logits, part.logits)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
             # Blocks that others ask for what they kept fail in ways of their own.
             agree = False
@@ -69,9 +72,22 @@ class LowerHalfOnce:
         return whole
 
 
+def _equal(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
+    return inputs.keys() == others.keys() and all(
+        torch.equal(value, others[name]) if isinstance(value, Tensor) else value == others[name]
+        for name, value in inputs.items()
+    )
+
+
+def _of_blocks(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that decide what blocks put out."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
+
+
 def _agree(whole: Tensor, part: Tensor) -> bool:
-    if whole.shape != part.shape:
-        return False
+    """Whether logits give the same log-probabilities; a row at a time, for the vocabulary makes temporaries large."""
     bound = _SAME if whole.dtype == torch.float32 else _SAME_IN_16_BITS
-    whole, part = (logits.float().log_softmax(-1) for logits in (whole, part))
-    return torch.allclose(whole, part, rtol=0, atol=bound, equal_nan=True)
+    return whole.shape == part.shape and all(
+        torch.allclose(one.float().log_softmax(-1), other.float().log_softmax(-1), rtol=0, atol=bound, equal_nan=True)
+        for one, other in zip(whole, part, strict=True)
+    )

@@ -23,6 +23,8 @@ _AXES = {
     "kl": "KL from the unsteered model (nats per token)",
     "nll": "negative log-likelihood (nats per token)",
     "repeated": "repeated runs of words (%)",
+    "answered": "answers that name an option (%)",
+    "top_changed": "tokens after which another one is the likeliest (%)",
     "score": "mean score of the judge",
 }
 _SHARES = ("accuracy", "repeated", "answered", "top_changed")
@@ -86,9 +88,8 @@ def plot_matched_damage(
         raise ConfigError(
             f"The table has {list(table.columns)}, but no {missing}: give what at_matched_damage returned."
         )
-    labels = [
-        name for name in table.columns if name not in (damage_metric, "multiplier") and not name.startswith(metric)
-    ]
+    own = (damage_metric, "multiplier", metric, f"{metric}_low", f"{metric}_high")
+    labels = [name for name in table.columns if name not in own]
     figure = _figure(path, 1)
     factor = 100 if metric in _SHARES else 1
     for colour, (name, line) in zip(_cycle(), _lines(table, labels), strict=False):
@@ -152,7 +153,10 @@ def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None,
         return [(None, table)]
     # A label that all lines share says nothing about one of them.
     said = [name for name in keys if len(set(table[name])) > 1] or keys[:1]
-    return [(", ".join(str(part[name].iloc[0]) for name in said), part) for _, part in table.groupby(keys, sort=False)]
+    return [
+        (", ".join(str(part[name].iloc[0]) for name in said), part)
+        for _, part in table.groupby(keys, sort=False, dropna=False)
+    ]
 
 
 def _cycle() -> list[str]:

@@ -33,7 +33,12 @@ class Preference:
         rows = {name: batch[name] for name in ("input_ids", "attention_mask", "answer_mask")}
         logps, tokens = answer_logps(model, **rows), rows["answer_mask"].sum(dim=1)
         margin, per_token = (chosen - rejected for chosen, rejected in (logps.chunk(2), (logps / tokens).chunk(2)))
-        return {"accuracy": (margin > 0).float(), "margin": margin, "margin_per_token": per_token}
+        return {"accuracy": share_above_zero(margin), "margin": margin, "margin_per_token": per_token}
+
+
+def share_above_zero(margin: Tensor) -> Tensor:
+    """1 where a margin is positive, 0 where it is not, NaN where the model overflowed."""
+    return (margin > 0).float().masked_fill(~margin.isfinite(), torch.nan)
 
 
 @torch.no_grad()

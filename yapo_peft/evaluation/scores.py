@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..errors import ConfigError, DatasetError
 
-_OWN = ("multiplier", "example")
+_OWN = ("multiplier", "example", "answer")
 # The label whose values are repetitions of one measurement, not different ones.
 SEED = "seed"
 
@@ -23,8 +23,8 @@ class Scores:
     """What a measure found, for each example at each strength.
 
     Attributes:
-        table: A row per example and strength: `multiplier`, `example` (its index in the dataset), a column per metric,
-            and one per label. NaN stands for what could not be measured.
+        table: A row per example and strength: `multiplier`, `example` (its index in the dataset), `answer` where one
+            was generated, a column per metric, and one per label. NaN stands for what could not be measured.
         metrics: Names of the metrics' columns.
     """
 
@@ -129,7 +129,8 @@ def _by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
 
 
 def _mean(matrix: np.ndarray) -> float:
-    return float(np.nanmean(matrix)) if np.isfinite(matrix).any() else float("nan")
+    known = matrix[np.isfinite(matrix)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _interval(matrix: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float]:

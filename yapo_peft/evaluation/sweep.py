@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DatasetError
 from ..generation import answer, mixed_seed, prompt_ids
 from ..tuner import steering
 from .lower_half import LowerHalfOnce
@@ -61,7 +61,8 @@ def sweep(
     """Measures a model over a range of strengths.
 
     Log-probabilities: what lies below the lowest steered block is run once per batch, whatever the number of strengths,
-    where that gives the same. Answers: all strengths of a prompt are generated in one batch.
+    where that gives the same. Answers: the strengths of a prompt are generated in one batch, if it has room for them,
+    and are kept in the table.
 
     Args:
         model: A model with a YaPO adapter.
@@ -91,6 +92,10 @@ def sweep(
         with steering(model, strength, adapter_name):
             pass  # so that a strength or an adapter that cannot work is an error before any work
     measure = Preference() if measure is None else measure
+    if isinstance(measure, type):
+        raise ConfigError(f"measure={measure.__name__} is a class: give one of it, measure={measure.__name__}(...).")
+    if not hasattr(dataset, "__getitem__"):
+        dataset = list(dataset)
     training = model.training
     model.eval()
     try:
@@ -107,7 +112,7 @@ def sweep(
     table = pd.DataFrame(rows).sort_values(["multiplier", "example"], kind="stable")
     order = {strength: index for index, strength in enumerate(strengths)}
     table = table.sort_values("multiplier", key=lambda column: column.map(order), kind="stable", ignore_index=True)
-    return Scores(table, tuple(name for name in table.columns if name not in ("multiplier", "example")))
+    return Scores(table, tuple(name for name in table.columns if name not in ("multiplier", "example", "answer")))
 
 
 @torch.no_grad()
@@ -150,15 +155,24 @@ def _sweep_answers(
     batch_size: int,
     seed: int,
     generation: dict[str, Any],
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     prompts = [prompt_ids(prompt, tokenizer) for prompt in measure.prompts(dataset)]
+    if not prompts:
+        raise DatasetError("The dataset is empty: there is nothing to answer.")
+    taken = [name for name in ("max_length", "num_return_sequences", "num_beams") if name in generation]
+    if taken:
+        raise ConfigError(
+            f"{taken[0]}={generation[taken[0]]!r}: each prompt gets one answer of max_new_tokens; leave it out."
+        )
+    # Whole prompts, where all strengths of one fit.
+    size = batch_size // len(strengths) * len(strengths) or batch_size
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     work = [(index, strength) for index in order for strength in strengths]
     options = {"max_new_tokens": 64, "do_sample": False, **generation}
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
     with tqdm(total=len(work), desc="Answering", unit="answer") as progress:
-        for start in range(0, len(work), batch_size):
-            part = work[start : start + batch_size]
+        for start in range(0, len(work), size):
+            part = work[start : start + size]
             of_rows = torch.tensor([strength for _, strength in part])
             with steering(model, of_rows, adapter_name):
                 given = [prompts[index] for index, _ in part]
@@ -166,8 +180,8 @@ def _sweep_answers(
             examples = [index for index, _ in part]
             found = measure.score_answers(dataset, examples, [text for text, _ in answers])
             rows += [
-                {"multiplier": strength, "example": index, **metrics}
-                for (index, strength), metrics in zip(part, found, strict=True)
+                {"multiplier": strength, "example": index, "answer": text, **metrics}
+                for (index, strength), (text, _), metrics in zip(part, answers, found, strict=True)
             ]
             progress.update(len(part))
     return rows

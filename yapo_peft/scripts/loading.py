@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from yapo_peft import YaPOError
+
 
 def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """A model, or a model with an adapter, and its tokenizer.
@@ -17,7 +19,13 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
 
     try:
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except YaPOError:
+        raise
     except ValueError:  # PEFT's way to say that there is no adapter
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(base)
+    try:
+        # A trainer saves it with the adapter, with the chat template that was trained on.
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return model, AutoTokenizer.from_pretrained(base)

@@ -31,8 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--shard_size", type=int, default=256, help="answers to a file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, help="sample; without it, answers are as the model's config says")
-    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--temperature", type=float, help="sample at this one; 0 for the likeliest answers")
+    parser.add_argument("--top_p", type=float, help="sample; without both, answers are as the model's config says")
     parser.add_argument("--push_to_hub", metavar="NAME", help="dataset repository to push the pairs to")
     return parser
 
@@ -50,6 +50,10 @@ def main() -> None:
     )
     model, tokenizer = load_model(options.model, options.dtype)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p") if getattr(options, name) is not None}
+    if sampling:
+        sampling["do_sample"] = options.temperature != 0
+    if options.temperature == 0:
+        sampling = {"do_sample": False}
     pairs = generate_rejected(
         model.to(PartialState().device),
         tokenizer,
@@ -61,7 +65,6 @@ def main() -> None:
         seed=options.seed,
         push_to_hub=options.push_to_hub,
         **sampling,
-        **({"do_sample": True} if sampling else {}),
     )
     PartialState().print(f"{len(pairs)} pairs are in {options.output_dir}.")
 

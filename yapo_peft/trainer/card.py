@@ -11,7 +11,7 @@ from ..tuner import model_card
 if TYPE_CHECKING:
     from .trainer import YaPOTrainer
 
-_SETTINGS = ("learning_rate", "beta", "direction", "reference")
+_SETTINGS = ("learning_rate", "learning_rate_unit", "beta", "direction", "reference")
 _METRICS = ("eval_loss", "eval_accuracy/plus", "eval_accuracy/zero", "eval_accuracy/minus")
 
 

@@ -52,7 +52,10 @@ class YaPOTrainingConfig(DPOConfig):
         l1: Pull of each entry towards zero, in units of the loss (nats) per unit of the code: after each step entries
             shrink by the learning rate times this.
         loss_type: TRL's, or "reps", the loss of RePS; "sigmoid", as published, unless given.
-        learning_rate: As published, in units of SAE activations: an SAE with larger activations needs a larger one.
+        learning_rate_unit: "activation" counts the learning rate in typical activations, measured on the first
+            examples: of an SAE the mean of a token's active features, of a dense vector the root mean square of a
+            token, and of that the median over tokens. "raw" counts it in units of the code, as published.
+        learning_rate: In that unit. Published are 5e-4 with "raw", which suits some SAEs and hardly moves others.
         num_train_epochs: As published.
         per_device_train_batch_size: As published.
         lr_scheduler_type: As published.
@@ -87,7 +90,7 @@ class YaPOTrainingConfig(DPOConfig):
     learning_rate_unit: str = field(
         default="activation", metadata={"help": "'activation': per typical activation. 'raw': per unit, as published."}
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate, in units of SAE activations."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate, in learning_rate_unit."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Number of passes over the training set."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs per device and step."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..errors import ConfigError
+
 # Tensors of a collated batch that hold the chosen rows first and the rejected rows second.
 _PAIRED = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
 
@@ -60,6 +62,22 @@ def reps(pairs: OrientedPairs) -> Tensor:
     """
     weight = (pairs.ref_losing - pairs.ref_winning).clamp(min=1)
     return -logsigmoid(weight * pairs.winning / pairs.winning_tokens - pairs.losing / pairs.losing_tokens)
+
+
+def loss_of_each(objective: Objective, pairs: OrientedPairs) -> Tensor:
+    """The loss of each pair, `(pairs,)`.
+
+    Raises:
+        ConfigError: The objective returns something else.
+    """
+    losses = objective(pairs)
+    if not isinstance(losses, Tensor) or losses.shape != pairs.winning.shape:
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ConfigError(
+            f"The objective returned {shape} for {len(pairs.winning)} pairs: return the loss of each of them, not "
+            "their mean."
+        )
+    return losses
 
 
 # The `loss_type`s that TRL does not have.

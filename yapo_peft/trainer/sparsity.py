@@ -54,8 +54,9 @@ class Sparsify(TrainerCallback):
         trained = _trained(self._layers)
         codes = [layer.yapo_code[name].data for layer, name in trained]
         if config.l1:
-            shrink = config.l1 * kwargs["lr_scheduler"].get_last_lr()[0]
-            for code in codes:
+            rates = {id(p): group["lr"] for group in kwargs["optimizer"].param_groups for p in group["params"]}
+            for (layer, name), code in zip(trained, codes, strict=True):
+                shrink = config.l1 * rates[id(layer.yapo_code[name])]
                 code.copy_(code.sign() * (code.abs() - shrink).clamp(min=0))
         budget = feature_budget(config, (state.global_step + 1) / state.max_steps, sum(map(len, codes)))
         if budget is not None:

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
@@ -30,6 +29,7 @@ from .objective import (
     Objective,
     OrientedPairs,
     draw_directions,
+    loss_of_each,
     one_pair,
     orient,
     pair_order,
@@ -39,7 +39,7 @@ from .pair_metrics import PairMetricsTrainer
 from .replay import Replay
 from .scoring import Scorer, WholeModel
 from .sparsity import Sparsify, require_sparsifiable
-from .units import Units, gradients_in_units, in_units, measure_units, require_normalised
+from .units import Units, gradients_in_units, in_units, measure_units, require_measurable
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
 
@@ -161,8 +161,8 @@ class YaPOTrainer(PairMetricsTrainer):
     def _measured_units(self) -> Units | None:
         if self.args.learning_rate_unit == "raw" or self.optimizer is not None:
             return None
-        require_normalised(str(getattr(self.args.optim, "value", self.args.optim)), is_deepspeed_zero3_enabled())
-        units = measure_units(self.model, self._base_model, self._layers, self.train_dataset)
+        require_measurable(self)
+        units = measure_units(self.model, self._base_model, self._layers, self.train_dataset, self.args.max_length)
         said = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in units.items())
         self.accelerator.print(f"The learning rate is in units of typical activations: {said}.")
         return units
@@ -266,7 +266,7 @@ class YaPOTrainer(PairMetricsTrainer):
             with self._metrics_kept(), steering(unwrapped, strength):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
             if self._objective is not None:
-                each = self._objective(OrientedPairs.of(replay.log_probs_with_gradient, oriented))
+                each = loss_of_each(self._objective, OrientedPairs.of(replay.log_probs_with_gradient, oriented))
                 loss, losses = each.mean(), each.detach()
             else:
                 losses = loss.detach()[None] if self.model.training else self._loss_of_each(replay, oriented)

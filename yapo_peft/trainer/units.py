@@ -8,9 +8,12 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import DPOTrainer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..pairs import padded_answers
@@ -27,7 +30,9 @@ _EXAMPLES, _TOKENS = 16, 512
 Units = dict[tuple[int, str], float]
 
 
-def measure_units(model: nn.Module, base: Any, layers: list[YaPOLayer], dataset: Iterable[Any]) -> Units:
+def measure_units(
+    model: nn.Module, base: Any, layers: list[YaPOLayer], dataset: Iterable[Any], max_length: int | None
+) -> Units:
     """The typical activation of what each code is about, from the first examples of a dataset, unsteered.
 
     Of an SAE that is the mean activation of a token's active features, of a dense vector the root mean square of a
@@ -38,14 +43,23 @@ def measure_units(model: nn.Module, base: Any, layers: list[YaPOLayer], dataset:
         base: The causal language model in it.
         layers: Its steered layers.
         dataset: As TRL tokenises it.
+        max_length: How many tokens of an example are trained on.
 
     Returns:
-        A positive number for each code that is trained; the same in all processes.
+        A positive number for each code that is trained; what the first process measured, in all of them.
 
     Raises:
         ConfigError: No feature of an SAE is on in any token.
         UnsupportedOperationError: The dataset is not of tokens.
     """
+    # Only the first process is sure to have the weights before training: FSDP can leave the others without.
+    units = _measured(model, base, layers, dataset, max_length) if PartialState().is_main_process else {}
+    return broadcast_object_list([units])[0]
+
+
+def _measured(
+    model: nn.Module, base: Any, layers: list[YaPOLayer], dataset: Iterable[Any], max_length: int | None
+) -> Units:
     found: dict[tuple[int, str], list[Tensor]] = {}
     device = next(p.device for p in model.parameters() if not p.is_meta)
     training = model.training
@@ -57,8 +71,8 @@ def measure_units(model: nn.Module, base: Any, layers: list[YaPOLayer], dataset:
                     f"Activations are measured on tokens, and the dataset has {sorted(row)}: give "
                     "learning_rate_unit='raw', and a rate in units of the SAE's activations."
                 )
-            tokens = row["prompt_ids"][-_TOKENS:], row["chosen_ids"][:_TOKENS]
-            batch = padded_answers([tokens], 0)
+            tokens = (row["prompt_ids"] + row["chosen_ids"])[: min(_TOKENS, max_length or _TOKENS)]
+            batch = padded_answers([(tokens, [])], 0)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad(), steering(model, 0.0), block_outputs(layers) as outputs:
                 base.base_model(**inputs, use_cache=False)
@@ -68,8 +82,7 @@ def measure_units(model: nn.Module, base: Any, layers: list[YaPOLayer], dataset:
                     found.setdefault((layer.index, name), []).append(sizes.cpu())
     finally:
         model.train(training)
-    units = {key: _median(key, torch.cat(sizes)) for key, sizes in found.items()}
-    return broadcast_object_list([units])[0]
+    return {key: _median(key, torch.cat(sizes)) for key, sizes in found.items()}
 
 
 def in_units(optimizer: Optimizer, layers: list[YaPOLayer], units: Units) -> None:
@@ -102,7 +115,10 @@ def in_units(optimizer: Optimizer, layers: list[YaPOLayer], units: Units) -> Non
 
 @contextmanager
 def gradients_in_units(layers: list[YaPOLayer], units: Units) -> Generator[None]:
-    """Within it, gradients are those of codes counted in their units, so that clipping does not depend on these."""
+    """Within it, gradients are those of codes counted in their units, so that clipping does not depend on these.
+
+    DeepSpeed clips by itself, and so by the gradients as they are.
+    """
     keys = [(layer, name) for layer in layers for name in trained(layer) if (layer.index, name) in units]
     codes = [(layer.yapo_code[name], units[layer.index, name]) for layer, name in keys]
     codes = [(code, unit) for code, unit in codes if code.grad is not None]
@@ -115,21 +131,26 @@ def gradients_in_units(layers: list[YaPOLayer], units: Units) -> Generator[None]
             cast(Tensor, code.grad).div_(unit)
 
 
-def require_normalised(optim: str, is_zero3: bool) -> None:
-    """Raises unless steps of an optimizer, by transformers' name for it, can be measured in units.
+def require_measurable(trainer: DPOTrainer) -> None:
+    """Raises unless the steps of a run's optimizer can be measured in units of activations.
 
     Raises:
-        UnsupportedOperationError: Its steps grow with the gradient, or the weights are in parts before training.
+        UnsupportedOperationError: It is another optimizer, or the weights are in parts before training.
     """
-    if not optim.startswith(_NORMALISED):
+    args = trainer.args
+    optim = str(getattr(args.optim, "value", args.optim))
+    plugin: Any = trainer.accelerator.state.deepspeed_plugin
+    reasons = {
+        f"optim={optim!r} is not known to take steps whose size does not depend on the gradient's": (
+            not optim.startswith(_NORMALISED) or trainer.optimizer_cls_and_kwargs is not None
+        ),
+        "DeepSpeed's own optimizer has one rate for all": plugin is not None and "optimizer" in plugin.deepspeed_config,
+        "ZeRO-3 has the model in parts before training": is_deepspeed_zero3_enabled(),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
         raise UnsupportedOperationError(
-            f"optim={optim!r} takes steps that grow with the gradient: give learning_rate_unit='raw', and a rate "
-            "for it."
-        )
-    if is_zero3:
-        raise UnsupportedOperationError(
-            "ZeRO-3 has the model in parts before training, so that activations cannot be measured: give "
-            "learning_rate_unit='raw', and a rate in units of the SAE's activations."
+            f"{found[0]}: give learning_rate_unit='raw', and a rate in units of the SAE's activations."
         )
 
 
