@@ -27,11 +27,11 @@ from yapo_peft.evaluation import Damage
 from yapo_peft.methods import prune
 
 
-def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], blocks: int) -> dict[str, float]:
+def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], neutral: Damage) -> dict[str, float]:
     """Effect, damage and size of the trainer's code as it is."""
     model, tokenizer = trainer.model, trainer.processing_class
     margins = sweep(model, held_out, tokenizer, (-1.0, 1.0), batch_size=16).summary()["margin"]
-    damage = sweep(model, text, tokenizer, (-1.0, 1.0), measure=Damage(max_blocks=blocks), batch_size=4).summary()["kl"]
+    damage = sweep(model, text, tokenizer, (-1.0, 1.0), measure=neutral, batch_size=4).summary()["kl"]
     code = trainer._layers[0].yapo_code["default"].detach()
     return {
         "features": int(code.count_nonzero()),
@@ -47,6 +47,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pairs = pairs_of(options.data).shuffle(seed=0)
     train, held_out = pairs.select(range(options.pairs)), pairs.select(range(len(pairs) - options.held_out, len(pairs)))
     text = [options.text.read_text()] if options.text else held_out_text(held_out)
+    neutral = Damage(options.block_size, options.blocks)
     found: dict[str, Any] = {"during training": [], "after training": []}
 
     def trained(budget: int | None) -> YaPOTrainer:
@@ -67,14 +68,14 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return trainer
 
     full = trained(None)
-    found["no budget"] = measure(full, held_out, text, options.blocks)
+    found["no budget"] = measure(full, held_out, text, neutral)
     print(found["no budget"], flush=True)
     code = full._layers[0].yapo_code["default"].detach().clone()
     for budget in options.features:
         full._layers[0].yapo_code["default"].data.copy_(code)
         prune(full.model, budget)
-        found["after training"].append(measure(full, held_out, text, options.blocks))
-        found["during training"].append(measure(trained(budget), held_out, text, options.blocks))
+        found["after training"].append(measure(full, held_out, text, neutral))
+        found["during training"].append(measure(trained(budget), held_out, text, neutral))
         print(budget, found["after training"][-1], found["during training"][-1], flush=True)
     return found
 
@@ -110,7 +111,8 @@ def main() -> None:
     parser.add_argument("--features", nargs="+", type=int, default=[1024, 256, 64, 16])
     parser.add_argument("--pairs", type=int, default=450)
     parser.add_argument("--held-out", type=int, default=120, help="pairs of the same file that are not trained on")
-    parser.add_argument("--blocks", type=int, default=24, help="blocks of 256 tokens of the text")
+    parser.add_argument("--blocks", type=int, default=24, help="blocks of the text")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
     parser.add_argument("--steps", type=int, default=112)
     parser.add_argument("--learning-rate", type=float, default=0.3)
     parser.add_argument("--epsilon", type=float, default=3e-3)
@@ -119,7 +121,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_args()
     if options.quick:
-        options.pairs, options.held_out, options.steps, options.features, options.blocks = 8, 4, 3, [16], 1
+        options.pairs, options.held_out, options.steps, options.features = 8, 4, 3, [16]
+        options.blocks, options.block_size = 1, 16
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         found = run(options, Path(folder))

@@ -25,6 +25,7 @@ RUNS = {
     "example": {"direction": "example"},
     "both": {"direction": "both", "gradient_accumulation_steps": 2, "precompute_ref_log_probs": True},
     "cached": {"cache_activations": True},
+    "units": {"learning_rate_unit": "activation"},
     "two layers": {"layers": [1, 3], "activation_checkpointing": "full"},
 }
 
@@ -35,10 +36,10 @@ def trainer(name, max_steps=4, layers=(2,), **options):
     set_code(model, random_code(scale=0.3))
     if options.get("cache_activations"):
         options["activation_cache_dir"] = str(FOLDER / f"activations-{WORLD}")
+    options.setdefault("learning_rate_unit", "raw")
     args = YaPOTrainingConfig(
         output_dir=str(FOLDER / f"{name}-{WORLD}"), use_cpu=True, bf16=False, report_to="none", max_steps=max_steps,
-        save_steps=2, learning_rate=0.1, learning_rate_unit="raw", warmup_steps=0, lr_scheduler_type="constant",
-        logging_steps=1,
+        save_steps=2, learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", logging_steps=1,
         per_device_train_batch_size=PAIRS // WORLD, per_device_eval_batch_size=2, **options,
     )  # fmt: skip
     train, test = (datasets.load_from_disk(str(FOLDER / part)) for part in ("train", "test"))
