@@ -13,14 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from .pairs import padding_of
 
 
-def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt: of a text as it is, of messages as the chat template renders them for an answer to follow."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    rendered = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
 @torch.no_grad()
 def answer(
     model: nn.Module,

@@ -54,11 +54,16 @@ def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens
     missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
     if missing:
         raise DatasetError(f"A pair lacks {missing}: it has {sorted(row)}. Pairs need 'prompt', 'chosen', 'rejected'.")
-    prompt = _ids(row["prompt"], tokenizer, is_prompt=True)
+    prompt = prompt_ids(row["prompt"], tokenizer)
     chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
     rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)
     shared = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     return prompt[:shared], chosen[shared:], rejected[shared:]
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a prompt: of a text as it is, of messages as the chat template renders them for an answer to follow."""
+    return _ids(prompt, tokenizer, is_prompt=True)
 
 
 def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list[int]:

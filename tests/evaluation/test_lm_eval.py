@@ -29,13 +29,6 @@ def task(tmp_path):
     }
 
 
-@pytest.fixture
-def model():
-    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
-    set_code(model, random_code(scale=2.0))
-    return model
-
-
 @torch.no_grad()
 def slow_accuracies(model, tokenizer, multiplier):
     found = []

@@ -3,17 +3,15 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
-from tiny import make_model, make_sae, random_code, set_code
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from yapo_peft import ConfigError, DatasetError, YaPOConfig, steering, sweep
+from yapo_peft import ConfigError, DatasetError, steering, sweep
 from yapo_peft.data import choice_prompt
 from yapo_peft.evaluation import Damage, GeneratedChoice, MultipleChoice, Repetition
 from yapo_peft.evaluation.choice import named_option
 from yapo_peft.evaluation.damage import repeated_share
-from yapo_peft.generation import prompt_ids
+from yapo_peft.pairs import prompt_ids
 
 QUESTIONS = [
     {"question": "w1 w2", "options": ["w3", "w4 w5", "w6 w7 w8"], "answer": 1},
@@ -22,13 +20,6 @@ QUESTIONS = [
     {"question": "w8", "options": ["w21 w22", "w23 w24"], "answer": 1},
 ]
 TEXTS = [" ".join(f"w{(7 * i + j) % 90}" for j in range(40)) for i in range(6)]
-
-
-@pytest.fixture
-def model():
-    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
-    set_code(model, random_code(scale=2.0))
-    return model
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError, UnsupportedOperationError
-from ..generation import answer, mixed_seed, prompt_ids
+from ..files import replacing
+from ..generation import answer, mixed_seed
+from ..pairs import prompt_ids
 from ..sae.identity import hash_tensors
 from ..tuner import YaPOLayer
 from .sources import require_columns
@@ -198,13 +199,8 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
 
 def _write(file: Path, lines: Any) -> None:
     """Writes JSON lines to a name of its own, and then gives it the right one."""
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    try:
-        with partial.open("w") as opened:
-            opened.writelines(json.dumps(line) + "\n" for line in lines)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as partial, partial.open("w") as opened:
+        opened.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _save(pairs: Dataset, folder: Path, shards: int) -> None:
@@ -214,9 +210,8 @@ def _save(pairs: Dataset, folder: Path, shards: int) -> None:
         old.unlink()
     for number in range(shards):
         file = folder / f"pairs-{number:05d}-of-{shards:05d}.parquet"
-        partial = file.with_name(f".partial-{file.name}")
-        pairs.shard(shards, number, contiguous=True).to_parquet(str(partial))
-        partial.replace(file)
+        with replacing(file) as partial:
+            pairs.shard(shards, number, contiguous=True).to_parquet(str(partial))
 
 
 def _hash_prompts(prompts: list[list[int]]) -> str:

@@ -64,9 +64,9 @@ class Damage:
         """Metrics of each block, `(blocks,)`."""
         if "base" not in kept:
             with steering(model.model, 0.0):
-                kept["base"] = _log_probs(model, batch["input_ids"])
+                kept["base"] = _next_token_logits(model, batch["input_ids"])
         found: dict[str, list[Tensor]] = {"kl": [], "nll": [], "top_changed": []}
-        steered = _log_probs(model, batch["input_ids"])
+        steered = _next_token_logits(model, batch["input_ids"])
         # A block at a time: the vocabulary makes temporaries large.
         for base, own, ids in zip(kept["base"], steered, batch["input_ids"], strict=True):
             own = own.float().log_softmax(-1)
@@ -119,7 +119,7 @@ def prompts_of(dataset: Any) -> list[Any]:
     return [row["prompt"] for row in rows]
 
 
-def _log_probs(model: Any, input_ids: Tensor) -> Tensor:
+def _next_token_logits(model: Any, input_ids: Tensor) -> Tensor:
     """Logits of each next token, `(blocks, block_size - 1, vocabulary)`."""
     labels = {"labels": input_ids} if needs_labels(model) else {}
     return model(input_ids=input_ids, use_cache=False, **labels).logits[:, :-1]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner import steering
 from ..tuner.strength import steered_layers
-from .scores import Scores
+from .scores import Scores, distinct
 
 
 def evaluate_tasks(
@@ -99,9 +99,7 @@ def sweep_tasks(
         ConfigError: As `evaluate_tasks`; or a task has no such metric or filter. Found on one document of each task,
             before the others are read.
     """
-    strengths = [float(multiplier) for multiplier in multipliers]
-    if not strengths or len(set(strengths)) < len(strengths):
-        raise ConfigError(f"multipliers={strengths!r}: give one strength at least, and each of them once.")
+    strengths = distinct(multipliers)
     options = cast(Any, {**options, "log_samples": True})
     options.setdefault("task_manager", task_manager())
     # A document of each task shows whether they have the metric, before the work of all of them.

@@ -35,11 +35,6 @@ class LowerHalfOnce:
         self._hidden: Tensor | None = None
         self._is_checked = False
 
-    @property
-    def spares(self) -> bool:
-        """Whether the lower blocks are run once per batch."""
-        return self._upper is not None
-
     def __call__(self, **inputs: Any) -> Any:
         """Calls the model."""
         if self._upper is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..errors import ConfigError
+from ..files import replacing
 from .scores import SEED, Scores
 
 if TYPE_CHECKING:
@@ -59,15 +60,8 @@ def plot_dose_response(
     summary = scores.summary(**bootstrap)
     figure = _figure(path, len(metrics))
     for axes, metric in zip(figure.axes, metrics, strict=True):
-        factor = 100 if metric in _SHARES else 1
-        for colour, (name, line) in zip(_cycle(), _lines(summary, scores.labels), strict=False):
-            line = line.sort_values("multiplier")
-            x = line["multiplier"]
-            axes.plot(x, factor * line[metric], "o-", color=colour, markersize=4, label=name)
-            low, high = factor * line[f"{metric}_low"], factor * line[f"{metric}_high"]
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        _draw(axes, summary, scores.labels, "multiplier", metric)
         axes.axvline(0, color="0.8", zorder=0)
-        axes.set(xlabel="multiplier", ylabel=_AXES.get(metric, metric))
         if metric == "margin":
             axes.axhline(0, color="0.8", zorder=0)
     figure.suptitle(f"{title} ({max(summary['examples'])} examples)")
@@ -91,14 +85,7 @@ def plot_matched_damage(
     own = (damage_metric, "multiplier", metric, f"{metric}_low", f"{metric}_high")
     labels = [name for name in table.columns if name not in own]
     figure = _figure(path, 1)
-    factor = 100 if metric in _SHARES else 1
-    for colour, (name, line) in zip(_cycle(), _lines(table, labels), strict=False):
-        line = line.dropna(subset=[metric]).sort_values(damage_metric)
-        x = line[damage_metric]
-        figure.axes[0].plot(x, factor * line[metric], "o-", color=colour, markersize=4, label=name)
-        low, high = factor * line[f"{metric}_low"], factor * line[f"{metric}_high"]
-        figure.axes[0].fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    figure.axes[0].set(xlabel=_AXES.get(damage_metric, damage_metric), ylabel=_AXES.get(metric, metric))
+    _draw(figure.axes[0], table.dropna(subset=[metric]), labels, damage_metric, metric)
     figure.suptitle(title)
     return _save(figure, path)
 
@@ -146,6 +133,17 @@ def _figure(path: str | Path, panels: int) -> Figure:
     return figure
 
 
+def _draw(axes: Any, table: pd.DataFrame, labels: Sequence[str], x: str, metric: str) -> None:
+    """A line with its interval for each of the labels' values."""
+    factor = 100 if metric in _SHARES else 1
+    for colour, (name, line) in zip(_cycle(), _lines(table, labels), strict=False):
+        line = line.sort_values(x)
+        axes.plot(line[x], factor * line[metric], "o-", color=colour, markersize=4, label=name)
+        low, high = factor * line[f"{metric}_low"], factor * line[f"{metric}_high"]
+        axes.fill_between(line[x], low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel=_AXES.get(x, x), ylabel=_AXES.get(metric, metric))
+
+
 def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None, pd.DataFrame]]:
     """The parts of a table that are a line each, and their names."""
     keys = [name for name in labels if name != SEED]
@@ -169,7 +167,6 @@ def _save(figure: Figure, path: str | Path) -> Path:
         figure.axes[-1].legend(frameon=False, fontsize="small")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:])
     return path

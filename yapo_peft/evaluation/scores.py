@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError, DatasetError
+from ..files import replacing
 
 _OWN = ("multiplier", "example", "answer")
 # The label whose values are repetitions of one measurement, not different ones.
@@ -99,10 +100,9 @@ class Scores:
         """Writes the table as JSON; a failure leaves what was there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".partial-{path.name}")
         rows = json.loads(cast(str, self.table.to_json(orient="records", double_precision=15)))
-        partial.write_text(json.dumps({"metrics": self.metrics, "rows": rows}))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({"metrics": self.metrics, "rows": rows}))
         return path
 
     @staticmethod
@@ -119,6 +119,18 @@ class Scores:
             return Scores(table.astype(dict.fromkeys(metrics, float)), metrics)
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"{str(path)!r} does not hold scores ({error!r}): measure again.") from error
+
+
+def distinct(multipliers: Iterable[float]) -> list[float]:
+    """The strengths of a sweep.
+
+    Raises:
+        ConfigError: There is none, or one is there twice.
+    """
+    strengths = [float(multiplier) for multiplier in multipliers]
+    if not strengths or len(set(strengths)) < len(strengths):
+        raise ConfigError(f"multipliers={strengths!r}: give one strength at least, and each of them once.")
+    return strengths
 
 
 def _by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
-from ..generation import answer, mixed_seed, prompt_ids
+from ..generation import answer, mixed_seed
+from ..pairs import prompt_ids
 from ..tuner import steering
 from .lower_half import LowerHalfOnce
 from .preference import Preference
-from .scores import Scores
+from .scores import Scores, distinct
 
 
 class LikelihoodMeasure(Protocol):
@@ -83,9 +84,7 @@ def sweep(
         DatasetError: The dataset is empty, or lacks what the measure reads.
         ConfigError: An argument has a value that cannot work, or there is no such adapter.
     """
-    strengths = [float(multiplier) for multiplier in multipliers]
-    if not strengths or len(set(strengths)) < len(strengths):
-        raise ConfigError(f"multipliers={strengths!r}: give one strength at least, and each of them once.")
+    strengths = distinct(multipliers)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need one row at least.")
     for strength in strengths:
@@ -109,9 +108,8 @@ def sweep(
             rows = _sweep_likelihoods(model, dataset, tokenizer, strengths, measure, adapter_name, batch_size)
     finally:
         model.train(training)
-    table = pd.DataFrame(rows).sort_values(["multiplier", "example"], kind="stable")
-    order = {strength: index for index, strength in enumerate(strengths)}
-    table = table.sort_values("multiplier", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    rows.sort(key=lambda row: (strengths.index(row["multiplier"]), row["example"]))
+    table = pd.DataFrame(rows)
     return Scores(table, tuple(name for name in table.columns if name not in ("multiplier", "example", "answer")))
 
 

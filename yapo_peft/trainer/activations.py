@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ActivationCacheError
+from ..files import replacing
 
 # Tokens of a file: what a run that is killed has to compute again at most.
 _TOKENS = 32_768
@@ -102,7 +100,7 @@ class ActivationStore:
         """Writes the file of some examples, one of `missing`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_record()
-        with _replacing(self._file(self._parts.index(examples))) as partial:
+        with replacing(self._file(self._parts.index(examples))) as partial:
             save_file({name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}, partial)
 
     def read(self, examples: list[int]) -> Activations:
@@ -147,19 +145,8 @@ class ActivationStore:
     def _write_record(self) -> None:
         file = self.folder / _RECORD
         if not file.is_file():
-            with _replacing(file) as partial:
+            with replacing(file) as partial:
                 partial.write_text(json.dumps(self._record, indent=2))
-
-
-@contextmanager
-def _replacing(file: Path) -> Generator[Path]:
-    """A temporary name to write under, which becomes that of the file if nothing fails."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def cache_folder(chosen: str | Path | None) -> Path:

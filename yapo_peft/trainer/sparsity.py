@@ -13,6 +13,7 @@ from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
 from ..tuner.sparsity import keep_largest
 from .config import YaPOTrainingConfig
+from .units import trained_codes
 
 
 def feature_budget(args: YaPOTrainingConfig, progress: float, size: int) -> int | None:
@@ -51,7 +52,7 @@ class Sparsify(TrainerCallback):
     ) -> None:
         """Changes the codes in place."""
         config = cast(YaPOTrainingConfig, args)
-        trained = _trained(self._layers)
+        trained = trained_codes(self._layers)
         codes = [layer.yapo_code[name].data for layer, name in trained]
         if config.l1:
             rates = {id(p): group["lr"] for group in kwargs["optimizer"].param_groups for p in group["params"]}
@@ -72,7 +73,7 @@ def require_sparsifiable(trainer: DPOTrainer, layers: list[YaPOLayer]) -> None:
         ConfigError: An adapter is dense.
         UnsupportedOperationError: Processes keep parts of the codes.
     """
-    dense = [name for layer, name in _trained(layers) if layer.yapo_sae[name] is None]
+    dense = [name for layer, name in trained_codes(layers) if layer.yapo_sae[name] is None]
     if dense:
         raise ConfigError(
             f"max_features and l1 make codes over an SAE's features sparse; adapter {dense[0]!r} has space='dense'."
@@ -82,7 +83,3 @@ def require_sparsifiable(trainer: DPOTrainer, layers: list[YaPOLayer]) -> None:
             "max_features and l1 do not work with DeepSpeed or FSDP, which keep codes in parts: use DDP, or prune the "
             "trained adapter with yapo_peft.methods.prune."
         )
-
-
-def _trained(layers: list[YaPOLayer]) -> list[tuple[YaPOLayer, str]]:
-    return [(layer, name) for layer in layers for name, code in layer.yapo_code.items() if code.requires_grad]

@@ -76,10 +76,9 @@ def _measured(
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad(), steering(model, 0.0), block_outputs(layers) as outputs:
                 base.base_model(**inputs, use_cache=False)
-            for layer in layers:
-                for name in trained(layer):
-                    sizes = _sizes_of_tokens(outputs[layer.index][0], layer.yapo_sae[name])
-                    found.setdefault((layer.index, name), []).append(sizes.cpu())
+            for layer, name in trained_codes(layers):
+                sizes = _sizes_of_tokens(outputs[layer.index][0], layer.yapo_sae[name])
+                found.setdefault((layer.index, name), []).append(sizes.cpu())
     finally:
         model.train(training)
     return {key: _median(key, torch.cat(sizes)) for key, sizes in found.items()}
@@ -94,7 +93,7 @@ def in_units(optimizer: Optimizer, layers: list[YaPOLayer], units: Units) -> Non
     Raises:
         UnsupportedOperationError: The optimizer has no group with a code in it.
     """
-    unit_of = {id(layer.yapo_code[name]): units[layer.index, name] for layer in layers for name in trained(layer)}
+    unit_of = {id(layer.yapo_code[name]): units[layer.index, name] for layer, name in trained_codes(layers)}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         own = [parameter for parameter in group["params"] if id(parameter) in unit_of]
@@ -119,7 +118,7 @@ def gradients_in_units(layers: list[YaPOLayer], units: Units) -> Generator[None]
 
     DeepSpeed clips by itself, and so by the gradients as they are.
     """
-    keys = [(layer, name) for layer in layers for name in trained(layer) if (layer.index, name) in units]
+    keys = [(layer, name) for layer, name in trained_codes(layers) if (layer.index, name) in units]
     codes = [(layer.yapo_code[name], units[layer.index, name]) for layer, name in keys]
     codes = [(code, unit) for code, unit in codes if code.grad is not None]
     for code, unit in codes:
@@ -154,9 +153,9 @@ def require_measurable(trainer: DPOTrainer) -> None:
         )
 
 
-def trained(layer: YaPOLayer) -> list[str]:
-    """The adapters of a layer whose codes are trained."""
-    return [name for name, code in layer.yapo_code.items() if code.requires_grad]
+def trained_codes(layers: Iterable[YaPOLayer]) -> list[tuple[YaPOLayer, str]]:
+    """The codes that are trained, as their layer and the name of their adapter."""
+    return [(layer, name) for layer in layers for name, code in layer.yapo_code.items() if code.requires_grad]
 
 
 def _sizes_of_tokens(hidden: Tensor, sae: FrozenSAE | None) -> Tensor:
