@@ -14,6 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_base_model_state_dict
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
+from transformers import GenerationConfig
 
 from yapo_peft import ConfigError, YaPOConfig, steering
 from yapo_peft.tuner.strength import steered_layers
@@ -411,6 +412,18 @@ def test_multipliers(row):
             if row.dtype == torch.float32:
                 alone = model.generate(ids, attention_mask=torch.ones_like(ids), **GENERATE, num_beams=2)
                 assert torch.equal(answers[index], alone[index])
+
+
+def test_multipliers_are_repeated_for_beams_wherever_these_are_set(monkeypatch):
+    model, ids = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae())).eval(), random_ids(2)
+    set_code(model, random_code())
+    options = {"attention_mask": torch.ones_like(ids), "multipliers": [-2.0, 1.5]}
+    expected = model.generate(ids, **options, **GENERATE, num_beams=3)
+    own = GenerationConfig(**GENERATE, num_beams=3)
+    assert torch.equal(model.generate(ids, own, **options), expected)
+    monkeypatch.setattr(model.base_model.model.generation_config, "num_beams", 3)
+    own = GenerationConfig(**GENERATE)
+    assert torch.equal(model.generate(ids, generation_config=own, **options), expected)
 
 
 @pytest.mark.feature("PEFT", 'Mixed batches: `adapter_names=` per row, with `"__base__"`, in forward and `generate`')

@@ -2,13 +2,20 @@ import pytest
 import torch
 from tiny import make_sae
 
-from yapo_peft import SAEMismatchError, SAENotFoundError, UnsupportedSAEError, register_sae
-from yapo_peft.sae import load_sae
+from yapo_peft import AdapterFileError, SAEMismatchError, SAENotFoundError, UnsupportedSAEError, register_sae
+from yapo_peft.sae import SAEIdentity, load_sae
 
 
 def test_a_folder_is_loaded_once(sae_folder):
     folder = sae_folder("jumprelu")
     assert load_sae(path=folder) is load_sae(path=folder)
+
+
+def test_a_folder_with_another_sae_in_it_is_loaded_again(tmp_path):
+    make_sae("standard", seed=51).save_model(tmp_path)
+    first = load_sae(path=str(tmp_path))
+    make_sae("standard", seed=52).save_model(tmp_path)
+    assert load_sae(path=str(tmp_path)).identity.content_hash != first.identity.content_hash
 
 
 def test_the_same_content_is_one_object_whatever_its_name(sae_folder):
@@ -48,6 +55,14 @@ def test_a_folder_that_exists_is_read_whatever_was_handed_in(sae_folder, tmp_pat
     folder = sae_folder("standard", seed=22)
     assert load_sae(path=folder, content_hash=handed_in).identity.content_hash != handed_in
     assert load_sae(path=str(tmp_path / "gone"), content_hash=handed_in).identity.content_hash == handed_in
+
+
+@pytest.mark.parametrize("change", [{"content_hash": "no hash"}, {"content_hash": None}, {"d_sae": "96"}])
+def test_a_recorded_identity_that_makes_no_sense_is_refused(sae_folder, change):
+    recorded = load_sae(path=sae_folder("jumprelu")).identity.to_dict()
+    assert SAEIdentity.from_dict({**recorded, "of a later version": 1}).to_dict() == recorded
+    with pytest.raises(AdapterFileError, match=r"sae_identity in adapter_config\.json"):
+        SAEIdentity.from_dict({**recorded, **change})
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"kind": "standard"}])

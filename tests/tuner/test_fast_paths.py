@@ -202,6 +202,28 @@ def test_what_is_folded_in_inference_mode_serves_outside_it(model):
     assert_close(model(inputs_embeds=embeddings).logits, inside)
 
 
+def test_what_is_folded_under_autocast_is_exact_outside_it(model):
+    ids = random_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        set_multiplier(model, -2.0)  # so that it is folded anew
+        model(ids)
+        set_multiplier(model, 1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids)
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_code_learns_in_float32_under_autocast():
+    sae = sae_of("jumprelu", "none")
+    weights = load_sae(content_hash=register_sae(sae)).weights(CPU, torch.float32)
+    h, code = torch.randn(2, 5, D_MODEL), torch.randn(D_SAE)
+    active = ActiveFeatures.of(h, weights)
+    expected = sparse_shift(h, code, weights.W_dec, 1.0, active)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sparse_shift(h, code, weights.W_dec, 1.0, active)[0], expected)
+
+
 def test_copies_do_not_carry_what_is_folded(model):
     import copy
 

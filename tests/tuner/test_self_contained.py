@@ -143,8 +143,12 @@ def test_training_finds_the_whole_sae_or_says_that_it_needs_it(tmp_path, sae_fol
     loaded = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
     with pytest.raises(SAENotFoundError, match="carries only what steering with its own code needs"):
         loaded(random_ids())
+    monkeypatch.setitem(sys.modules, "sae_lens", None)  # not installed
     set_code(loaded.eval(), random_code(0.9))
     with pytest.raises(SAENotFoundError, match="changing its code"), torch.no_grad():
+        loaded(random_ids())
+    monkeypatch.setattr(loader, "_FILES", ())
+    with pytest.raises(SAENotFoundError, match=r"changing its code.*sae_lens"), torch.no_grad():
         loaded(random_ids())
 
 

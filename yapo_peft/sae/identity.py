@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SAEMismatchError
+from ..errors import AdapterFileError, SAEMismatchError
 from .weights import SAEWeights
 
 
@@ -38,6 +39,22 @@ class SAEIdentity:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict that JSON can hold."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, recorded: dict[str, Any]) -> SAEIdentity:
+        """What `to_dict` returned; fields of a later version are left out.
+
+        Raises:
+            AdapterFileError: A field is missing, or of another type.
+        """
+        identity = cls(**{field.name: recorded.get(field.name) for field in dataclasses.fields(cls)})  # pyright: ignore
+        is_hash = isinstance(identity.content_hash, str) and re.fullmatch("[0-9a-f]{64}", identity.content_hash)
+        if not is_hash or not isinstance(identity.d_in, int) or not isinstance(identity.d_sae, int):
+            raise AdapterFileError(
+                f"sae_identity in adapter_config.json is {recorded!r}: d_in and d_sae must be numbers and content_hash "
+                "64 hexadecimal digits. Save or download the adapter again."
+            )
+        return identity
 
     def require_same(self, recorded: dict[str, Any], where: str) -> None:
         """Raises unless this is the autoencoder that an adapter recorded.

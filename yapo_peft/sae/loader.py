@@ -32,6 +32,8 @@ _REFUSED = {
     "abstopk": "its features can be negative, and steering keeps them at or above zero",
 }
 
+_FILES = ("cfg.json", "sae_weights.safetensors")
+
 _by_source: dict[tuple[str, ...], weakref.ref[FrozenSAE]] = {}
 _by_hash: weakref.WeakValueDictionary[str, FrozenSAE] = weakref.WeakValueDictionary()
 _registered: dict[str, FrozenSAE] = {}
@@ -55,7 +57,7 @@ def load_sae(
     """
     handed_in = _registered.get(content_hash or "")
     if path is not None and (handed_in is None or Path(path).is_dir()):
-        source = ("path", str(Path(path).resolve()))
+        source = ("path", str(Path(path).resolve()), _stamp(Path(path)))
     elif handed_in is not None:
         return handed_in
     elif release is not None and sae_id is not None:
@@ -97,17 +99,23 @@ def register_sae(sae: SAE[Any]) -> str:
     return frozen.identity.content_hash
 
 
-def _from_folder(path: str) -> SAE[Any]:
-    from sae_lens import SAE
+def _stamp(folder: Path) -> str:
+    """What changes when another SAE is written to a folder."""
+    files = [folder / name for name in _FILES]
+    return "".join(f"{s.st_mtime_ns}:{s.st_size};" for s in (file.stat() for file in files if file.is_file()))
 
+
+def _from_folder(path: str) -> SAE[Any]:
     folder = Path(path)
-    missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not (folder / name).is_file()]
+    missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise SAENotFoundError(
             f"No SAE in {str(folder)!r}: {' and '.join(missing)} missing. sae_path must be a folder that sae-lens' "
             "save_model or save_inference_model wrote; a relative one starts at the working directory "
             f"({str(Path.cwd())!r})."
         )
+    from sae_lens import SAE
+
     return SAE.load_from_disk(folder, device="cpu")
 
 

@@ -71,11 +71,11 @@ class SAEPart(FrozenSAE):
         if self._whole is None:
             try:
                 found = self._load()
-            except SAENotFoundError as error:
+            except (SAENotFoundError, ImportError) as error:
                 raise SAENotFoundError(
                     "This adapter carries only what steering with its own code needs of its SAE. Training it, changing "
-                    "its code, torch.compile, and a TopK SAE at strengths of the other sign need all of it, and it was "
-                    f"not found. {error}"
+                    "its code, torch.compile, and a TopK SAE at strengths of the other sign or by row need all of it, "
+                    f"and it was not found. {error}"
                 ) from error
             found.identity.require_same(self.identity.to_dict(), "a self-contained adapter")
             self._whole = found

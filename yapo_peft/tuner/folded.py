@@ -43,8 +43,10 @@ class FoldedSteering:
         cls, code: Tensor, sae: FrozenSAE, strength: Strength, like: Tensor, generation: object | None
     ) -> FoldedSteering:
         """Prepares a code, `(d_sae,)`, for activations of the device and dtype of `like`."""
-        # Made outside inference mode: what is made there could not be used outside it.
-        with torch.inference_mode(False), torch.no_grad():
+        # Made outside inference mode: what is made there could not be used outside it. And outside autocast, whose
+        # rounding would stay in it for calls without.
+        exact = torch.autocast(code.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact:
             code, constant = code.detach().clone(), None
             if isinstance(strength, Tensor):
                 read = code.nonzero().squeeze(-1)

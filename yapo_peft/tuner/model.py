@@ -73,7 +73,7 @@ class YaPOModel(SteeredCalls, BaseTuner):
     def _checked_sae(self, config: YaPOConfig, position: int, layer: int) -> FrozenSAE:
         recorded, source = config.recorded_sae(position), config.sae_source(position)
         if config.self_contained and "d_sae" in recorded:
-            sae = SAEPart(SAEIdentity(**recorded), partial(load_sae, **source))
+            sae = SAEPart(SAEIdentity.from_dict(recorded), partial(load_sae, **source))
         else:
             sae = load_sae(**source)
         width = hidden_size(self.model)

@@ -79,8 +79,8 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(
             f"The adapter's config says self_contained=True, but its file has no sound part for layer "
-            f"{layer} ({type(error).__name__}: {error}). Save the adapter again, or set self_contained to false in "
-            "adapter_config.json to use the whole SAE."
+            f"{layer} ({type(error).__name__}: {error}). Save the adapter again, or set self_contained to false, in "
+            "adapter_config.json or in the model's peft_config, to use the whole SAE."
         ) from error
     if _digest(part, settings, indices, sae) != recorded:
         raise AdapterFileError(

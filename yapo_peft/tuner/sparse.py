@@ -86,7 +86,8 @@ def sparse_shift(
     batch, seq, width = h.shape
     rows = strength if isinstance(strength, Tensor) else torch.full((batch,), float(strength))
     per_token = rows.to(h.device, torch.float32).repeat_interleave(seq)
-    shift, moved = _SparseShift.apply(code, per_token, active, W_dec)  # pyright: ignore
+    with torch.autocast(h.device.type, enabled=False):
+        shift, moved = _SparseShift.apply(code, per_token, active, W_dec)  # pyright: ignore
     if active.scale is not None:
         shift = shift * active.scale
     return shift.to(h.dtype).view(batch, seq, width), moved.view(batch, seq)

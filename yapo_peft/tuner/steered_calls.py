@@ -31,7 +31,7 @@ class SteeredCalls:
         multipliers = kwargs.pop("multipliers", None)
         if call is None:
             return cast(Any, self.model).generate(*args, **kwargs)
-        with call.generating(_prompt_length(args, kwargs), self._repeats(kwargs), multipliers):
+        with call.generating(_prompt_length(args, kwargs), self._repeats(args, kwargs), multipliers):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,11 +47,14 @@ class SteeredCalls:
             )
         return cast(Any, self.model).generate_batch(*args, **kwargs)
 
-    def _repeats(self, kwargs: dict[str, Any]) -> int:
-        """How often `generate` repeats each row."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        counts = (kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
-        return max(counts)
+    def _repeats(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How often `generate` repeats each row: what a call leaves open is as its config says, or else the model's."""
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        configs = [config for config in (given, self.model.generation_config) if config is not None]
+        return max(
+            next((count for count in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if count), 1)
+            for name in ("num_beams", "num_return_sequences")
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:

@@ -1,0 +1,248 @@
+"""One cell of the study: an adapter of one method, for one behaviour, with one seed; and what is measured of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from embedded import load_model_and_tokenizer, sae_folder, sae_layer
+from peft import PeftModel, get_peft_model
+from sources import Behaviour
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, sweep
+from yapo_peft.data import with_system_prompt
+from yapo_peft.evaluation import Damage, MultipleChoice, Scores
+from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to steer, with its settings: fitted, trained, or a system prompt.
+
+    Attributes:
+        space: "sae" or "dense"; None for a system prompt.
+        fit: "caa", "sas" or "random"; None if it is trained.
+    """
+
+    name: str
+    space: str | None = None
+    fit: str | None = None
+    tau: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives something else."""
+        return self.space is not None and self.fit in (None, "random")
+
+    @property
+    def setting(self) -> str:
+        """What its candidates differ in, as the name of a folder."""
+        if self.tau is not None:
+            return f"tau-{self.tau}"
+        return f"rate-{self.training['learning_rate']}" if self.training else "fixed"
+
+
+def candidates(name: str, entry: dict[str, Any]) -> list[Method]:
+    """A method of the config with each of the settings that it lists."""
+    entry = {key: value for key, value in entry.items() if key != "prompt"}
+    plain = Method(name, **entry)
+    if isinstance(plain.tau, list):
+        return [replace(plain, tau=tau) for tau in plain.tau]
+    rates = plain.training.get("learning_rate")
+    if isinstance(rates, list):
+        return [replace(plain, training={**plain.training, "learning_rate": rate}) for rate in rates]
+    return [plain]
+
+
+class Bench:
+    """The model, the data that all cells share, and where results are kept.
+
+    Args:
+        config: The study's.
+        data: Folder of its files.
+        out: Folder of its results.
+    """
+
+    def __init__(self, config: dict[str, Any], data: Path, out: Path) -> None:
+        self.config, self.out = config, out
+        neutral = config["neutral_text"]
+        self.text = [(data / neutral["file"]).read_text()]
+        self.damage = Damage(neutral["block_size"], neutral["blocks"])
+        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self._loaded: tuple[Any, Any] | None = None
+        self._attached: Any = None
+
+    def folder(self, behaviour: str, method: Method, seed: int) -> Path:
+        """Where a cell is kept."""
+        return self.out / _slug(behaviour) / _slug(method.name) / method.setting / f"seed-{seed}"
+
+    def make(self, behaviour: Behaviour, method: Method, seed: int, like: Path | None = None) -> Path:
+        """Fits or trains a cell's adapter, unless it is there; writes beside the target and renames.
+
+        Args:
+            behaviour: What to steer towards.
+            method: How.
+            seed: Of the order of the data and the directions.
+            like: The cell whose length a random vector takes.
+        """
+        folder = self.folder(behaviour.name, method, seed)
+        if (folder / "adapter").is_dir() or method.space is None:
+            return folder
+        model, tokenizer = self.attached(method.space)
+        log: list[dict[str, Any]] = []
+        if method.fit is None:
+            log = self._train(model, tokenizer, behaviour, method, seed)
+        elif method.fit == "random":
+            model.load_adapter(str(like / "adapter"), "like")
+            fit_random(model, "like", seed=seed)
+            model.delete_adapter("like")
+        else:
+            contrast = measure_contrast(model, behaviour.train, tokenizer)
+            if method.fit == "caa":
+                fit_caa(model, contrast)
+            else:
+                fit_sas(model, contrast, tau=method.tau)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.json").write_text(json.dumps({"method": asdict(method), "log": log}))
+        partial = folder / "adapter.partial"
+        model.save_pretrained(partial)
+        partial.rename(folder / "adapter")
+        return folder
+
+    def attached(self, space: str = "dense") -> tuple[Any, Any]:
+        """The model with a new adapter, and the tokenizer."""
+        base, tokenizer = self._base()
+        self._attached = get_peft_model(base, YaPOConfig(**self._adapter(space))).to(self.device)
+        return self._attached, tokenizer
+
+    def saved(self, folder: Path) -> tuple[Any, Any]:
+        """The model with a cell's adapter, and the tokenizer."""
+        base, tokenizer = self._base()
+        self._attached = PeftModel.from_pretrained(base, str(folder / "adapter")).to(self.device)
+        return self._attached, tokenizer
+
+    def _base(self) -> tuple[Any, Any]:
+        """The model, without what was attached to it before."""
+        name = self.config["model"]
+        if self._loaded is None and name == "embedded":
+            self._loaded = load_model_and_tokenizer()
+        elif self._loaded is None:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            model = AutoModelForCausalLM.from_pretrained(name["name"], dtype=name.get("dtype", "auto"))
+            self._loaded = model, AutoTokenizer.from_pretrained(name["name"])
+        if self._attached is not None:
+            self._attached.unload()
+        return self._loaded
+
+    def _adapter(self, space: str) -> dict[str, Any]:
+        name = self.config["model"]
+        own = {"layers": sae_layer(), "sae_path": sae_folder()} if name == "embedded" else name["adapter"]
+        if space == "dense":
+            own = {"layers": own["layers"]}
+        return {**own, "space": space, "task_type": "CAUSAL_LM"}
+
+    def _train(
+        self, model: Any, tokenizer: Any, behaviour: Behaviour, method: Method, seed: int
+    ) -> list[dict[str, Any]]:
+        options = {**self.config["training"], **method.training}
+        steps, evaluations = options.pop("steps"), options.pop("evaluations")
+        with tempfile.TemporaryDirectory() as folder:
+            args = YaPOTrainingConfig(
+                output_dir=folder,
+                max_steps=steps,
+                seed=seed,
+                eval_strategy="steps",
+                eval_steps=math.ceil(steps / evaluations),
+                logging_steps=max(1, steps // 20),
+                cache_activations=True,
+                activation_cache_dir=str(self.out / "activations"),
+                max_length=512,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                **options,
+            )
+            trainer = YaPOTrainer(
+                model,
+                args,
+                train_dataset=behaviour.train,
+                eval_dataset=behaviour.validation,
+                processing_class=tokenizer,
+            )
+            trainer.train()
+        return trainer.state.log_history
+
+    def effect(self, behaviour: Behaviour, folder: Path, method: Method) -> Scores:
+        """Preference on the test pairs over all strengths; of a prompt, with it, without, and with its opposite."""
+
+        def measure() -> Scores:
+            if method.space is not None:
+                model, tokenizer = self.saved(folder)
+                return sweep(model, behaviour.test, tokenizer, self.config["multipliers"], batch_size=16)
+            model, tokenizer = self.attached()
+            parts = []
+            for sign, prompt in sorted({0: None, **behaviour.prompts}.items()):
+                pairs = behaviour.test if prompt is None else with_system_prompt(behaviour.test, prompt)
+                scores = sweep(model, pairs, tokenizer, [0.0], batch_size=16)
+                parts.append(Scores(scores.table.assign(multiplier=float(sign)), scores.metrics))
+            return Scores.concat(parts)
+
+        return kept(folder / "preference.json", measure)
+
+    def harm(self, folder: Path, method: Method) -> Scores | None:
+        """KL from the base on neutral text over all strengths; a prompt says nothing of that."""
+        if method.space is None:
+            return None
+
+        def measure() -> Scores:
+            model, tokenizer = self.saved(folder)
+            strengths = self.config["multipliers"]
+            return sweep(model, self.text, tokenizer, strengths, measure=self.damage, batch_size=4)
+
+        return kept(folder / "damage.json", measure)
+
+    def choices(
+        self,
+        file: str,
+        folder: Path,
+        method: Method,
+        questions: Any,
+        multipliers: list[float],
+        chat: bool,
+        prompt: str | None = None,
+    ) -> Scores:
+        """Multiple choice by the likelihood of the options' texts, per character; a prompt counts as strength 1."""
+
+        def measure() -> Scores:
+            if method.space is not None:
+                model, tokenizer = self.saved(folder)
+                asked = MultipleChoice("text", "characters", chat=chat)
+                return sweep(model, questions, tokenizer, multipliers, measure=asked, batch_size=16)
+            model, tokenizer = self.attached()
+            parts = []
+            for sign, system in ((0.0, None), (1.0, prompt)):
+                asked = MultipleChoice("text", "characters", chat=chat, system_prompt=system)
+                scores = sweep(model, questions, tokenizer, [0.0], measure=asked, batch_size=16)
+                parts.append(Scores(scores.table.assign(multiplier=sign), scores.metrics))
+            return Scores.concat(parts)
+
+        return kept(folder / file, measure)
+
+
+def kept(path: Path, measure: Any) -> Scores:
+    """The scores of a file; measured, if there is none."""
+    if not path.is_file():
+        measure().save(path)
+    return Scores.load(path)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-").strip("-")

@@ -1,0 +1,251 @@
+"""Tables and pictures of what the study has so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from cells import Method
+from matplotlib.figure import Figure
+
+from yapo_peft.evaluation import Scores, at_matched_damage, cultural_scores
+
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#F0E442", "#999999", "#000000")
+
+
+def write_report(study: Any) -> Path:
+    """Writes `report/tables.md`, `results.json` and pictures of the cells that are there; returns the folder."""
+    folder = study.out / "report"
+    folder.mkdir(exist_ok=True)
+    effect, damage = _together(study, "preference.json"), _together(study, "damage.json")
+    tables = {
+        "Chosen settings": _settings(study),
+        "Held-out loss during training": _losses(study),
+        "At equal strength": _at_strength(effect, damage),
+        "At equal damage": _at_damage(study, effect, damage),
+        "Knowledge": _knowledge(study),
+        "Culture": _culture(study),
+    }
+    tables = {title: table for title, table in tables.items() if len(table)}
+    (folder / "results.json").write_text(
+        json.dumps({title: json.loads(table.to_json(orient="records")) for title, table in tables.items()}, indent=1)
+    )
+    text = [f"## {title}\n\n{_markdown(table)}\n" for title, table in tables.items()]
+    (folder / "tables.md").write_text("\n".join(text))
+    colours = dict(zip(study.methods, COLOURS, strict=False))
+    _draw(folder / "doses.png", colours, "multiplier", "margin (nats)", _dose_lines(effect))
+    if "At equal damage" in tables:
+        lines = _damage_lines(tables["At equal damage"])
+        _draw(folder / "matched.png", colours, "KL from the base (nats per token)", "margin gained (nats)", lines)
+    if "Held-out loss during training" in tables:
+        _draw(folder / "losses.png", colours, "step", "held-out loss (nats)", _loss_lines(study))
+    return folder
+
+
+def _cells(study: Any) -> Iterator[tuple[str, Method, int, Path]]:
+    """Each cell of the behaviours that has been made, and its folder."""
+    for behaviour in study.behaviours:
+        for method in study.methods.values():
+            for seed in study.config["seeds"]:
+                folder = study.bench.folder(behaviour, method, seed)
+                if folder.is_dir():
+                    yield behaviour, method, seed, folder
+
+
+def _together(study: Any, file: str) -> Scores:
+    found = [
+        Scores.load(folder / file).labelled(behaviour=behaviour, method=method.name, seed=seed)
+        for behaviour, method, seed, folder in _cells(study)
+        if (folder / file).is_file()
+    ]
+    return Scores.concat(found)
+
+
+def _settings(study: Any) -> pd.DataFrame:
+    tuned = json.loads((study.out / "tuning.json").read_text())
+    rows = [
+        {
+            "method": name,
+            "setting": setting.replace("-", " ", 1),
+            "validation": score,
+            "chosen": "yes" if setting == study.methods[name].setting else "",
+        }
+        for name, scores in tuned.items()
+        for setting, score in scores.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _losses(study: Any) -> pd.DataFrame:
+    """Of each behaviour and trained method, the loss on validation pairs as training goes on, mean over seeds."""
+    rows = []
+    for behaviour, method, _, folder in _cells(study):
+        if method.space is None or method.fit is not None:
+            continue
+        log = json.loads((folder / "log.json").read_text())["log"]
+        found = {f"step {entry['step']}": entry["eval_loss"] for entry in log if "eval_loss" in entry}
+        last = next(entry for entry in reversed(log) if "code/nonzero" in entry)
+        rows.append({"behaviour": behaviour, "method": method.name, **found, "entries": last["code/nonzero"]})
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).groupby(["behaviour", "method"], sort=False).mean().reset_index()
+
+
+def _at_strength(effect: Scores, damage: Scores) -> pd.DataFrame:
+    """Margin and accuracy at -1, 0 and +1, with 95 % intervals, and the KL there."""
+    found = effect.summary()
+    kl = damage.summary()[["behaviour", "method", "multiplier", "kl"]]
+    found = found[found["multiplier"].isin([-1, 0, 1])].merge(kl, on=["behaviour", "method", "multiplier"], how="left")
+    rows = [
+        {
+            "behaviour": row.behaviour,
+            "method": row.method,
+            "multiplier": f"{row.multiplier:+.0f}" if row.multiplier else "0",
+            "margin": f"{row.margin:+.1f} ({row.margin_low:+.1f}, {row.margin_high:+.1f})",
+            "accuracy": f"{100 * row.accuracy:.0f} ({100 * row.accuracy_low:.0f}, {100 * row.accuracy_high:.0f})",
+            "KL": "" if np.isnan(row.kl) else f"{row.kl:.3f}",
+        }
+        for row in found.itertuples()
+    ]
+    table = pd.DataFrame(rows)
+    # Unsteered, all methods are the same model.
+    base = table[table["multiplier"] == "0"].drop_duplicates("behaviour").assign(method="base", KL="")
+    return pd.concat([base, table[table["multiplier"] != "0"]]).sort_values("behaviour", kind="stable")
+
+
+def _at_damage(study: Any, effect: Scores, damage: Scores) -> pd.DataFrame:
+    """How far each method moves the margin from the base's, up and down, at each level of damage."""
+    steered = damage.table["method"].unique()
+    effect = Scores(effect.table[effect.table["method"].isin(steered)], effect.metrics)
+    # The gain of each pair, so that intervals are those of gains.
+    keys = ["behaviour", "method", "seed", "example"]
+    base = effect.table[effect.table["multiplier"] == 0].set_index(keys)["margin"]
+    rows = effect.table.join(base.rename("base"), on=keys)
+    gains = Scores(rows.assign(gain=rows["margin"] - rows["base"])[[*keys, "multiplier", "gain"]], ("gain",))
+    found = []
+    for side, negative in (("up", False), ("down", True)):
+        levels = study.config["damage_levels"]
+        table = at_matched_damage(gains, damage, levels, metric="gain", negative=negative)
+        found.append(table.assign(side=side))
+    return pd.concat(found).sort_values(["behaviour", "side"], ascending=[True, False], kind="stable")
+
+
+def _knowledge(study: Any) -> pd.DataFrame:
+    """Accuracy at +1, and how many points it is from the base, with the interval of the paired difference."""
+    rows = []
+    for behaviour, method, _, folder in _cells(study):
+        if not (folder / "knowledge.json").is_file():
+            continue
+        table = Scores.load(folder / "knowledge.json").table.pivot_table(
+            index="example", columns="multiplier", values="accuracy"
+        )
+        change = (
+            Scores(
+                pd.DataFrame({"multiplier": 1.0, "example": table.index, "change": 100 * (table[1.0] - table[0.0])}),
+                ("change",),
+            )
+            .summary()
+            .iloc[0]
+        )
+        interval = f"({change['change_low']:+.1f}, {change['change_high']:+.1f})"
+        rows.append(
+            {
+                "behaviour": behaviour,
+                "method": method.name,
+                "base": f"{100 * table[0.0].mean():.1f}",
+                "at +1": f"{100 * table[1.0].mean():.1f}",
+                "change in points": f"{change['change']:+.1f} {interval}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _culture(study: Any) -> pd.DataFrame:
+    """RCA and PNLG of each country, method and strength."""
+    found = []
+    entry = study.config.get("culture", {"files": {}})
+    for country in entry["files"]:
+        for name in entry["methods"]:
+            method = study.methods[name]
+            folder = study.bench.folder(f"culture of {country}", method, study.config["seeds"][0])
+            for status in ("localized", "nonlocalized"):
+                if (folder / f"{status}.json").is_file():
+                    scores = Scores.load(folder / f"{status}.json")
+                    found.append(scores.labelled(country=country, method=name, localization_status=status))
+    return cultural_scores(Scores.concat(found)) if found else pd.DataFrame()
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [[*table.columns], ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+Line = tuple[str, str, list[tuple[float, float, float, float]]]
+
+
+def _dose_lines(effect: Scores) -> list[Line]:
+    """Panel, method, and its points `(x, y, low, high)`."""
+    return [
+        (
+            behaviour,
+            method,
+            list(zip(*(part[c] for c in ("multiplier", "margin", "margin_low", "margin_high")), strict=True)),
+        )
+        for (behaviour, method), part in effect.summary().groupby(["behaviour", "method"], sort=False)
+    ]
+
+
+def _damage_lines(table: pd.DataFrame) -> list[Line]:
+    columns = ("kl", "gain", "gain_low", "gain_high")
+    return [
+        (f"{behaviour}, {side}", method, list(zip(*(part[c] for c in columns), strict=True)))
+        for (behaviour, side, method), part in table.dropna().groupby(["behaviour", "side", "method"], sort=False)
+    ]
+
+
+def _loss_lines(study: Any) -> list[Line]:
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for behaviour, method, _, folder in _cells(study):
+        if method.space is not None and method.fit is None and method.training.get("loss_type") is None:
+            for entry in json.loads((folder / "log.json").read_text())["log"]:
+                if "eval_loss" in entry:
+                    found.setdefault((behaviour, method.name), {}).setdefault(entry["step"], []).append(
+                        entry["eval_loss"]
+                    )
+    return [
+        (behaviour, name, [(step, float(np.mean(v)), min(v), max(v)) for step, v in sorted(points.items())])
+        for (behaviour, name), points in found.items()
+    ]
+
+
+def _draw(path: Path, colours: dict[str, str], x: str, y: str, lines: list[Line]) -> None:
+    """A panel for each behaviour or side, a line with its interval for each method."""
+    panels = list(dict.fromkeys(panel for panel, _, _ in lines))
+    if not panels:
+        return
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * rows + 0.5), layout="constrained")
+    axes = dict(zip(panels, np.ravel(figure.subplots(rows, columns, squeeze=False)), strict=False))
+    for panel, method, points in lines:
+        at, mean, low, high = (np.array(values, dtype=float) for values in zip(*points, strict=True))
+        axes[panel].plot(at, mean, "o-", markersize=3, color=colours[method], label=method)
+        axes[panel].fill_between(at, low, high, color=colours[method], alpha=0.12, linewidth=0)
+    labels: dict[str, Any] = {}
+    for index, (panel, one) in enumerate(axes.items()):
+        one.set(title=panel, xlabel=x, ylabel=y if index % columns == 0 else "")
+        one.spines[["top", "right"]].set_visible(False)
+        handles, names = one.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,168 @@
+"""The study of docs/study.md: every method on every behaviour, measured alike.
+
+    python examples/study/run.py --data DATA --out out/study
+
+What is done is kept in --out, and a run that was stopped goes on there. README.md beside this file says what --data
+holds; `--config examples/study/quick.yaml` needs none and takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+# One bar for the study; those of its parts would drown it.
+os.environ.setdefault("TQDM_DISABLE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets
+import yaml
+from cells import Bench, Method, candidates
+from report import write_report
+from sources import Behaviour, load_behaviour, load_culture, load_facts
+from tqdm.auto import tqdm
+
+from yapo_peft import sweep
+from yapo_peft.evaluation import at_matched_damage
+
+HERE = Path(__file__).parent
+
+
+class Study:
+    """All cells, in the order in which a part of them makes the most of a report: seed after seed."""
+
+    def __init__(self, config: dict[str, Any], data: Path, out: Path) -> None:
+        self.config, self.data, self.out = config, data, out
+        self.bench = Bench(config, data, out)
+        sizes = config["pairs"]
+        self.behaviours = {
+            name: load_behaviour(name, entry, sizes, data) for name, entry in config["behaviours"].items()
+        }
+        self.facts = load_facts(config["knowledge"]["questions"])
+        self.methods: dict[str, Method] = {}
+
+    def run(self) -> None:
+        """Makes and measures what is not there yet."""
+        self.tune()
+        first, *others = self.config["seeds"]
+        self.measure_all([(b, m, first) for b in self.behaviours.values() for m in self.methods.values()])
+        self.culture()
+        write_report(self)
+        again = [method for method in self.methods.values() if method.is_random]
+        self.measure_all([(b, m, seed) for seed in others for b in self.behaviours.values() for m in again])
+
+    def measure_all(self, cells: list[tuple[Behaviour, Method, int]]) -> None:
+        """Makes and measures cells."""
+        with tqdm(cells, unit="cell", disable=False) as bar:
+            for behaviour, method, seed in bar:
+                bar.set_postfix_str(f"{behaviour.name}, {method.name}, seed {seed}")
+                self.measure(behaviour, method, seed)
+
+    def tune(self) -> None:
+        """Chooses the settings of each method on validation pairs."""
+        behaviour, seed = self.behaviours[self.config["tune_on"]], self.config["seeds"][0]
+        tuned: dict[str, dict[str, float]] = {}
+        for name, entry in self.config["methods"].items():
+            found = candidates(name, entry)
+            if len(found) > 1:
+                tuned[name] = {}
+                for method in found:
+                    started = time.monotonic()
+                    tuned[name][method.setting] = self.score(behaviour, method, seed)
+                    seconds = time.monotonic() - started
+                    print(f"{name}, {method.setting}: {tuned[name][method.setting]:.4f}, {seconds:.0f} s", flush=True)
+                found.sort(key=lambda method: tuned[name][method.setting])
+            self.methods[name] = found[0]
+        (self.out / "tuning.json").write_text(json.dumps(tuned, indent=2))
+
+    def score(self, behaviour: Behaviour, method: Method, seed: int) -> float:
+        """How bad a setting is on validation pairs: the loss if trained, else minus the effect at equal damage."""
+        folder = self.bench.make(behaviour, method, seed)
+        file = folder / "validation.json"
+        if not file.is_file():
+            if method.fit is None:
+                log = json.loads((folder / "log.json").read_text())["log"]
+                found = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
+            else:
+                found = -self._gain(behaviour, method, folder)
+            file.write_text(json.dumps(found))
+        return json.loads(file.read_text())
+
+    def _gain(self, behaviour: Behaviour, method: Method, folder: Path) -> float:
+        """The rise of the margin at the middle level of damage, up and down together."""
+        damage = self.bench.harm(folder, method)
+        model, tokenizer = self.bench.saved(folder)
+        effect = sweep(model, behaviour.validation, tokenizer, self.config["multipliers"], batch_size=16)
+        levels = self.config["damage_levels"]
+        ends = [
+            at_matched_damage(effect, damage, [levels[len(levels) // 2]], metric="margin", negative=negative)
+            for negative in (False, True)
+        ]
+        gain = float(ends[0]["margin"][0] - ends[1]["margin"][0])
+        return gain if gain == gain else -1e9  # too weak to do that damage
+
+    def measure(self, behaviour: Behaviour, method: Method, seed: int) -> None:
+        """Makes a cell, and measures it."""
+        caa = next((other for other in self.methods.values() if other.fit == "caa"), None)
+        like = self.bench.folder(behaviour.name, caa, self.config["seeds"][0]) if caa is not None else None
+        folder = self.bench.make(behaviour, method, seed, like)
+        self.bench.effect(behaviour, folder, method)
+        self.bench.harm(folder, method)
+        if seed == self.config["seeds"][0]:
+            asked = {"multipliers": self.config["knowledge"]["multipliers"], "chat": False}
+            prompt = behaviour.prompts[1]
+            self.bench.choices("knowledge.json", folder, method, self.facts, prompt=prompt, **asked)
+
+    def culture(self) -> None:
+        """Trains on each country's pairs, and asks its test questions."""
+        if "culture" not in self.config:
+            return
+        entry, seed = self.config["culture"], self.config["seeds"][0]
+        for country, file in entry["files"].items():
+            found = load_culture(country, self.data / file, entry["questions"], entry["prompt"], self.config["pairs"])
+            for name in entry["methods"]:
+                method = self.methods[name]
+                folder = self.bench.make(found.behaviour, method, seed)
+                for status, questions in found.questions.items():
+                    asked = {"multipliers": entry["multipliers"], "chat": True, "prompt": found.behaviour.prompts[1]}
+                    self.bench.choices(f"{status}.json", folder, method, questions, **asked)
+                print(f"Culture of {country}: {name} is done.", flush=True)
+
+
+def main() -> None:
+    """Runs the study, and writes its report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "study.yaml")
+    parser.add_argument("--data", type=Path, default=HERE, help="folder of the files that the config names")
+    parser.add_argument("--out", type=Path, default=Path("out/study"), help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*pairs are left out")
+    datasets.disable_progress_bars()
+    config = yaml.safe_load(options.config.read_text())
+    options.out.mkdir(parents=True, exist_ok=True)
+    same_config(config, options.out / "config.json")
+    study = Study(config, options.data, options.out)
+    if options.report:
+        study.tune()
+    else:
+        study.run()
+    print(write_report(study))
+
+
+def same_config(config: dict[str, Any], kept: Path) -> None:
+    """Refuses to go on with results of another config."""
+    text = json.dumps(config, indent=2)
+    if kept.is_file() and kept.read_text() != text:
+        raise SystemExit(f"{kept.parent} holds results of another config ({kept}): give another --out.")
+    kept.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What the study reads: preference pairs split three ways, culture, facts and neutral text."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from yapo_peft.data import load_choices, load_pairs, where
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Pairs of one behaviour, no question of which is in two splits, and system prompts that ask for it by sign."""
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    prompts: dict[int, str]
+
+
+def load_behaviour(name: str, entry: dict[str, Any], sizes: dict[str, int], folder: Path) -> Behaviour:
+    """Reads a behaviour; validation pairs, and test pairs without a file of their own, are from the train file."""
+    columns = entry.get("columns", {})
+    rows = distinct_questions(load_pairs(folder / entry["train"], **columns)).shuffle(seed=0)
+    test = distinct_questions(load_pairs(folder / entry["test"], **columns)) if "test" in entry else None
+    if test is not None:
+        taken = set(map(_question, test))
+        rows = rows.filter(lambda row: _question(row) not in taken)
+    else:
+        test, rows = rows.select(range(sizes["test"])), rows.select(range(sizes["test"], len(rows)))
+    wanted = sizes["validation"] + sizes["train"]
+    if len(rows) < wanted or len(test) < sizes["test"]:
+        raise SystemExit(
+            f"{name} has {len(rows)} pairs to train on and {len(test)} to test on; the study wants {wanted} and "
+            f"{sizes['test']}: lower `pairs` in its config."
+        )
+    return Behaviour(
+        name,
+        train=rows.select(range(sizes["validation"], wanted)),
+        validation=rows.select(range(sizes["validation"])),
+        test=test.select(range(sizes["test"])),
+        prompts=entry["prompts"],
+    )
+
+
+def load_culture(country: str, file: Path, questions: int, prompt: str, sizes: dict[str, int]) -> Culture:
+    """Reads a country's pairs, and as many test questions that name the country as that do not."""
+    keep = ["country", "localization_status", "split"]
+    pairs = load_pairs(file, prompt="question", keep=keep)
+    train = where(pairs, split="train").shuffle(seed=0)
+    choices = where(load_choices(file, answer="answer_index", keep=keep), split="test")
+    held_out = {}
+    for status in ("localized", "nonlocalized"):
+        found = where(choices, localization_status=status)
+        held_out[status] = found.select(range(min(questions, len(found))))
+    size = min(sizes["validation"], len(train) // 5)
+    behaviour = Behaviour(
+        f"culture of {country}",
+        train=train.select(range(size, min(size + sizes["train"], len(train)))),
+        validation=train.select(range(size)),
+        test=train.select(range(0)),
+        prompts={1: prompt.format(country=country)},
+    )
+    return Culture(country, behaviour, held_out)
+
+
+@dataclass(frozen=True)
+class Culture:
+    """Pairs of one country to train on, and its test questions by whether they name it."""
+
+    country: str
+    behaviour: Behaviour
+    questions: dict[str, Dataset]
+
+
+def distinct_questions(pairs: Dataset) -> Dataset:
+    """The first pair of each question, so that splits share none."""
+    first = {_question(row): index for index, row in reversed(list(enumerate(pairs)))}
+    return pairs.select(sorted(first.values()))
+
+
+def load_facts(count: int) -> Dataset:
+    """Questions of general knowledge with four options: relations of facts.json, and sums."""
+    draw = random.Random(0)
+    rows = []
+    for relation in json.loads((HERE / "facts.json").read_text()).values():
+        for subject, answer in relation["answers"].items():
+            others = sorted(set(relation["answers"].values()) - {answer})
+            rows.append((relation["question"].format(subject), answer, draw.sample(others, 3)))
+    for first in range(2, 10):
+        for second in range(first, 10):
+            wrong = draw.sample([n for n in range(2, 82) if n != first * second], 3)
+            rows.append((f"What is {first} times {second}?", str(first * second), list(map(str, wrong))))
+    draw.shuffle(rows)
+    return Dataset.from_list([_choice(draw, *row) for row in rows[:count]])
+
+
+def _choice(draw: random.Random, question: str, answer: str, wrong: list[str]) -> dict[str, Any]:
+    options = [answer, *wrong]
+    draw.shuffle(options)
+    return {"question": question, "options": options, "answer": options.index(answer)}
+
+
+def _question(row: dict[str, Any]) -> str:
+    return row["prompt"][0]["content"].strip()
