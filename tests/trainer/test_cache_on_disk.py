@@ -13,6 +13,7 @@ from tiny import make_model, make_sae, preference_rows, trained_codes
 from torch.testing import assert_close
 
 from yapo_peft import ActivationCacheError, YaPOConfig, delete_activation_cache
+from yapo_peft.sae.identity import hash_tensors
 from yapo_peft.trainer import activations, cache
 
 
@@ -42,15 +43,40 @@ def test_what_is_on_disk_is_not_computed_again(train, tmp_path, monkeypatch):
     assert not computed
 
 
+def test_a_dense_vector_uses_what_a_code_left_on_disk(train, tmp_path, monkeypatch):
+    train(True, max_steps=1)
+    parts = parts_of(tmp_path)
+    (tmp_path / "activations" / "other").mkdir()
+    (tmp_path / "activations" / "other" / "activations.json").write_text("{")
+    dense = train(True, adapter={"space": "dense", "sae": None})
+    assert parts_of(tmp_path) == parts
+    shutil.rmtree(tmp_path / "activations")
+    alone = train(True, adapter={"space": "dense", "sae": None})
+    assert_close(trained_codes(dense), trained_codes(alone), rtol=1e-6, atol=1e-7)
+
+
 def test_a_failure_leaves_no_file_behind(train, tmp_path, monkeypatch):
-    def fail(tensors, file):
+    def fail(tensors, file, metadata):
         Path(file).write_bytes(b"half of it")
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(activations, "save_file", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(ActivationCacheError, match=r"the disk is gone.*make room"):
         train(True)
     assert [file.name for file in tmp_path.glob("activations/*/*")] == ["activations.json"]
+
+
+@pytest.mark.parametrize("tensor", ["hidden", "count", "feature", "value", "reference"])
+def test_damaged_activations_are_noticed(train, tmp_path, tensor):
+    train(True, max_steps=1)
+    file = max(parts_of(tmp_path), key=lambda part: part.stat().st_size)  # of the training set
+    content = bytearray(file.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    start, end = json.loads(content[8 : 8 + header])[tensor]["data_offsets"]
+    content[8 + header + (start + end) // 2] ^= 0x41
+    file.write_bytes(content)
+    with pytest.raises(ActivationCacheError, match=r"its content is not what was written.*Delete it"):
+        train(True, max_steps=1)
 
 
 CHANGES = {
@@ -99,7 +125,8 @@ def test_activations_that_do_not_fit_the_model_are_found_out(train, tmp_path):
     train(True, init={})
     (part,) = parts_of(tmp_path)
     tensors = load_file(part)
-    save_file(tensors | {"hidden": tensors["hidden"].flip(0).contiguous()}, part)
+    tensors["hidden"] = tensors["hidden"].flip(0).contiguous()
+    save_file(tensors, part, metadata={"sha256": hash_tensors("", sorted(tensors.items()))})
     with pytest.raises(ActivationCacheError, match="Delete that folder"):
         train(True, init={})
     part.write_bytes(part.read_bytes()[:100])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -11,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ActivationCacheError
 from ..files import replacing
+from ..sae.identity import hash_tensors
 
 # Tokens of a file: what a run that is killed has to compute again at most.
 _TOKENS = 32_768
 _OPEN_FILES = 64
 _RECORD = "activations.json"
+_HASH = "sha256"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,20 @@ class ActivationStore:
                 self._parts.append(range(first, index + 1))
                 first, at = index + 1, 0
         self._open: OrderedDict[int, tuple[Any, Tensor]] = OrderedDict()
+        self._sound: set[int] = set()
+
+    @classmethod
+    def with_any_sae(cls, place: Path, sizes: list[int], record: dict[str, Any]) -> ActivationStore | None:
+        """A complete store of the same activations with the features of some SAE, for those who read no features."""
+        for file in sorted(place.glob(f"*/{_RECORD}")):
+            try:
+                there = json.loads(file.read_text())
+            except ValueError:
+                continue
+            store = cls(file.parent, sizes, there)
+            if {**there, "sae": None} == {**record, "sae": None} and not store.missing:
+                return store
+        return None
 
     @property
     def missing(self) -> list[range]:
@@ -97,11 +114,22 @@ class ActivationStore:
                 partial.unlink(missing_ok=True)
 
     def write(self, examples: range, activations: Activations) -> None:
-        """Writes the file of some examples, one of `missing`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_record()
-        with replacing(self._file(self._parts.index(examples))) as partial:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}, partial)
+        """Writes the file of some examples, one of `missing`.
+
+        Raises:
+            ActivationCacheError: The disk takes no more.
+        """
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_record()
+            with replacing(self._file(self._parts.index(examples))) as partial:
+                save_file(tensors, partial, metadata={_HASH: hash_tensors("", sorted(tensors.items()))})
+        except (OSError, SafetensorError) as error:
+            raise ActivationCacheError(
+                f"Activations could not be written to {str(self.folder)!r} ({error}). What is there stays: make room, "
+                "or give another activation_cache_dir, and start again."
+            ) from error
 
     def read(self, examples: list[int]) -> Activations:
         """Reads the tokens of some examples, one example after another.
@@ -125,19 +153,29 @@ class ActivationStore:
             name = self._file(part)
             try:
                 file = safe_open(name, framework="pt")
+                self._require_sound(part, file)
                 ends = file.get_tensor("count").cumsum(0)
             except Exception as error:
                 raise ActivationCacheError(
                     f"{str(name)!r} cannot be read ({error}). Delete it, and it is computed again when training starts."
                 ) from error
-            tokens = max(end for index, _, end in self._at if index == part)
-            if len(ends) != tokens:
-                raise ActivationCacheError(f"{str(name)!r} holds {len(ends)} tokens instead of {tokens}: delete it.")
             self._open[part] = (file, ends)
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(part)
         return self._open[part]
+
+    def _require_sound(self, part: int, file: Any) -> None:
+        """Raises unless a file holds what was written; once in a run, for it is read as a whole."""
+        if part in self._sound:
+            return
+        tensors = ((name, file.get_tensor(name)) for name in sorted(Activations.__dataclass_fields__))
+        if hash_tensors("", tensors) != (file.metadata() or {}).get(_HASH):
+            raise ValueError("its content is not what was written")
+        tokens = max(end for index, _, end in self._at if index == part)
+        if (found := len(file.get_tensor("count"))) != tokens:
+            raise ValueError(f"it holds {found} tokens instead of {tokens}")
+        self._sound.add(part)
 
     def _file(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.safetensors"
@@ -147,6 +185,11 @@ class ActivationStore:
         if not file.is_file():
             with replacing(file) as partial:
                 partial.write_text(json.dumps(self._record, indent=2))
+
+
+def fingerprint_of(record: dict[str, Any]) -> str:
+    """The name of the folder with the activations of a record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def cache_folder(chosen: str | Path | None) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -24,7 +22,7 @@ from ..tuner import YaPOLayer
 from ..tuner.sparse import ActiveFeatures
 from ..tuner.strength import lowest_steered
 from ..tuner.upper_half import UpperHalf
-from .activations import Activations, ActivationStore, cache_folder
+from .activations import Activations, ActivationStore, cache_folder, fingerprint_of
 from .cacheable import one_sae, require_constant
 from .config import YaPOTrainingConfig
 from .fingerprint import hash_model, survey
@@ -34,7 +32,7 @@ from .scoring import CachedPairs, score_packed
 # The column that says which stored example a row of a dataset is.
 COLUMN = "activations_row"
 _ROW_BITS = 31
-_FORMAT = 1
+_FORMAT = 2
 # Up to which distance two ways to compute log-probabilities count as the same, in nats per token.
 _SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
 
@@ -144,14 +142,16 @@ class ActivationCache:
             "attention": self._base.config._attn_implementation,
             "precision": f"{found[0].dtype}, {self._accelerator.mixed_precision}, stored as {dtype}",
         }
-        key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
-        folder = cache_folder(self._args.activation_cache_dir) / key
-        cached = _Cached(ActivationStore(folder, sizes, record), found[0].dtype, why_not is None)
+        place = cache_folder(self._args.activation_cache_dir)
+        store = None if self._sae is not None else ActivationStore.with_any_sae(place, sizes, record)
+        store = store or ActivationStore(place / fingerprint_of(record), sizes, record)
+        folder = store.folder
+        cached = _Cached(store, found[0].dtype, why_not is None)
         width = found[0].shape[-1] * dtype.itemsize + active * (4 + dtype.itemsize) + 8
         self._announce(cached.store, name, sizes, width, why_not)
         self._fill(cached, dataset, sizes, dtype, name)
         # Rows carry the number of their store: those of another trainer's datasets are not taken for these.
-        number = int(key[:8], 16)
+        number = int(folder.name[:8], 16)
         self._cached[number] = cached
         rows = torch.arange(len(dataset)) + (number << _ROW_BITS)
         with self._unsteered():
@@ -195,13 +195,19 @@ class ActivationCache:
         stored = cached.store.read(examples).to(inputs["input_ids"].device)
         batch = self._pack(inputs, cached.shared, directions)
         hidden = stored.hidden.to(cached.dtype)[batch.flat]
-        token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
-        scale = None if self._sae is None else self._sae.normalize(hidden.flatten(0, 1))[1]
-        features = ActiveFeatures(token, stored.feature.long(), stored.value.float(), scale)
-        features = features.at(batch.flat.masked_fill(~batch.real, -1).flatten(), len(stored.count))
+        features = self._features(stored, hidden, batch)
         unsteered = torch.zeros(batch.scored.shape, device=hidden.device)
         unsteered = unsteered.masked_scatter(batch.scored, stored.reference[batch.target_flat])
         return CachedPairs(model, self._upper, self._layer.call, batch, hidden, features, unsteered)
+
+    def _features(self, stored: Activations, hidden: Tensor, batch: PackedBatch) -> ActiveFeatures:
+        """The stored features of a packed batch's tokens; none if nothing reads them."""
+        if self._sae is None:
+            return ActiveFeatures.none(hidden.device)
+        token = torch.arange(len(stored.count), device=hidden.device).repeat_interleave(stored.count.long())
+        scale = self._sae.normalize(hidden.flatten(0, 1))[1]
+        features = ActiveFeatures(token, stored.feature.long(), stored.value.float(), scale)
+        return features.at(batch.flat.masked_fill(~batch.real, -1).flatten(), len(stored.count))
 
     def _fill(self, cached: _Cached, dataset: Dataset, sizes: list[int], dtype: torch.dtype, name: str) -> None:
         """Computes the missing files, each by one process."""
