@@ -92,33 +92,39 @@ def test_bad_input_is_named(do, message):
 
 
 def test_methods_meet_at_the_same_damage():
-    """b does at half the multiplier what a does, and 10 % more of the effect at the same damage."""
+    """Damage that grows with the square of the strength is matched exactly, between strengths too."""
     effect = [
         scores({m: [slope * m] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, method=name)
         for name, slope in (("a", 1.0), ("b", 2.2))
     ]
     damage = [
-        scores({m: [rate * abs(m)] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, "kl", method=name)
+        scores({m: [rate * m * m] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, "kl", method=name)
         for name, rate in (("a", 0.1), ("b", 0.2))
     ]
     table = at_matched_damage(Scores.concat(effect), Scores.concat(damage), [0.05, 0.1, 0.3], metric="margin")
     assert table["method"].tolist() == ["a"] * 3 + ["b"] * 3
-    assert table["multiplier"].tolist() == pytest.approx([0.5, 1.0, math.nan, 0.25, 0.5, 1.5], nan_ok=True)
-    assert table["margin"].tolist() == pytest.approx([0.5, 1.0, math.nan, 0.55, 1.1, 3.3], nan_ok=True)
+    assert table["multiplier"].tolist() == pytest.approx([0.5**0.5, 1.0, 3**0.5, 0.5, 0.5**0.5, 1.5**0.5])
+    assert table["margin"].tolist() == pytest.approx([0.5**0.5, 1.0, 3**0.5, 1.1, 2.2 * 0.5**0.5, 2.2 * 1.5**0.5])
     down = at_matched_damage(Scores.concat(effect), Scores.concat(damage), [0.05], metric="margin", negative=True)
-    assert down["margin"].tolist() == pytest.approx([-0.5, -0.55])
+    assert down["margin"].tolist() == pytest.approx([-(0.5**0.5), -1.1])
 
 
 def test_the_first_strength_with_that_damage_counts_and_unknown_ones_do_not():
     effect = scores({m: [m] for m in (0.0, 1.0, 2.0, 3.0, 4.0)})
     damage = scores({0.0: [0.0], 1.0: [0.1], 2.0: [0.05], 3.0: [0.2], 4.0: [float("nan")]}, "kl")
     table = at_matched_damage(effect, damage, [0.05, 0.1, 0.15, 0.3], metric="margin")
-    assert table["multiplier"].tolist() == pytest.approx([0.5, 1.0, 2 + 2 / 3, math.nan], nan_ok=True)
+    assert table["multiplier"].tolist() == pytest.approx([0.5**0.5, 1.0, 1 + 3**0.5, math.nan], nan_ok=True)
+
+
+def test_damage_that_is_there_unsteered_is_matched_along_a_line():
+    effect, nll = scores({0.0: [0], 1.0: [2]}), scores({0.0: [3.0], 1.0: [4.0]}, "nll")
+    table = at_matched_damage(effect, nll, [3.25], metric="margin", damage_metric="nll")
+    assert table["margin"].tolist() == [0.5]
 
 
 def test_damage_without_labels_is_matched_too():
     table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
-    assert table["margin"].tolist() == [1.0]
+    assert table["margin"].tolist() == pytest.approx([2**0.5])
 
 
 def test_an_effect_without_its_damage_is_named():

@@ -26,7 +26,8 @@ def at_matched_damage(
 
     Strengths of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
     along each method's strengths, from 0 outwards, damage is interpolated to find the multiplier of each level, and the
-    effect is interpolated there.
+    effect is interpolated there. Damage that is 0 unsteered, such as the KL, grows with the square of a small strength:
+    it is interpolated along its square root.
 
     Args:
         effect: Scores with labels such as "method", over strengths that both have.
@@ -82,8 +83,10 @@ def _groups(effects: pd.DataFrame, damages: pd.DataFrame, keys: list[str]) -> An
 
 
 def _at(level: float, side: pd.DataFrame, damage_metric: str, columns: list[str]) -> dict[str, float]:
-    """The columns where the damage first reaches a level, on the line between two strengths; NaN if it never does."""
+    """The columns where the damage first reaches a level, between two strengths; NaN if it never does."""
     damage = side[damage_metric].to_numpy(dtype=float)
+    if abs(damage[0]) < 1e-6 and (damage >= damage[0]).all():
+        level, damage = level**0.5, (damage - damage[0]) ** 0.5
     reaches = np.flatnonzero(damage >= level)
     if not len(reaches) or (reaches[0] == 0 and damage[0] > level):
         return dict.fromkeys(columns, float("nan"))
