@@ -37,8 +37,8 @@ HERE = Path(__file__).parent
 class Study:
     """All cells, in the order in which a part of them makes the most of a report: seed after seed."""
 
-    def __init__(self, config: dict[str, Any], data: Path, out: Path) -> None:
-        self.config, self.data, self.out = config, data, out
+    def __init__(self, config: dict[str, Any], data: Path, out: Path, only: list[str]) -> None:
+        self.config, self.data, self.out, self.only = config, data, out, only
         self.bench = Bench(config, data, out)
         sizes = config["pairs"]
         self.behaviours = {
@@ -51,11 +51,17 @@ class Study:
         """Makes and measures what is not there yet."""
         self.tune()
         first, *others = self.config["seeds"]
-        self.measure_all([(b, m, first) for b in self.behaviours.values() for m in self.methods.values()])
-        self.culture()
+        wanted = [behaviour for name, behaviour in self.behaviours.items() if self.is_wanted(name)]
+        self.measure_all([(behaviour, method, first) for behaviour in wanted for method in self.methods.values()])
+        if "culture" in self.config and self.is_wanted("culture"):
+            self.culture()
         write_report(self)
         again = [method for method in self.methods.values() if method.is_random]
-        self.measure_all([(b, m, seed) for seed in others for b in self.behaviours.values() for m in again])
+        self.measure_all([(b, method, seed) for seed in others for b in wanted for method in again])
+
+    def is_wanted(self, part: str) -> bool:
+        """Whether this process is to do a behaviour, or "culture"."""
+        return not self.only or part in self.only
 
     def measure_all(self, cells: list[tuple[Behaviour, Method, int]]) -> None:
         """Makes and measures cells."""
@@ -121,8 +127,6 @@ class Study:
 
     def culture(self) -> None:
         """Trains on each country's pairs, and asks its test questions."""
-        if "culture" not in self.config:
-            return
         entry, seed = self.config["culture"], self.config["seeds"][0]
         for country, file in entry["files"].items():
             found = load_culture(country, self.data / file, entry["questions"], entry["prompt"], self.config["pairs"])
@@ -141,6 +145,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "study.yaml")
     parser.add_argument("--data", type=Path, default=HERE, help="folder of the files that the config names")
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="folder of the results")
+    only = "behaviours, or 'culture'; the others are left to other processes, with the same --out"
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help=only)
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*pairs are left out")
@@ -148,7 +154,11 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     options.out.mkdir(parents=True, exist_ok=True)
     same_config(config, options.out / "config.json")
-    study = Study(config, options.data, options.out)
+    parts = [*config["behaviours"], *(["culture"] if "culture" in config else [])]
+    unknown = [part for part in options.only if part not in parts]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: the config has {', '.join(parts)}")
+    study = Study(config, options.data, options.out, options.only)
     if options.report:
         study.tune()
     else:
