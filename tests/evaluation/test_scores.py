@@ -156,11 +156,24 @@ def test_cultural_scores_have_a_row_per_country_and_strength():
         for country, status, right in (("UK", "localized", [1, 1, 1, 0]), ("UK", "nonlocalized", [1, 0, 0, 0]))
     ]
     table = cultural_scores(Scores.concat(parts))
-    assert table.columns.tolist() == ["country", "multiplier", "localized", "nonlocalized", "rca", "pnlg"]
-    assert table.iloc[0].tolist() == ["UK", 0.0, 0.75, 0.25, pytest.approx(0.375), pytest.approx(1.0)]
-    assert table.iloc[1]["rca"] == 1.0
+    found = table[["country", "multiplier", "localized", "nonlocalized", "rca", "pnlg"]]
+    assert found.iloc[0].tolist() == ["UK", 0.0, 0.75, 0.25, pytest.approx(0.375), pytest.approx(1.0)]
+    assert 0 <= table["rca_low"][0] < 0.375 < table["rca_high"][0] <= 1
+    assert -2 <= table["pnlg_low"][0] < 1 < table["pnlg_high"][0] <= 2
+    assert table["rca"][1] == 1.0
     with pytest.raises(ConfigError, match=r"no \['nonlocalized'\]"):
         cultural_scores(parts[0])
+
+
+def test_intervals_of_cultural_scores_are_those_of_resampled_questions():
+    draw = np.random.default_rng(0)
+    right = {status: (draw.random(200) < share) for status, share in (("localized", 0.7), ("nonlocalized", 0.5))}
+    parts = [scores({1.0: column}, "accuracy", localization_status=status) for status, column in right.items()]
+    found = [
+        robust_cultural_accuracy(*(draw.choice(column, 200).mean() for column in right.values())) for _ in range(4000)
+    ]
+    table = cultural_scores(Scores.concat(parts), confidence=0.9)
+    assert [table["rca_low"][0], table["rca_high"][0]] == pytest.approx(np.quantile(found, [0.05, 0.95]), abs=0.01)
 
 
 def test_pictures_are_drawn(tmp_path):

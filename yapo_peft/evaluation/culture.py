@@ -5,10 +5,13 @@ Both formulas follow the description in arXiv 2601.08441, which ships no code fo
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError
-from .scores import SEED, Scores
+from .scores import SEED, Scores, by_seed_and_example, interval, require_bootstrap, resampled_means
 
 LOCALIZED, NONLOCALIZED = "localized", "nonlocalized"
 
@@ -25,7 +28,14 @@ def normalised_localization_gap(localized: float, nonlocalized: float) -> float:
     return (localized - nonlocalized) / mean if mean else float("nan")
 
 
-def cultural_scores(scores: Scores, status: str = "localization_status") -> pd.DataFrame:
+def cultural_scores(
+    scores: Scores,
+    status: str = "localization_status",
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
     """RCA and PNLG of multiple-choice scores that are labelled as localized and nonlocalized.
 
     Args:
@@ -33,28 +43,38 @@ def cultural_scores(scores: Scores, status: str = "localization_status") -> pd.D
             "nonlocalized" where it says "your country"; such as `Scores.concat([a.labelled(localization_status=
             "localized"), b.labelled(localization_status="nonlocalized")])`.
         status: Name of that label.
+        confidence: As for `Scores.summary`.
+        resamples: As for `Scores.summary`.
+        seed: As for `Scores.summary`.
 
     Returns:
-        A row per strength and other labels (such as country or method): `localized`, `nonlocalized`, `rca`, `pnlg`.
-        Seeds are averaged.
+        A row per strength and other labels (such as country or method): `localized`, `nonlocalized`, `rca` and `pnlg`,
+        and of the latter two the ends of bootstrap intervals (`rca_low`, `rca_high`, ...). Both kinds of questions are
+        drawn independently. Seeds are averaged.
 
     Raises:
-        ConfigError: There is no such metric or label, or one of the two is missing.
+        ConfigError: There is no such metric or label, one of the two is missing, or a bootstrap cannot be made so.
     """
     if "accuracy" not in scores.metrics or status not in scores.labels:
         raise ConfigError(
             f"The scores have the metrics {list(scores.metrics)} and the labels {scores.labels}: RCA and PNLG need "
             f"'accuracy' and {status!r}."
         )
+    require_bootstrap(confidence, resamples)
     keys = [name for name in scores.labels if name not in (SEED, status)] + ["multiplier"]
-    table = scores.table.pivot_table(index=keys, columns=status, values="accuracy", aggfunc="mean", sort=False)
-    missing = {LOCALIZED, NONLOCALIZED} - set(table.columns)
-    if missing:
-        raise ConfigError(f"{status} has {list(table.columns)}, but no {sorted(missing)}: measure both kinds.")
-    table = table[[LOCALIZED, NONLOCALIZED]]
-    pairs = list(zip(table[LOCALIZED], table[NONLOCALIZED], strict=True))
-    table = table.assign(
-        rca=[robust_cultural_accuracy(*pair) for pair in pairs],
-        pnlg=[normalised_localization_gap(*pair) for pair in pairs],
-    )
-    return table.reset_index().rename_axis(columns=None)
+    rows: list[dict[str, Any]] = []
+    for values, group in scores.table.groupby(keys, sort=False, dropna=False):
+        row = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
+        missing = {LOCALIZED, NONLOCALIZED} - set(group[status])
+        if missing:
+            raise ConfigError(f"{row}: {status} has no {sorted(missing)}: measure both kinds.")
+        parts = [cast(pd.DataFrame, group[group[status] == kind]) for kind in (LOCALIZED, NONLOCALIZED)]
+        kinds = [by_seed_and_example(part, "accuracy") for part in parts]
+        row[LOCALIZED], row[NONLOCALIZED] = (float(np.nanmean(matrix)) for matrix in kinds)
+        draws = [resampled_means(matrix, resamples, seed + index) for index, matrix in enumerate(kinds)]
+        for name, statistic in (("rca", robust_cultural_accuracy), ("pnlg", normalised_localization_gap)):
+            row[name] = statistic(row[LOCALIZED], row[NONLOCALIZED])
+            resampled = np.array([statistic(*pair) for pair in zip(*draws, strict=True)])
+            row[f"{name}_low"], row[f"{name}_high"] = interval(resampled, confidence)
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -82,16 +82,15 @@ class Scores:
         Raises:
             ConfigError: `confidence` is no share, or `resamples` is not positive.
         """
-        if not 0 < confidence < 1 or resamples < 1:
-            raise ConfigError(f"confidence={confidence}, resamples={resamples}: give a share, and a positive number.")
+        require_bootstrap(confidence, resamples)
         keys = [*(name for name in self.labels if name != SEED), "multiplier"]
         found: list[dict[str, Any]] = []
         for values, group in self.table.groupby(keys, sort=False, dropna=False):
             row = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
             row["examples"] = group["example"].nunique()
             for metric in self.metrics:
-                matrix = _by_seed_and_example(group, metric)
-                low, high = _interval(matrix, confidence, resamples, seed)
+                matrix = by_seed_and_example(group, metric)
+                low, high = interval(resampled_means(matrix, resamples, seed), confidence)
                 row |= {metric: _mean(matrix), f"{metric}_low": low, f"{metric}_high": high}
             found.append(row)
         return pd.DataFrame(found)
@@ -133,7 +132,17 @@ def distinct(multipliers: Iterable[float]) -> list[float]:
     return strengths
 
 
-def _by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
+def require_bootstrap(confidence: float, resamples: int) -> None:
+    """Raises unless a bootstrap can be made with that.
+
+    Raises:
+        ConfigError: `confidence` is no share, or `resamples` is not positive.
+    """
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ConfigError(f"confidence={confidence}, resamples={resamples}: give a share, and a positive number.")
+
+
+def by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
     """Values of a metric, `(seeds, examples)`."""
     if SEED not in group.columns:
         return group[metric].to_numpy(dtype=float)[None]
@@ -145,8 +154,8 @@ def _mean(matrix: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _interval(matrix: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
-    """Ends of the percentile interval of the mean."""
+def resampled_means(matrix: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """The mean in each resample of seeds and of examples, `(resamples,)`; NaN where nothing in it could be measured."""
     seeds, examples = matrix.shape
     generator = np.random.default_rng(seed)
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(float)
@@ -154,9 +163,13 @@ def _interval(matrix: np.ndarray, confidence: float, resamples: int, seed: int) 
     known = np.isfinite(matrix)
     total = ((of_seeds @ np.where(known, matrix, 0.0)) * of_examples).sum(axis=1)
     count = ((of_seeds @ known.astype(float)) * of_examples).sum(axis=1)
-    # A resample of nothing but what could not be measured says nothing.
-    means = total[count > 0] / count[count > 0]
-    if not len(means):
+    return np.divide(total, count, out=np.full(resamples, np.nan), where=count > 0)
+
+
+def interval(statistics: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Ends of the percentile interval of what resamples gave; NaN says nothing, and is left out."""
+    known = statistics[np.isfinite(statistics)]
+    if not len(known):
         return float("nan"), float("nan")
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
