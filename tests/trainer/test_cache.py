@@ -99,7 +99,7 @@ def test_eager_attention_trains_alike(train, capsys):
 @pytest.mark.parametrize("shared", [True, False])
 def test_every_architecture_trains_alike(train, architecture, shared, monkeypatch, capsys):
     if not shared:
-        monkeypatch.setattr(cache.ActivationCache, "_why_not_shared", lambda *args: "of this test")
+        monkeypatch.setattr(cache, "why_not_shared", lambda *args: "of this test")
     options = {"model": architecture, "code": random_code(0.3, scale=0.5), "direction": "both"}
     assert_trained_alike(train(True, **options), train(False, **options))
     assert ("each prompt once" if shared else "rows as they are: of this test") in capsys.readouterr().out

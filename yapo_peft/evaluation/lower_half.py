@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner.strength import lowest_steered, steered_layers
-from ..tuner.upper_half import UpperHalf
-
-# How far log-probabilities may be apart for two ways to count as one, in nats.
-_SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
+from ..tuner.upper_half import SAME, SAME_IN_16_BITS, UpperHalf
 
 
 class LowerHalfOnce:
@@ -81,7 +78,7 @@ def _of_blocks(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _agree(whole: Tensor, part: Tensor) -> bool:
     """Whether logits give the same log-probabilities; a row at a time, for the vocabulary makes temporaries large."""
-    bound = _SAME if whole.dtype == torch.float32 else _SAME_IN_16_BITS
+    bound = SAME if whole.dtype == torch.float32 else SAME_IN_16_BITS
     return whole.shape == part.shape and all(
         torch.allclose(one.float().log_softmax(-1), other.float().log_softmax(-1), rtol=0, atol=bound, equal_nan=True)
         for one, other in zip(whole, part, strict=True)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from trl.models.utils import disable_gradient_checkpointing
 
 from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
 from ..tuner import YaPOLayer
@@ -23,6 +22,7 @@ from ..tuner.sparse import ActiveFeatures
 from ..tuner.strength import lowest_steered
 from ..tuner.upper_half import UpperHalf
 from .activations import Activations, ActivationStore, cache_folder, fingerprint_of
+from .agreement import distance, require_no_noise, same, why_not_shared
 from .cacheable import one_sae, require_constant
 from .config import YaPOTrainingConfig
 from .fingerprint import hash_model, survey
@@ -33,8 +33,6 @@ from .scoring import CachedPairs, score_packed
 COLUMN = "activations_row"
 _ROW_BITS = 31
 _FORMAT = 2
-# Up to which distance two ways to compute log-probabilities count as the same, in nats per token.
-_SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,9 @@ class ActivationCache:
             found: list[Tensor] = []
             with self._upper.observed(found):
                 expected = score_packed(self._base, self._model, plain).log_probs
-            self._require_no_noise(plain, expected)
-            why_not = self._why_not_shared(sample, expected, int(spans.max()))
+            require_no_noise(self._model, self._base, plain, expected, self._args.gradient_checkpointing_kwargs)
+            is_exact = self._is_exact(torch.float32)
+            why_not = why_not_shared(self._model, self._base, sample, expected, int(spans.max()), is_exact)
             active = self._encode(found[0]).token.numel() / found[0].shape[:2].numel()
         dtype = getattr(torch, self._args.activation_cache_dtype or str(found[0].dtype).removeprefix("torch."))
         record = {
@@ -158,10 +157,11 @@ class ActivationCache:
             again = cast(CachedPairs, self.pairs(self._model, sample, rows[longest]))(fused_lm_head=True)
             hidden, stored = found[0].flatten(0, 1)[plain.place], cached.store.read(longest).hidden.to(found[0])
         apart = float(((hidden - stored).norm(dim=-1) / hidden.norm(dim=-1)).max())
-        if not self._same(again.log_probs, expected, dtype) or apart > (1e-3 if self._is_exact(dtype) else 5e-2):
+        is_exact = self._is_exact(dtype)
+        if not same(again.log_probs, expected, is_exact) or apart > (1e-3 if is_exact else 5e-2):
             raise ActivationCacheError(
                 f"The activations in {str(folder)!r} are not the model's: they are {apart:.2g} of their norm apart, "
-                f"and the log-probabilities that follow {_distance(again.log_probs, expected):.2g} nats per token. "
+                f"and the log-probabilities that follow {distance(again.log_probs, expected):.2g} nats per token. "
                 f"Delete that folder. If this happens again, a block of {type(self._base).__name__} depends on more "
                 "than the output of the one below: train without cache_activations."
             )
@@ -248,42 +248,6 @@ class ActivationCache:
         count = features.token.bincount(minlength=len(hidden)).int()
         return Activations(hidden.to(dtype), count, features.feature.int(), features.value.to(dtype), reference)
 
-    def _why_not_shared(self, sample: dict[str, Tensor], expected: Tensor, longest: int) -> str | None:
-        """Why answers cannot follow the same prompt in a row, or None if they can."""
-        text, attention = self._base.config.get_text_config(), self._base.config._attn_implementation
-        windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-        if attention not in ("eager", "sdpa"):
-            return f"{attention} attention takes no mask of single tokens"
-        if longest > min((window for window in windows if window), default=longest):
-            return "sequences are longer than the attention's window"
-        # All in one row, and once more with other tokens in the chosen answers, which nothing else may see.
-        together = share_prompts(sample, attention_cost=0.0)
-        other = (together.input_ids + 1) % self._base.get_input_embeddings().num_embeddings
-        changed = replace(together, input_ids=torch.where(together.is_chosen, other, together.input_ids))
-        try:
-            shared, leaked = (score_packed(self._base, self._model, batch).log_probs for batch in (together, changed))
-        except Exception as error:  # whatever a model says that takes no such mask or positions
-            return f"the model takes no mask of single tokens ({type(error).__name__}: {error})"
-        leak = (shared - leaked).chunk(2)[1].abs().max()
-        if leak > 1e-5 or not self._same(shared, expected, torch.float32):
-            return f"answers would see each other, or their prompt elsewhere (by up to {float(leak):.2g} nats)"
-        return None
-
-    def _require_no_noise(self, sample: PackedBatch, expected: Tensor) -> None:
-        """Raises if the model gives other log-probabilities in training mode."""
-        self._model.train()
-        with disable_gradient_checkpointing(
-            cast(Any, self._model), cast(Any, self._args.gradient_checkpointing_kwargs)
-        ):
-            trained = score_packed(self._base, self._model, sample).log_probs
-        self._model.eval()
-        if not torch.allclose(trained, expected, rtol=1e-4, atol=1e-4):
-            raise UnsupportedOperationError(
-                f"cache_activations=True needs the same activations in every epoch, but {type(self._base).__name__} "
-                "adds noise in training mode (dropout, layer drop or router jitter): set it to 0 in the model's "
-                "config, or train without the cache."
-            )
-
     def _announce(
         self, store: ActivationStore, name: str, sizes: list[int], width: float, why_not_shared: str | None
     ) -> None:
@@ -324,10 +288,6 @@ class ActivationCache:
             return ActiveFeatures.none(hidden.device)
         return ActiveFeatures.of(hidden, self._sae.weights(hidden.device, hidden.dtype))
 
-    def _same(self, log_probs: Tensor, expected: Tensor, stored: torch.dtype) -> bool:
-        """Whether log-probabilities are equal but for rounding."""
-        return _distance(log_probs, expected) <= (_SAME if self._is_exact(stored) else _SAME_IN_16_BITS)
-
     def _is_exact(self, stored: torch.dtype) -> bool:
         """Whether nothing is rounded to 16 bits."""
         return min(stored.itemsize, self._base.dtype.itemsize) >= 4 and self._accelerator.mixed_precision == "no"
@@ -341,12 +301,6 @@ class ActivationCache:
                 yield
         finally:
             self._model.train(training)
-
-
-def _distance(log_probs: Tensor, expected: Tensor) -> float:
-    """The mean over answers' tokens of how far log-probabilities are apart, in nats."""
-    scored = expected != 0
-    return float((log_probs - expected)[scored].abs().mean())
 
 
 def _size(number: float) -> str:

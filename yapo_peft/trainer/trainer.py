@@ -39,12 +39,12 @@ from .pair_metrics import PairMetricsTrainer
 from .replay import Replay
 from .scoring import Scorer, WholeModel
 from .sparsity import Sparsify, require_sparsifiable
-from .units import Units, gradients_in_units, in_units, measure_units, require_measurable
+from .units import UnitsTrainer
 
 _SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
 
 
-class YaPOTrainer(PairMetricsTrainer):
+class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
     """Learns codes from preference pairs, with a direction that alternates between +1 and -1.
 
     It takes what TRL's `DPOTrainer` takes, except for a reference model: the reference is the same model unsteered.
@@ -125,7 +125,8 @@ class YaPOTrainer(PairMetricsTrainer):
         if self.args.max_features is not None or self.args.l1:
             require_sparsifiable(self, self._layers)
             self.add_callback(Sparsify(self._layers))
-        self._units = self._measured_units()
+        if self.args.learning_rate_unit == "activation" and self.optimizer is None:
+            self.count_in_activations(self._layers, self._base_model)
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             require_cacheable(self)
@@ -145,27 +146,6 @@ class YaPOTrainer(PairMetricsTrainer):
         if warning is not None:
             warnings.warn(warning, UserWarning, stacklevel=2)
         return with_lengths(prepared, args)
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """As transformers', with a rate for each code that suits its activations."""
-        is_given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if self._units is not None and not is_given:
-            in_units(optimizer, self._layers, self._units)
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        with gradients_in_units(self._layers, self._units or {}):
-            return super()._clip_grad_norm(model)
-
-    def _measured_units(self) -> Units | None:
-        if self.args.learning_rate_unit == "raw" or self.optimizer is not None:
-            return None
-        require_measurable(self)
-        units = measure_units(self.model, self._base_model, self._layers, self.train_dataset, self.args.max_length)
-        said = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in units.items())
-        self.accelerator.print(f"The learning rate is in units of typical activations: {said}.")
-        return units
 
     def _chosen_objective(self, own: Objective | None) -> Objective | None:
         """The loss that is not TRL's, if any; TRL's code then runs for its metrics alone."""

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..pairs import padded_answers
@@ -28,6 +28,44 @@ _EXAMPLES, _TOKENS = 16, 512
 
 # The unit of each code, by layer and adapter.
 Units = dict[tuple[int, str], float]
+
+
+class UnitsTrainer(DPOTrainer):
+    """A `DPOTrainer` whose learning rate can be counted in typical activations."""
+
+    model: nn.Module
+    _units: Units | None = None
+    _codes: tuple[YaPOLayer, ...] = ()
+
+    def count_in_activations(self, layers: list[YaPOLayer], base: Any) -> None:
+        """Measures the activations of the training set where codes steer, and says what they are.
+
+        Args:
+            layers: The steered layers.
+            base: The causal language model.
+
+        Raises:
+            ConfigError: No feature of an SAE is on in any token.
+            UnsupportedOperationError: The steps of the run's optimizer cannot be measured so.
+        """
+        require_measurable(self)
+        dataset, max_length = cast(Iterable[Any], self.train_dataset), cast(DPOConfig, self.args).max_length
+        self._codes = tuple(layers)
+        self._units = measure_units(self.model, base, layers, dataset, max_length)
+        said = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in self._units.items())
+        self.accelerator.print(f"The learning rate is in units of typical activations: {said}.")
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers', with a rate for each code that suits its activations."""
+        is_given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self._units is not None and not is_given:
+            in_units(optimizer, self._codes, self._units)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        with gradients_in_units(self._codes, self._units or {}):
+            return super()._clip_grad_norm(model)
 
 
 def measure_units(
@@ -84,7 +122,7 @@ def _measured(
     return {key: _median(key, torch.cat(sizes)) for key, sizes in found.items()}
 
 
-def in_units(optimizer: Optimizer, layers: list[YaPOLayer], units: Units) -> None:
+def in_units(optimizer: Optimizer, layers: Iterable[YaPOLayer], units: Units) -> None:
     """Gives each code a group of its own in an optimizer, as if the code were counted in its unit.
 
     For a step that does not depend on the gradient's size, that is the same as training `code / unit` at the learning
@@ -113,7 +151,7 @@ def in_units(optimizer: Optimizer, layers: list[YaPOLayer], units: Units) -> Non
 
 
 @contextmanager
-def gradients_in_units(layers: list[YaPOLayer], units: Units) -> Generator[None]:
+def gradients_in_units(layers: Iterable[YaPOLayer], units: Units) -> Generator[None]:
     """Within it, gradients are those of codes counted in their units, so that clipping does not depend on these.
 
     DeepSpeed clips by itself, and so by the gradients as they are.
