@@ -27,6 +27,7 @@ class Method:
     Attributes:
         space: "sae" or "dense"; None for a system prompt.
         fit: "caa", "sas" or "random"; None if it is trained.
+        multipliers: The strengths to measure at; the study's if None.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     fit: str | None = None
     tau: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    multipliers: list[float] | None = None
 
     @property
     def is_random(self) -> bool:
@@ -180,18 +182,27 @@ class Bench:
             trainer.train()
         return trainer.state.log_history
 
+    def strengths(self, method: Method) -> list[float]:
+        """The strengths at which a method is measured, 0 among them."""
+        return method.multipliers or self.config["multipliers"]
+
     def effect(self, behaviour: Behaviour, folder: Path, method: Method) -> Scores:
         """Preference on the test pairs over all strengths; of a prompt, with it, without, and with its opposite."""
 
+        def base() -> Scores:
+            model, tokenizer = self.attached()
+            return sweep(model, behaviour.test, tokenizer, [0.0], batch_size=16)
+
         def measure() -> Scores:
+            # Unsteered, all methods are the same model.
+            parts = [kept(self.out / _slug(behaviour.name) / "base.json", base)]
             if method.space is not None:
                 model, tokenizer = self.saved(folder)
-                return sweep(model, behaviour.test, tokenizer, self.config["multipliers"], batch_size=16)
+                steered = [strength for strength in self.strengths(method) if strength]
+                return Scores.concat([*parts, sweep(model, behaviour.test, tokenizer, steered, batch_size=16)])
             model, tokenizer = self.attached()
-            parts = []
-            for sign, prompt in sorted({0: None, **behaviour.prompts}.items()):
-                pairs = behaviour.test if prompt is None else with_system_prompt(behaviour.test, prompt)
-                scores = sweep(model, pairs, tokenizer, [0.0], batch_size=16)
+            for sign, prompt in behaviour.prompts.items():
+                scores = sweep(model, with_system_prompt(behaviour.test, prompt), tokenizer, [0.0], batch_size=16)
                 parts.append(Scores(scores.table.assign(multiplier=float(sign)), scores.metrics))
             return Scores.concat(parts)
 
@@ -204,8 +215,7 @@ class Bench:
 
         def measure() -> Scores:
             model, tokenizer = self.saved(folder)
-            strengths = self.config["multipliers"]
-            return sweep(model, self.text, tokenizer, strengths, measure=self.damage, batch_size=4)
+            return sweep(model, self.text, tokenizer, self.strengths(method), measure=self.damage, batch_size=4)
 
         return kept(folder / "damage.json", measure)
 

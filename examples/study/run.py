@@ -104,7 +104,7 @@ class Study:
         """The rise of the margin at the middle level of damage, up and down together."""
         damage = self.bench.harm(folder, method)
         model, tokenizer = self.bench.saved(folder)
-        effect = sweep(model, behaviour.validation, tokenizer, self.config["multipliers"], batch_size=16)
+        effect = sweep(model, behaviour.validation, tokenizer, self.bench.strengths(method), batch_size=16)
         levels = self.config["damage_levels"]
         ends = [
             at_matched_damage(effect, damage, [levels[len(levels) // 2]], metric="margin", negative=negative)

@@ -1,0 +1,87 @@
+"""Whether one learning rate suits SAEs of different scale: the held-out loss of codes by rate, for several SAEs.
+
+Each SAE is trained with the same rates in typical activations, and the table says what they are in the units of its
+own features. Folders are SAEs of the embedded model, as examples/train_sae.py writes them; the embedded one is always
+there.
+
+    python benchmarks/learning_rates.py --sae runs/layer-8 runs/layer-22 --data train.csv --out rates.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from embedded import load_model_and_tokenizer, sae_folder
+from published import pairs_of, report
+
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+
+
+def layer_of(sae: Path) -> int:
+    """The block that an SAE reads."""
+    return int(json.loads((sae / "cfg.json").read_text())["metadata"]["hook_name"].split(".")[1])
+
+
+def trained(sae: Path, rate: float, options: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """Trains one code, and measures it on pairs of the same file that it was not trained on."""
+    pairs = pairs_of(options.data).shuffle(seed=0)
+    model, tokenizer = load_model_and_tokenizer()
+    model = get_peft_model(model, YaPOConfig(layers=layer_of(sae), sae_path=str(sae)))
+    with tempfile.TemporaryDirectory() as folder:
+        args = YaPOTrainingConfig(
+            output_dir=folder,
+            cache_activations=True,
+            activation_cache_dir=cache,
+            max_steps=options.steps,
+            warmup_steps=options.steps // 10,
+            learning_rate=rate,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = YaPOTrainer(
+            model,
+            args,
+            train_dataset=pairs.select(range(options.pairs)),
+            eval_dataset=pairs.select(range(len(pairs) - options.held_out, len(pairs))),
+            processing_class=tokenizer,
+        )
+        (unit,) = trainer._units.values()
+        trainer.train()
+        loss = trainer.evaluate()["eval_loss"]
+    return {"layer": layer_of(sae), "unit": unit, "rate": rate, "raw rate": rate * unit, "held-out loss": loss}
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sae", nargs="*", type=Path, default=[], help="more SAEs")
+    parser.add_argument("--data", type=Path, help="CSV of question, matching, not_matching; embedded if missing")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03])
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="a few steps on few pairs, to see that it runs")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    if options.quick:
+        options.rates, options.pairs, options.held_out, options.steps = [0.01, 0.03], 8, 4, 2
+    found = []
+    with tempfile.TemporaryDirectory() as cache:
+        for sae in (Path(sae_folder()), *options.sae):
+            for rate in options.rates:
+                found.append(trained(sae, rate, options, cache))
+                print(found[-1], flush=True)
+    report({"learning_rates": found}, options.out)
+
+
+if __name__ == "__main__":
+    main()
