@@ -68,15 +68,52 @@ def test_the_lower_half_is_run_once_for_all_strengths(tokenizer, architecture, p
     strengths = (-1.0, 0.5, 0.0, 2.0)
     rows = preference_rows(4)
     once = sweep(model, rows, tokenizer, strengths, batch_size=4)
-    # For each of two batches, and where the first one was compared with the whole model.
-    assert len(calls) == 2 + 1
+    # For each of two batches, where the first one was compared with the whole model, and where it was found out
+    # whether a prompt can be run once for both answers.
+    checks = 1 + (3 if positions == "all" else 0)
+    assert len(calls) == 2 + checks
     monkeypatch.setattr("yapo_peft.evaluation.lower_half.UpperHalf", None)
     monkeypatch.setattr("yapo_peft.evaluation.lower_half.lowest_steered", lambda layers: None)
     whole = sweep(model, rows, tokenizer, strengths, batch_size=4)
-    assert len(calls) == 2 + 1 + 2 * 4
+    assert len(calls) == 2 + checks + 2 * 4 + (checks - 1)
     torch.testing.assert_close(
         torch.tensor(once.table["margin"].to_numpy()), torch.tensor(whole.table["margin"].to_numpy())
     )
+
+
+def tokens_run(model, rows, tokenizer, **options):
+    """How many tokens the last block saw at the second strength, and the margins."""
+    sizes = []
+    hook = decoder_blocks(model.get_base_model())[1][3].register_forward_hook(
+        lambda module, args, output: sizes.append(output.shape[:2].numel())
+    )
+    scores = sweep(model, rows, tokenizer, (1.0, -1.0), **options)
+    hook.remove()
+    return sizes[-1], torch.tensor(scores.table["margin"].to_numpy())
+
+
+def test_each_prompt_is_run_once_for_both_answers(tokenizer, monkeypatch):
+    rows = [row | {"prompt": row["prompt"] * 3} for row in preference_rows(4, conversational=False)]
+    tokens, margins = tokens_run(steered(), rows, tokenizer)
+    monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
+    in_rows, expected = tokens_run(steered(), rows, tokenizer)
+    assert tokens < 0.75 * in_rows
+    torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_run_twice_where_answers_would_see_each_other(tokenizer, monkeypatch):
+    def shifted(module, args, output):
+        return output + torch.cat([torch.zeros_like(output[:, :1]), output[:, :-1]], dim=1)
+
+    found = []
+    for may_share in (True, False):
+        model = steered()
+        decoder_blocks(model.get_base_model())[1][3].register_forward_hook(shifted)
+        if not may_share:
+            monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
+        found.append(tokens_run(model, preference_rows(4), tokenizer))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_model_whose_upper_blocks_look_past_the_steered_one_is_run_as_a_whole(tokenizer):

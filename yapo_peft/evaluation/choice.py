@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.choices import choice_prompt, letters
 from ..errors import ConfigError, DatasetError
 from ..pairs import common_prefix, padded_answers, padding_of, prompt_ids
-from .preference import answer_logps, log_probs_of_answers, share_above_zero
+from .answers import answer_logps, log_probs_of_answers, share_above_zero
 
 Normalisation = Literal["none", "tokens", "characters"]
 

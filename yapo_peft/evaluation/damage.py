@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
 from ..tuner import steering
-from .preference import needs_labels
+from .answers import needs_labels
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..tuner.strength import lowest_steered, steered_layers
 from ..tuner.upper_half import SAME, SAME_IN_16_BITS, UpperHalf
+from .answers import needs_labels
+from .prompts_once import _TOKENS, PromptsOnce
 
 
 class LowerHalfOnce:
@@ -25,9 +27,10 @@ class LowerHalfOnce:
     def __init__(self, model: nn.Module, calls: int) -> None:
         self.model = model
         lowest = lowest_steered(steered_layers(model))
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        self.base = cast(nn.Module, model.get_base_model() if hasattr(model, "get_base_model") else model)  # pyright: ignore
+        self.prompts = None if needs_labels(model) else PromptsOnce(model, self.base)
         can_spare = calls > 1 and lowest is not None and lowest.index > 0
-        self._upper = UpperHalf(cast(nn.Module, base), lowest.index) if can_spare and lowest is not None else None
+        self._upper = UpperHalf(self.base, lowest.index) if can_spare and lowest is not None else None
         self._inputs: dict[str, Any] = {}
         self._hidden: Tensor | None = None
         self._is_checked = False
@@ -77,9 +80,10 @@ def _of_blocks(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _agree(whole: Tensor, part: Tensor) -> bool:
-    """Whether logits give the same log-probabilities; a row at a time, for the vocabulary makes temporaries large."""
+    """Whether logits give the same log-probabilities; some at a time, for the vocabulary makes temporaries large."""
     bound = SAME if whole.dtype == torch.float32 else SAME_IN_16_BITS
+    tokens = (logits.flatten(0, -2).split(_TOKENS) for logits in (whole, part))
     return whole.shape == part.shape and all(
         torch.allclose(one.float().log_softmax(-1), other.float().log_softmax(-1), rtol=0, atol=bound, equal_nan=True)
-        for one, other in zip(whole, part, strict=True)
+        for one, other in zip(*tokens, strict=True)
     )

@@ -62,8 +62,8 @@ def sweep(
     """Measures a model over a range of strengths.
 
     Log-probabilities: what lies below the lowest steered block is run once per batch, whatever the number of strengths,
-    where that gives the same. Answers: the strengths of a prompt are generated in one batch, if it has room for them,
-    and are kept in the table.
+    and the prompt of a pair once for both answers, where that gives the same. Answers: the strengths of a prompt are
+    generated in one batch, if it has room for them, and are kept in the table.
 
     Args:
         model: A model with a YaPO adapter.

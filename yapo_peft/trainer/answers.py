@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch import Tensor
+
+from ..packing import head_on
 
 
 def score_answers(
@@ -26,17 +27,8 @@ def score_answers(
     Returns:
         TRL's output of a fused head, each field shaped as the mask and 0 where it is false.
     """
-
-    def keep_predictors(module: nn.Module, args: Any, output: ModelOutput) -> ModelOutput:
-        states = output["last_hidden_state"]
-        output["last_hidden_state"] = states.flatten(0, 1)[predictors.to(states.device)][None]
-        return output
-
-    handle = model.base_model.register_forward_hook(keep_predictors)
-    try:
+    with head_on(model, predictors):
         result = call(**inputs, shift_labels=targets[None], fused_lm_head=True)
-    finally:
-        handle.remove()
     for name, value in list(result.items()):
         if isinstance(value, Tensor) and value.shape == (1, len(targets)):
             mask = scored.to(value.device)

@@ -16,17 +16,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..agreement import distance, same, why_not_shared
 from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
+from ..packing import PackedBatch, attention_cost, keep_rows, share_prompts
 from ..tuner import YaPOLayer
 from ..tuner.sparse import ActiveFeatures
 from ..tuner.strength import lowest_steered
 from ..tuner.upper_half import UpperHalf
 from .activations import Activations, ActivationStore, cache_folder, fingerprint_of
-from .agreement import distance, require_no_noise, same, why_not_shared
-from .cacheable import one_sae, require_constant
+from .cacheable import one_sae, require_constant, require_no_noise
 from .config import YaPOTrainingConfig
 from .fingerprint import hash_model, survey
-from .packing import PackedBatch, keep_rows, share_prompts
 from .scoring import CachedPairs, score_packed
 
 # The column that says which stored example a row of a dataset is.
@@ -87,8 +87,7 @@ class ActivationCache:
         self._layers, self._layer = layers, cast(YaPOLayer, lowest_steered(layers))
         self._sae = one_sae(self._layer)
         self._upper = UpperHalf(self._base, self._layer.index)
-        projections = sum(parameter.numel() for parameter in self._layer.block.parameters())
-        self._attention_cost = 2 * self._base.config.get_text_config().hidden_size / projections
+        self._attention_cost = attention_cost(self._base, self._layer.block)
         self._model_hash = hash_model(self._base)
         self._cached: dict[int, _Cached] = {}
 
@@ -126,10 +125,10 @@ class ActivationCache:
         with self._unsteered():
             found: list[Tensor] = []
             with self._upper.observed(found):
-                expected = score_packed(self._base, self._model, plain).log_probs
+                expected = self._score(plain)
             require_no_noise(self._model, self._base, plain, expected, self._args.gradient_checkpointing_kwargs)
             is_exact = self._is_exact(torch.float32)
-            why_not = why_not_shared(self._model, self._base, sample, expected, int(spans.max()), is_exact)
+            why_not = why_not_shared(self._base, self._score, sample, expected, int(spans.max()), is_exact)
             active = self._encode(found[0]).token.numel() / found[0].shape[:2].numel()
         dtype = getattr(torch, self._args.activation_cache_dtype or str(found[0].dtype).removeprefix("torch."))
         record = {
@@ -240,11 +239,11 @@ class ActivationCache:
         batch = self._pack(self._batch(examples), shared)
         found: list[Tensor] = []
         with self._unsteered(), self._upper.observed(found):
-            scored = score_packed(self._base, self._model, batch)
+            log_probs = self._score(batch)
             hidden = found[0].flatten(0, 1)[batch.place]
             features = self._encode(hidden[None])
         reference = torch.zeros(len(hidden), device=hidden.device)
-        reference[batch.target_flat] = scored.log_probs[batch.scored].float()
+        reference[batch.target_flat] = log_probs[batch.scored].float()
         count = features.token.bincount(minlength=len(hidden)).int()
         return Activations(hidden.to(dtype), count, features.feature.int(), features.value.to(dtype), reference)
 
@@ -282,6 +281,9 @@ class ActivationCache:
 
     def _pack(self, inputs: dict[str, Tensor], shared: bool, directions: Tensor | None = None) -> PackedBatch:
         return share_prompts(inputs, self._attention_cost, directions) if shared else keep_rows(inputs)
+
+    def _score(self, batch: PackedBatch) -> Tensor:
+        return score_packed(self._base, self._model, batch).log_probs
 
     def _encode(self, hidden: Tensor) -> ActiveFeatures:
         if self._sae is None:

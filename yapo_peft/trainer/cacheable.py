@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..errors import UnsupportedOperationError
+from ..packing import PackedBatch
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
 from ..tuner.layer import is_code
+from .scoring import score_packed
 
 
 def require_cacheable(trainer: DPOTrainer) -> None:
@@ -66,3 +72,28 @@ def one_sae(layer: YaPOLayer) -> FrozenSAE | None:
             "have several: activate one of them, or train without the cache."
         )
     return next(iter(saes.values()), None)
+
+
+def require_no_noise(model: PeftModel, base: Any, sample: PackedBatch, expected: Tensor, checkpointing: Any) -> None:
+    """Raises if the model gives other log-probabilities in training mode.
+
+    Args:
+        model: The model as it is called, in evaluation mode.
+        base: The causal language model in it.
+        sample: Some pairs.
+        expected: The log-probabilities of their answers.
+        checkpointing: The run's `gradient_checkpointing_kwargs`.
+
+    Raises:
+        UnsupportedOperationError: They differ.
+    """
+    model.train()
+    with disable_gradient_checkpointing(cast(Any, model), checkpointing):
+        trained = score_packed(base, model, sample).log_probs
+    model.eval()
+    if not torch.allclose(trained, expected, rtol=1e-4, atol=1e-4):
+        raise UnsupportedOperationError(
+            f"cache_activations=True needs the same activations in every epoch, but {type(base).__name__} adds noise "
+            "in training mode (dropout, layer drop or router jitter): set it to 0 in the model's config, or train "
+            "without the cache."
+        )

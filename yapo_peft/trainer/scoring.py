@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..packing import PackedBatch
 from ..tuner.call import Call
 from ..tuner.sparse import ActiveFeatures
 from ..tuner.upper_half import UpperHalf
 from .answers import score_answers, score_rows
 from .objective import pair_order
-from .packing import PackedBatch
 from .replay import Replay
 
 

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@contextmanager
+def head_on(model: Any, predictors: Tensor) -> Generator[None]:
+    """Within it, a causal language model's head runs on some tokens alone, as one row.
+
+    Args:
+        model: The causal language model.
+        predictors: Where in its flattened tokens they are, `(n,)`.
+    """
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        states = output["last_hidden_state"]
+        output["last_hidden_state"] = states.flatten(0, 1)[predictors.to(states.device)][None]
+        return output
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attention_cost(model: Any, block: nn.Module) -> float:
+    """What it costs a token to attend to another one, relative to all else that a block does for it."""
+    return 2 * model.config.get_text_config().hidden_size / sum(parameter.numel() for parameter in block.parameters())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yapo_peft.trainer.packing import _cheapest_rows
+from yapo_peft.packing import _cheapest_rows
 
 
 def cost(rows, sizes, attention_cost):
