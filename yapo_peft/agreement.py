@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from .packing import PackedBatch, share_prompts
-from .tuner.upper_half import SAME, SAME_IN_16_BITS
+
+# Up to which distance log-probabilities count as the same, in nats: of an answer's tokens in the mean, of a whole
+# vocabulary everywhere.
+SAME, SAME_IN_16_BITS = 1e-3, 5e-2
+# Tokens whose log-probabilities over the vocabulary are held at once.
+TOKENS_AT_ONCE = 64
 
 
 def distance(log_probs: Tensor, expected: Tensor) -> float:
@@ -27,7 +32,7 @@ def same(log_probs: Tensor, expected: Tensor, is_exact: bool) -> bool:
 def window_of(base: Any) -> float:
     """How far the attention of a causal language model looks back, in tokens; infinity if nothing limits it."""
     text = base.config.get_text_config()
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     return min((window for window in windows if window), default=float("inf"))
 
 

@@ -18,7 +18,7 @@ Tokens = tuple[list[int], list[int], list[int]]
 def pair_batches(
     dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Tokenises preference pairs and batches those of similar length, padded on the right.
+    """Tokenises preference pairs and batches those of similar length, the longest first, padded on the right.
 
     Args:
         dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
@@ -37,7 +37,7 @@ def pair_batches(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need one pair at least.")
     rows = list(enumerate(_tokenize(row, tokenizer) for row in dataset))
-    rows.sort(key=lambda row: len(row[1][0]) + max(map(len, row[1][1:])))
+    rows.sort(key=lambda row: -len(row[1][0]) - max(map(len, row[1][1:])))
     if not rows:
         raise DatasetError("The dataset is empty: there is no preference pair in it.")
     padding = padding_of(tokenizer)

@@ -2,10 +2,11 @@ import pytest
 import torch
 from _reference.yapo import completion_logp, steer_block
 from peft import get_peft_model
-from tiny import ARCHITECTURES, make_model, make_sae, preference_rows, random_code, set_code
+from tiny import ARCHITECTURES, D_MODEL, VOCABULARY, make_model, make_sae, preference_rows, random_code, set_code
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig, sweep
-from yapo_peft.tuner.blocks import decoder_blocks
+from yapo_peft.tuner.blocks import decoder_blocks, hidden_states
 
 
 def steered():
@@ -85,7 +86,7 @@ def tokens_run(model, rows, tokenizer, **options):
     """How many tokens the last block saw at the second strength, and the margins."""
     sizes = []
     hook = decoder_blocks(model.get_base_model())[1][3].register_forward_hook(
-        lambda module, args, output: sizes.append(output.shape[:2].numel())
+        lambda module, args, output: sizes.append(hidden_states(output).shape[:2].numel())
     )
     scores = sweep(model, rows, tokenizer, (1.0, -1.0), **options)
     hook.remove()
@@ -98,6 +99,27 @@ def test_each_prompt_is_run_once_for_both_answers(tokenizer, monkeypatch):
     monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
     in_rows, expected = tokens_run(steered(), rows, tokenizer)
     assert tokens < 0.75 * in_rows
+    torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_run_twice_where_attention_looks_back_only_so_far(tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=D_MODEL, num_layers=4, num_heads=4, window_size=16,
+        max_position_embeddings=128, attention_types=[[["global", "local"], 2]], pad_token_id=0,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(5)  # so that what a token sees makes a difference
+    base.config.window_size = 10**6  # as of a model that says it in another way
+    model = get_peft_model(base, YaPOConfig(layers=2, sae=make_sae(), task_type="CAUSAL_LM"))
+    set_code(model, random_code())
+    # Only the longer pairs' rejected answers would be beyond the window in a row with the chosen ones.
+    rows = [row | {"prompt": row["prompt"] * size} for size in (1, 3) for row in preference_rows(3, False)]
+    _, margins = tokens_run(model, rows, tokenizer, batch_size=2)
+    monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
+    _, expected = tokens_run(model, rows, tokenizer, batch_size=2)
     torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -7,10 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..agreement import SAME, SAME_IN_16_BITS, TOKENS_AT_ONCE
 from ..tuner.strength import lowest_steered, steered_layers
-from ..tuner.upper_half import SAME, SAME_IN_16_BITS, UpperHalf
+from ..tuner.upper_half import UpperHalf
 from .answers import needs_labels
-from .prompts_once import _TOKENS, PromptsOnce
+from .prompts_once import PromptsOnce
 
 
 class LowerHalfOnce:
@@ -82,7 +83,7 @@ def _of_blocks(inputs: dict[str, Any]) -> dict[str, Any]:
 def _agree(whole: Tensor, part: Tensor) -> bool:
     """Whether logits give the same log-probabilities; some at a time, for the vocabulary makes temporaries large."""
     bound = SAME if whole.dtype == torch.float32 else SAME_IN_16_BITS
-    tokens = (logits.flatten(0, -2).split(_TOKENS) for logits in (whole, part))
+    tokens = (logits.flatten(0, -2).split(TOKENS_AT_ONCE) for logits in (whole, part))
     return whole.shape == part.shape and all(
         torch.allclose(one.float().log_softmax(-1), other.float().log_softmax(-1), rtol=0, atol=bound, equal_nan=True)
         for one, other in zip(*tokens, strict=True)

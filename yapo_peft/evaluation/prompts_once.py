@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..agreement import why_not_shared, window_of
+from ..agreement import TOKENS_AT_ONCE, why_not_shared, window_of
 from ..packing import PackedBatch, attention_cost, head_on, keep_rows, share_prompts
 from ..tuner import steering
 from ..tuner.blocks import decoder_blocks
 
-# Tokens whose log-probabilities over the vocabulary are held at once.
-_TOKENS = 64
-
 
 class PromptsOnce:
-    """Lays pairs out so that no prompt is run twice, in models that give the same then: the first batch is compared.
+    """Lays pairs out so that no prompt is run twice, in models that give the same then.
+
+    The longest pairs are compared, because attention can look back only so far and say so in a way of its own.
 
     Args:
         model: A model with a YaPO adapter.
@@ -26,7 +25,7 @@ class PromptsOnce:
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         self._model, self._base = model, base
-        self._is_shared: bool | None = None
+        self._is_shared, self._compared = True, 0
         self._cost = attention_cost(base, decoder_blocks(base)[1][-1])
 
     def packed(self, batch: dict[str, Tensor]) -> PackedBatch | None:
@@ -41,15 +40,18 @@ class PromptsOnce:
             "completion_mask": batch["answer_mask"],
         }
         longest = int(batch["attention_mask"].sum(dim=1).max())
-        if self._is_shared is None:
-            self._is_shared = self._can_be_shared(pairs, longest)
-        if not self._is_shared or longest > window_of(self._base):
+        if longest > window_of(self._base):
+            return None
+        if self._is_shared and longest > self._compared:
+            self._is_shared, self._compared = self._can_be_shared(pairs, longest), longest
+        if not self._is_shared:
             return None
         return share_prompts(pairs, self._cost)
 
     def _can_be_shared(self, pairs: dict[str, Tensor], longest: int) -> bool:
-        # The longest two.
-        sample = {name: torch.cat([part[-2:] for part in rows.chunk(2)]) for name, rows in pairs.items()}
+        lengths = torch.stack(pairs["attention_mask"].sum(dim=1).chunk(2)).amax(dim=0)
+        two = lengths.argsort(descending=True)[:2]
+        sample = {name: torch.cat([part[two] for part in rows.chunk(2)]) for name, rows in pairs.items()}
 
         def score(rows: PackedBatch) -> Tensor:
             return packed_log_probs(self._model, self._base, rows)
@@ -73,7 +75,7 @@ def packed_log_probs(model: Any, base: Any, batch: PackedBatch) -> Tensor:
         logits = model(**inputs, use_cache=False).logits[0]
     found = [
         part.float().log_softmax(-1).gather(-1, targets[:, None].to(part.device)).squeeze(-1)
-        for part, targets in zip(logits.split(_TOKENS), batch.targets.split(_TOKENS), strict=True)
+        for part, targets in zip(logits.split(TOKENS_AT_ONCE), batch.targets.split(TOKENS_AT_ONCE), strict=True)
     ]
     scored = batch.scored.to(logits.device)
     return torch.zeros(scored.shape, device=logits.device).masked_scatter(scored, torch.cat(found))

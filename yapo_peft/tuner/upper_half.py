@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from .blocks import decoder_blocks, hidden_states, with_hidden_states
 
-# Up to which distance two ways to compute log-probabilities count as the same, in nats per token.
-SAME, SAME_IN_16_BITS = 1e-3, 5e-2
-
 
 class UpperHalf:
     """The part of a causal language model that depends on the code.
