@@ -122,6 +122,13 @@ def test_damage_that_is_there_unsteered_is_matched_along_a_line():
     assert table["margin"].tolist() == [0.5]
 
 
+def test_an_effect_that_could_not_be_measured_is_none():
+    effect, damage = scores({0: [math.nan], 1: [math.nan]}), scores({0: [0], 1: [0.5]}, "kl")
+    assert math.isnan(at_matched_damage(effect, damage, [0.25], metric="margin")["margin"][0])
+    with pytest.raises(ConfigError, match="kl is nowhere negative"):
+        at_matched_damage(effect, damage, [-0.25], metric="margin")
+
+
 def test_damage_without_labels_is_matched_too():
     table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
     assert table["margin"].tolist() == pytest.approx([2**0.5])
@@ -167,13 +174,16 @@ def test_cultural_scores_have_a_row_per_country_and_strength():
 
 def test_intervals_of_cultural_scores_are_those_of_resampled_questions():
     draw = np.random.default_rng(0)
-    right = {status: (draw.random(200) < share) for status, share in (("localized", 0.7), ("nonlocalized", 0.5))}
+    # Twins: who knows the answer without the country's name mostly knows it with that.
+    known = draw.random(200)
+    right = {status: known < share for status, share in (("localized", 0.7), ("nonlocalized", 0.5))}
     parts = [scores({1.0: column}, "accuracy", localization_status=status) for status, column in right.items()]
-    found = [
-        robust_cultural_accuracy(*(draw.choice(column, 200).mean() for column in right.values())) for _ in range(4000)
-    ]
+    drawn = [draw.choice(200, 200) for _ in range(4000)]
     table = cultural_scores(Scores.concat(parts), confidence=0.9)
-    assert [table["rca_low"][0], table["rca_high"][0]] == pytest.approx(np.quantile(found, [0.05, 0.95]), abs=0.01)
+    for name, statistic in (("rca", robust_cultural_accuracy), ("pnlg", normalised_localization_gap)):
+        found = [statistic(*(column[rows].mean() for column in right.values())) for rows in drawn]
+        expected = np.quantile(found, [0.05, 0.95])
+        assert [table[f"{name}_low"][0], table[f"{name}_high"][0]] == pytest.approx(expected, abs=0.015)
 
 
 def test_pictures_are_drawn(tmp_path):

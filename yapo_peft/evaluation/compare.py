@@ -11,6 +11,9 @@ import pandas as pd
 from ..errors import ConfigError
 from .scores import SEED, Scores
 
+# Damage that is 0 unsteered and grows with the square of a small strength.
+_QUADRATIC = ("kl",)
+
 
 def at_matched_damage(
     effect: Scores,
@@ -26,8 +29,8 @@ def at_matched_damage(
 
     Strengths of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
     along each method's strengths, from 0 outwards, damage is interpolated to find the multiplier of each level, and the
-    effect is interpolated there. Damage that is 0 unsteered, such as the KL, grows with the square of a small strength:
-    it is interpolated along its square root.
+    effect is interpolated there. The KL grows with the square of a small strength, so it is interpolated along its
+    square root; other damage along a line.
 
     Args:
         effect: Scores with labels such as "method", over strengths that both have.
@@ -43,11 +46,13 @@ def at_matched_damage(
         where the largest strength does less damage than that.
 
     Raises:
-        ConfigError: Labels differ, there is no such metric, or there are no strengths on that side of 0.
+        ConfigError: Labels differ, there is no such metric or level, or there are no strengths on that side of 0.
     """
     for scores, name in ((effect, metric), (damage, damage_metric)):
         if name not in scores.metrics:
             raise ConfigError(f"There is no metric {name!r}; the scores have {', '.join(map(repr, scores.metrics))}.")
+    if damage_metric in _QUADRATIC and min(levels, default=0) < 0:
+        raise ConfigError(f"levels={list(levels)}: {damage_metric} is nowhere negative.")
     keys = [name for name in effect.labels if name != SEED]
     if set(keys) != {name for name in damage.labels if name != SEED}:
         raise ConfigError(
@@ -85,8 +90,8 @@ def _groups(effects: pd.DataFrame, damages: pd.DataFrame, keys: list[str]) -> An
 def _at(level: float, side: pd.DataFrame, damage_metric: str, columns: list[str]) -> dict[str, float]:
     """The columns where the damage first reaches a level, between two strengths; NaN if it never does."""
     damage = side[damage_metric].to_numpy(dtype=float)
-    if abs(damage[0]) < 1e-6 and (damage >= damage[0]).all():
-        level, damage = level**0.5, (damage - damage[0]) ** 0.5
+    if damage_metric in _QUADRATIC:
+        level, damage = level**0.5, damage.clip(0) ** 0.5
     reaches = np.flatnonzero(damage >= level)
     if not len(reaches) or (reaches[0] == 0 and damage[0] > level):
         return dict.fromkeys(columns, float("nan"))

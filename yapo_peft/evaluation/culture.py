@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError
-from .scores import SEED, Scores, by_seed_and_example, interval, require_bootstrap, resampled_means
+from .scores import SEED, Scores, by_seed_and_example, interval, mean_of_known, require_bootstrap, resampled_means
 
 LOCALIZED, NONLOCALIZED = "localized", "nonlocalized"
 
@@ -49,8 +49,8 @@ def cultural_scores(
 
     Returns:
         A row per strength and other labels (such as country or method): `localized`, `nonlocalized`, `rca` and `pnlg`,
-        and of the latter two the ends of bootstrap intervals (`rca_low`, `rca_high`, ...). Both kinds of questions are
-        drawn independently. Seeds are averaged.
+        and of the latter two the ends of bootstrap intervals (`rca_low`, `rca_high`, ...). Questions of both kinds with
+        the same index are drawn together, as twins that differ in the country's name should be. Seeds are averaged.
 
     Raises:
         ConfigError: There is no such metric or label, one of the two is missing, or a bootstrap cannot be made so.
@@ -70,8 +70,8 @@ def cultural_scores(
             raise ConfigError(f"{row}: {status} has no {sorted(missing)}: measure both kinds.")
         parts = [cast(pd.DataFrame, group[group[status] == kind]) for kind in (LOCALIZED, NONLOCALIZED)]
         kinds = [by_seed_and_example(part, "accuracy") for part in parts]
-        row[LOCALIZED], row[NONLOCALIZED] = (float(np.nanmean(matrix)) for matrix in kinds)
-        draws = [resampled_means(matrix, resamples, seed + index) for index, matrix in enumerate(kinds)]
+        row[LOCALIZED], row[NONLOCALIZED] = map(mean_of_known, kinds)
+        draws = [resampled_means(matrix, resamples, seed) for matrix in kinds]
         for name, statistic in (("rca", robust_cultural_accuracy), ("pnlg", normalised_localization_gap)):
             row[name] = statistic(row[LOCALIZED], row[NONLOCALIZED])
             resampled = np.array([statistic(*pair) for pair in zip(*draws, strict=True)])

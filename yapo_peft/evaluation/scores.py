@@ -91,7 +91,7 @@ class Scores:
             for metric in self.metrics:
                 matrix = by_seed_and_example(group, metric)
                 low, high = interval(resampled_means(matrix, resamples, seed), confidence)
-                row |= {metric: _mean(matrix), f"{metric}_low": low, f"{metric}_high": high}
+                row |= {metric: mean_of_known(matrix), f"{metric}_low": low, f"{metric}_high": high}
             found.append(row)
         return pd.DataFrame(found)
 
@@ -149,7 +149,8 @@ def by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
     return group.pivot_table(index=SEED, columns="example", values=metric, dropna=False).to_numpy(dtype=float)
 
 
-def _mean(matrix: np.ndarray) -> float:
+def mean_of_known(matrix: np.ndarray) -> float:
+    """The mean of what could be measured; NaN if nothing could."""
     known = matrix[np.isfinite(matrix)]
     return float(known.mean()) if len(known) else float("nan")
 
