@@ -57,7 +57,9 @@ def test_a_folder_that_exists_is_read_whatever_was_handed_in(sae_folder, tmp_pat
     assert load_sae(path=str(tmp_path / "gone"), content_hash=handed_in).identity.content_hash == handed_in
 
 
-@pytest.mark.parametrize("change", [{"content_hash": "no hash"}, {"content_hash": None}, {"d_sae": "96"}])
+@pytest.mark.parametrize(
+    "change", [{"content_hash": "no hash"}, {"content_hash": None}, {"d_sae": "96"}, {"architecture": None}]
+)
 def test_a_recorded_identity_that_makes_no_sense_is_refused(sae_folder, change):
     recorded = load_sae(path=sae_folder("jumprelu")).identity.to_dict()
     assert SAEIdentity.from_dict({**recorded, "of a later version": 1}).to_dict() == recorded

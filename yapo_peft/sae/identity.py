@@ -48,11 +48,17 @@ class SAEIdentity:
             AdapterFileError: A field is missing, or of another type.
         """
         identity = cls(**{field.name: recorded.get(field.name) for field in dataclasses.fields(cls)})  # pyright: ignore
-        is_hash = isinstance(identity.content_hash, str) and re.fullmatch("[0-9a-f]{64}", identity.content_hash)
-        if not is_hash or not isinstance(identity.d_in, int) or not isinstance(identity.d_sae, int):
+        is_sound = (
+            all(type(number) is int for number in (identity.d_in, identity.d_sae))
+            and all(isinstance(name, str | None) for name in (identity.release, identity.sae_id))
+            and isinstance(identity.architecture, str)
+            and isinstance(identity.content_hash, str)
+            and re.fullmatch("[0-9a-f]{64}", identity.content_hash)
+        )
+        if not is_sound:
             raise AdapterFileError(
-                f"sae_identity in adapter_config.json is {recorded!r}: d_in and d_sae must be numbers and content_hash "
-                "64 hexadecimal digits. Save or download the adapter again."
+                f"sae_identity in adapter_config.json is {recorded!r}: d_in and d_sae must be numbers, architecture a "
+                "text, and content_hash 64 hexadecimal digits. Save or download the adapter again."
             )
         return identity
 

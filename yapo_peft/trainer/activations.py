@@ -95,10 +95,12 @@ class ActivationStore:
         for file in sorted(place.glob(f"*/{_RECORD}")):
             try:
                 there = json.loads(file.read_text())
-            except ValueError:
+            except (OSError, ValueError):
                 continue
-            store = cls(file.parent, sizes, there)
-            if {**there, "sae": None} == {**record, "sae": None} and not store.missing:
+            is_same = isinstance(there, dict) and {**there, "sae": None} == {**record, "sae": None}
+            # A copy under another name is nobody's cache.
+            store = cls(file.parent, sizes, there) if is_same and file.parent.name == fingerprint_of(there) else None
+            if store is not None and not store.missing:
                 return store
         return None
 
