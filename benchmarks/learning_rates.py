@@ -30,9 +30,8 @@ def layer_of(sae: Path) -> int:
     return int(json.loads((sae / "cfg.json").read_text())["metadata"]["hook_name"].split(".")[1])
 
 
-def trained(sae: Path, rate: float, options: argparse.Namespace, cache: str) -> dict[str, Any]:
-    """Trains one code, and measures it on pairs of the same file that it was not trained on."""
-    pairs = pairs_of(options.data).shuffle(seed=0)
+def trained(sae: Path, rate: float, pairs: Any, options: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """Trains one code on the first of some pairs, and measures it on the last ones."""
     model, tokenizer = load_model_and_tokenizer()
     model = get_peft_model(model, YaPOConfig(layers=layer_of(sae), sae_path=str(sae)))
     with tempfile.TemporaryDirectory() as folder:
@@ -74,11 +73,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.rates, options.pairs, options.held_out, options.steps = [0.01, 0.03], 8, 4, 2
+    pairs = pairs_of(options.data).shuffle(seed=0)
+    if options.pairs + options.held_out > len(pairs):
+        parser.error(f"--pairs {options.pairs} --held-out {options.held_out}: the file has {len(pairs)} pairs")
     found = []
     with tempfile.TemporaryDirectory() as cache:
         for sae in (Path(sae_folder()), *options.sae):
             for rate in options.rates:
-                found.append(trained(sae, rate, options, cache))
+                found.append(trained(sae, rate, pairs, options, cache))
                 print(found[-1], flush=True)
     report({"learning_rates": found}, options.out)
 

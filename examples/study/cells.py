@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from peft import PeftModel, get_peft_model
@@ -17,7 +19,10 @@ from sources import Behaviour
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, sweep
 from yapo_peft.data import with_system_prompt
 from yapo_peft.evaluation import Damage, MultipleChoice, Scores
+from yapo_peft.files import replacing
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
+
+_COARSE = (0.25, 1.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,6 @@ class Method:
     Attributes:
         space: "sae" or "dense"; None for a system prompt.
         fit: "caa", "sas" or "random"; None if it is trained.
-        multipliers: The strengths to measure at; the study's if None.
     """
 
     name: str
@@ -35,7 +39,6 @@ class Method:
     fit: str | None = None
     tau: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
-    multipliers: list[float] | None = None
 
     @property
     def is_random(self) -> bool:
@@ -57,6 +60,9 @@ def candidates(name: str, entry: dict[str, Any]) -> list[Method]:
     if isinstance(plain.tau, list):
         return [replace(plain, tau=tau) for tau in plain.tau]
     rates = plain.training.get("learning_rate")
+    others = [key for key, value in plain.training.items() if isinstance(value, list) and key != "learning_rate"]
+    if others:
+        raise SystemExit(f"{name}: {others[0]} has several values; only learning_rate and tau are tuned.")
     if isinstance(rates, list):
         return [replace(plain, training={**plain.training, "learning_rate": rate}) for rate in rates]
     return [plain]
@@ -76,6 +82,7 @@ class Bench:
         neutral = config["neutral_text"]
         self.text = [(data / neutral["file"]).read_text()]
         self.damage = Damage(neutral["block_size"], neutral["blocks"])
+        self.coarse_damage = Damage(neutral["block_size"], 1)
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self._loaded: tuple[Any, Any] | None = None
         self._attached: Any = None
@@ -111,8 +118,8 @@ class Bench:
             else:
                 fit_sas(model, contrast, tau=method.tau)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.json").write_text(json.dumps({"method": asdict(method), "log": log}))
-        partial = folder / "adapter.partial"
+        write_json(folder / "log.json", {"method": asdict(method), "log": log})
+        partial = folder / f"adapter.{os.getpid()}.partial"
         model.save_pretrained(partial)
         partial.rename(folder / "adapter")
         return folder
@@ -182,9 +189,37 @@ class Bench:
             trainer.train()
         return trainer.state.log_history
 
-    def strengths(self, method: Method) -> list[float]:
-        """The strengths at which a method is measured, 0 among them."""
-        return method.multipliers or self.config["multipliers"]
+    def strengths(self, folder: Path) -> list[float]:
+        """The strengths at which a cell is measured: -1, 0, 1, and about where it does the damage of the config."""
+        found = {-1.0, 0.0, 1.0}.union(*self._doing_damage(folder).values())
+        return sorted(found)
+
+    def asked_at(self, folder: Path) -> list[float]:
+        """The strengths at which a cell is asked questions: 1, and about where it does the middle damage."""
+        up = self._doing_damage(folder)["up"]
+        return sorted({1.0, up[len(up) // 2]})
+
+    def _doing_damage(self, folder: Path) -> dict[str, list[float]]:
+        """The strengths of the damage that the config wants, of the first seed for all seeds, up and down.
+
+        A dense vector can do at a tenth of its strength what a code does at twice its own. So the damage is measured
+        coarsely first, and followed along a line between the logarithms, or with the square of the strength.
+        """
+        folder = folder.with_name(f"seed-{self.config['seeds'][0]}")
+        file = folder / "strengths.json"
+        if not file.is_file():
+            model, tokenizer = self.saved(folder)
+            coarse = [sign * size for sign in (-1, 1) for size in _COARSE]
+            scores = sweep(model, self.text, tokenizer, coarse, measure=self.coarse_damage, batch_size=4)
+            kl = scores.summary().set_index("multiplier")["kl"]
+            if not (kl > 0).all():
+                raise SystemExit(f"{folder} does no damage, or breaks the model: KL by strength is {dict(kl)}.")
+            found = {}
+            for side, sign in (("up", 1), ("down", -1)):
+                there = np.maximum.accumulate([kl[sign * size] for size in _COARSE])
+                found[side] = [round(sign * _reaching(wanted, there), 4) for wanted in self.config["damage_targets"]]
+            write_json(file, found)
+        return json.loads(file.read_text())
 
     def effect(self, behaviour: Behaviour, folder: Path, method: Method) -> Scores:
         """Preference on the test pairs over all strengths; of a prompt, with it, without, and with its opposite."""
@@ -198,7 +233,7 @@ class Bench:
             parts = [kept(self.out / _slug(behaviour.name) / "base.json", base)]
             if method.space is not None:
                 model, tokenizer = self.saved(folder)
-                steered = [strength for strength in self.strengths(method) if strength]
+                steered = [strength for strength in self.strengths(folder) if strength]
                 return Scores.concat([*parts, sweep(model, behaviour.test, tokenizer, steered, batch_size=16)])
             model, tokenizer = self.attached()
             for sign, prompt in behaviour.prompts.items():
@@ -215,7 +250,7 @@ class Bench:
 
         def measure() -> Scores:
             model, tokenizer = self.saved(folder)
-            return sweep(model, self.text, tokenizer, self.strengths(method), measure=self.damage, batch_size=4)
+            return sweep(model, self.text, tokenizer, self.strengths(folder), measure=self.damage, batch_size=4)
 
         return kept(folder / "damage.json", measure)
 
@@ -225,26 +260,43 @@ class Bench:
         folder: Path,
         method: Method,
         questions: Any,
-        multipliers: list[float],
         chat: bool,
-        prompt: str | None = None,
+        base: Path,
+        prompt: str,
     ) -> Scores:
-        """Multiple choice by the likelihood of the options' texts, per character; a prompt counts as strength 1."""
+        """Multiple choice by the likelihood of the options' texts, per character; a prompt counts as strength 1.
+
+        Args:
+            file: Where in the cell's folder it is kept.
+            folder: The cell's.
+            method: Its method.
+            questions: As of `load_choices`.
+            chat: Whether they are a user's.
+            base: Where the base model's answers are kept, which are the same for all cells.
+            prompt: The system prompt, for that method.
+        """
+
+        def asked(model: Any, tokenizer: Any, strengths: list[float], system: str | None = None) -> Scores:
+            measure = MultipleChoice("text", "characters", chat=chat, system_prompt=system)
+            return sweep(model, questions, tokenizer, strengths, measure=measure, batch_size=16)
 
         def measure() -> Scores:
+            unsteered = kept(base, lambda: asked(*self.attached(), [0.0]))
             if method.space is not None:
-                model, tokenizer = self.saved(folder)
-                asked = MultipleChoice("text", "characters", chat=chat)
-                return sweep(model, questions, tokenizer, multipliers, measure=asked, batch_size=16)
-            model, tokenizer = self.attached()
-            parts = []
-            for sign, system in ((0.0, None), (1.0, prompt)):
-                asked = MultipleChoice("text", "characters", chat=chat, system_prompt=system)
-                scores = sweep(model, questions, tokenizer, [0.0], measure=asked, batch_size=16)
-                parts.append(Scores(scores.table.assign(multiplier=sign), scores.metrics))
-            return Scores.concat(parts)
+                return Scores.concat([unsteered, asked(*self.saved(folder), self.asked_at(folder))])
+            prompted = asked(*self.attached(), [0.0], prompt)
+            return Scores.concat([unsteered, Scores(prompted.table.assign(multiplier=1.0), prompted.metrics)])
 
         return kept(folder / file, measure)
+
+
+def _reaching(wanted: float, there: np.ndarray) -> float:
+    """The strength of a wanted KL, by the KL at the coarse strengths."""
+    if wanted <= there[0]:
+        return _COARSE[0] * (wanted / there[0]) ** 0.5
+    if wanted >= there[-1]:
+        return _COARSE[-1] * (wanted / there[-1]) ** 0.5
+    return float(np.exp(np.interp(np.log(wanted), np.log(there), np.log(_COARSE))))
 
 
 def kept(path: Path, measure: Any) -> Scores:
@@ -252,6 +304,12 @@ def kept(path: Path, measure: Any) -> Scores:
     if not path.is_file():
         measure().save(path)
     return Scores.load(path)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a file as a whole or not at all."""
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def _slug(name: str) -> str:

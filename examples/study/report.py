@@ -22,6 +22,8 @@ def write_report(study: Any) -> Path:
     folder = study.out / "report"
     folder.mkdir(exist_ok=True)
     effect, damage = _together(study, "preference.json"), _together(study, "damage.json")
+    if not effect.metrics or not damage.metrics:
+        raise SystemExit(f"{study.out} has no cell that is measured: there is nothing to report.")
     tables = {
         "Chosen settings": _settings(study),
         "Held-out loss during training": _losses(study),
@@ -62,17 +64,19 @@ def _together(study: Any, file: str) -> Scores:
         for behaviour, method, seed, folder in _cells(study)
         if (folder / file).is_file()
     ]
-    return Scores.concat(found)
+    return Scores.concat(found) if found else Scores(pd.DataFrame(), ())
 
 
 def _settings(study: Any) -> pd.DataFrame:
+    if not (study.out / "tuning.json").is_file():
+        return pd.DataFrame()
     tuned = json.loads((study.out / "tuning.json").read_text())
     rows = [
         {
             "method": name,
             "setting": setting.replace("-", " ", 1),
             "validation": score,
-            "chosen": "yes" if setting == study.methods[name].setting else "",
+            "chosen": "yes" if setting == getattr(study.methods.get(name), "setting", None) else "",
         }
         for name, scores in tuned.items()
         for setting, score in scores.items()
@@ -119,8 +123,12 @@ def _at_strength(effect: Scores, damage: Scores) -> pd.DataFrame:
 
 def _at_damage(study: Any, effect: Scores, damage: Scores) -> pd.DataFrame:
     """How far each method moves the margin from the base's, up and down, at each level of damage."""
-    steered = damage.table["method"].unique()
-    effect = Scores(effect.table[effect.table["method"].isin(steered)], effect.metrics)
+    cell = ["behaviour", "method", "seed"]
+    both = set(map(tuple, damage.table[cell].to_numpy())) & set(map(tuple, effect.table[cell].to_numpy()))
+    effect, damage = (
+        Scores(scores.table[[row in both for row in map(tuple, scores.table[cell].to_numpy())]], scores.metrics)
+        for scores in (effect, damage)
+    )
     # The gain of each pair, so that intervals are those of gains.
     keys = ["behaviour", "method", "seed", "example"]
     base = effect.table[effect.table["multiplier"] == 0].set_index(keys)["margin"]
@@ -135,33 +143,27 @@ def _at_damage(study: Any, effect: Scores, damage: Scores) -> pd.DataFrame:
 
 
 def _knowledge(study: Any) -> pd.DataFrame:
-    """Accuracy at +1, and how many points it is from the base, with the interval of the paired difference."""
+    """Accuracy of the base, and how many points from it at +1 and at the middle damage, with paired intervals."""
     rows = []
-    for behaviour, method, _, folder in _cells(study):
-        if not (folder / "knowledge.json").is_file():
+    for behaviour, method, seed, folder in _cells(study):
+        if seed != study.config["seeds"][0] or not (folder / "knowledge.json").is_file():
             continue
-        table = Scores.load(folder / "knowledge.json").table.pivot_table(
-            index="example", columns="multiplier", values="accuracy"
-        )
-        change = (
-            Scores(
-                pd.DataFrame({"multiplier": 1.0, "example": table.index, "change": 100 * (table[1.0] - table[0.0])}),
-                ("change",),
-            )
-            .summary()
-            .iloc[0]
-        )
-        interval = f"({change['change_low']:+.1f}, {change['change_high']:+.1f})"
-        rows.append(
-            {
-                "behaviour": behaviour,
-                "method": method.name,
-                "base": f"{100 * table[0.0].mean():.1f}",
-                "at +1": f"{100 * table[1.0].mean():.1f}",
-                "change in points": f"{change['change']:+.1f} {interval}",
-            }
-        )
+        table = Scores.load(folder / "knowledge.json").table
+        table = table.pivot_table(index="example", columns="multiplier", values="accuracy")
+        row = {"behaviour": behaviour, "method": method.name, "base": f"{100 * table[0.0].mean():.1f}"}
+        row["at +1"] = _change(table[1.0] - table[0.0])
+        matched = [m for m in (study.bench.asked_at(folder) if method.space else []) if m != 1]
+        wanted = study.config["damage_targets"]
+        row[f"at a KL of about {wanted[len(wanted) // 2]}"] = _change(table[matched[0]] - table[0.0]) if matched else ""
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _change(differences: pd.Series) -> str:
+    """A mean of paired differences in points, and its interval."""
+    table = pd.DataFrame({"multiplier": 1.0, "example": differences.index, "change": 100 * differences.to_numpy()})
+    row = Scores(table, ("change",)).summary().iloc[0]
+    return f"{row['change']:+.1f} ({row['change_low']:+.1f}, {row['change_high']:+.1f})"
 
 
 def _culture(study: Any) -> pd.DataFrame:
@@ -172,10 +174,11 @@ def _culture(study: Any) -> pd.DataFrame:
         for name in entry["methods"]:
             method = study.methods[name]
             folder = study.bench.folder(f"culture of {country}", method, study.config["seeds"][0])
-            for status in ("localized", "nonlocalized"):
-                if (folder / f"{status}.json").is_file():
-                    scores = Scores.load(folder / f"{status}.json")
-                    found.append(scores.labelled(country=country, method=name, localization_status=status))
+            files = {status: folder / f"{status}.json" for status in ("localized", "nonlocalized")}
+            if all(file.is_file() for file in files.values()):
+                for status, file in files.items():
+                    labels = {"country": country, "method": name, "localization_status": status}
+                    found.append(Scores.load(file).labelled(**labels))
     return cultural_scores(Scores.concat(found)) if found else pd.DataFrame()
 
 
@@ -201,7 +204,9 @@ def _dose_lines(effect: Scores) -> list[Line]:
             method,
             list(zip(*(part[c] for c in ("multiplier", "margin", "margin_low", "margin_high")), strict=True)),
         )
-        for (behaviour, method), part in effect.summary().groupby(["behaviour", "method"], sort=False)
+        for (behaviour, method), part in effect.summary()
+        .sort_values("multiplier")
+        .groupby(["behaviour", "method"], sort=False)
     ]
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import yaml
-from cells import Bench, Method, candidates
+from cells import Bench, Method, candidates, write_json
 from report import write_report
 from sources import Behaviour, load_behaviour, load_culture, load_facts
 from tqdm.auto import tqdm
@@ -32,6 +32,7 @@ from yapo_peft import sweep
 from yapo_peft.evaluation import at_matched_damage
 
 HERE = Path(__file__).parent
+_SCORE = "validation.json"
 
 
 class Study:
@@ -49,6 +50,8 @@ class Study:
 
     def run(self) -> None:
         """Makes and measures what is not there yet."""
+        if not self.is_wanted("tuning") and not (self.out / "tuning.json").is_file():
+            raise SystemExit(f"{self.out} has no tuned settings yet: let one process finish --only tuning first.")
         self.tune()
         first, *others = self.config["seeds"]
         wanted = [behaviour for name, behaviour in self.behaviours.items() if self.is_wanted(name)]
@@ -70,45 +73,52 @@ class Study:
                 bar.set_postfix_str(f"{behaviour.name}, {method.name}, seed {seed}")
                 self.measure(behaviour, method, seed)
 
-    def tune(self) -> None:
-        """Chooses the settings of each method on validation pairs."""
+    def tune(self, make: bool = True) -> None:
+        """Chooses the settings of each method on validation pairs.
+
+        Args:
+            make: Whether to make and score what is not there yet; otherwise methods are left out of which nothing is.
+        """
         behaviour, seed = self.behaviours[self.config["tune_on"]], self.config["seeds"][0]
         tuned: dict[str, dict[str, float]] = {}
         for name, entry in self.config["methods"].items():
             found = candidates(name, entry)
             if len(found) > 1:
                 tuned[name] = {}
+                if not make:
+                    found = [m for m in found if (self.bench.folder(behaviour.name, m, seed) / _SCORE).is_file()]
                 for method in found:
                     started = time.monotonic()
                     tuned[name][method.setting] = self.score(behaviour, method, seed)
                     seconds = time.monotonic() - started
                     print(f"{name}, {method.setting}: {tuned[name][method.setting]:.4f}, {seconds:.0f} s", flush=True)
                 found.sort(key=lambda method: tuned[name][method.setting])
-            self.methods[name] = found[0]
-        (self.out / "tuning.json").write_text(json.dumps(tuned, indent=2))
+            if found:
+                self.methods[name] = found[0]
+        if make:
+            write_json(self.out / "tuning.json", tuned)
 
     def score(self, behaviour: Behaviour, method: Method, seed: int) -> float:
         """How bad a setting is on validation pairs: the loss if trained, else minus the effect at equal damage."""
         folder = self.bench.make(behaviour, method, seed)
-        file = folder / "validation.json"
+        file = folder / _SCORE
         if not file.is_file():
             if method.fit is None:
                 log = json.loads((folder / "log.json").read_text())["log"]
                 found = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
             else:
                 found = -self._gain(behaviour, method, folder)
-            file.write_text(json.dumps(found))
+            write_json(file, found)
         return json.loads(file.read_text())
 
     def _gain(self, behaviour: Behaviour, method: Method, folder: Path) -> float:
-        """The rise of the margin at the middle level of damage, up and down together."""
+        """The rise of the margin at the lowest level of damage, up and down together."""
         damage = self.bench.harm(folder, method)
         model, tokenizer = self.bench.saved(folder)
-        effect = sweep(model, behaviour.validation, tokenizer, self.bench.strengths(method), batch_size=16)
-        levels = self.config["damage_levels"]
+        effect = sweep(model, behaviour.validation, tokenizer, self.bench.strengths(folder), batch_size=16)
+        level = self.config["damage_levels"][0]
         ends = [
-            at_matched_damage(effect, damage, [levels[len(levels) // 2]], metric="margin", negative=negative)
-            for negative in (False, True)
+            at_matched_damage(effect, damage, [level], metric="margin", negative=negative) for negative in (False, True)
         ]
         gain = float(ends[0]["margin"][0] - ends[1]["margin"][0])
         return gain if gain == gain else -1e9  # too weak to do that damage
@@ -121,9 +131,8 @@ class Study:
         self.bench.effect(behaviour, folder, method)
         self.bench.harm(folder, method)
         if seed == self.config["seeds"][0]:
-            asked = {"multipliers": self.config["knowledge"]["multipliers"], "chat": False}
-            prompt = behaviour.prompts[1]
-            self.bench.choices("knowledge.json", folder, method, self.facts, prompt=prompt, **asked)
+            base, prompt = self.out / "knowledge-base.json", behaviour.prompts[1]
+            self.bench.choices("knowledge.json", folder, method, self.facts, chat=False, base=base, prompt=prompt)
 
     def culture(self) -> None:
         """Trains on each country's pairs, and asks its test questions."""
@@ -134,8 +143,8 @@ class Study:
                 method = self.methods[name]
                 folder = self.bench.make(found.behaviour, method, seed)
                 for status, questions in found.questions.items():
-                    asked = {"multipliers": entry["multipliers"], "chat": True, "prompt": found.behaviour.prompts[1]}
-                    self.bench.choices(f"{status}.json", folder, method, questions, **asked)
+                    base, prompt = folder.parents[2] / f"{status}-base.json", found.behaviour.prompts[1]
+                    self.bench.choices(f"{status}.json", folder, method, questions, chat=True, base=base, prompt=prompt)
                 print(f"Culture of {country}: {name} is done.", flush=True)
 
 
@@ -145,7 +154,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "study.yaml")
     parser.add_argument("--data", type=Path, default=HERE, help="folder of the files that the config names")
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="folder of the results")
-    only = "behaviours, or 'culture'; the others are left to other processes, with the same --out"
+    only = "'tuning', behaviours, or 'culture'; the others are left to other processes, with the same --out"
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help=only)
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     options = parser.parse_args()
@@ -154,13 +163,13 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     options.out.mkdir(parents=True, exist_ok=True)
     same_config(config, options.out / "config.json")
-    parts = [*config["behaviours"], *(["culture"] if "culture" in config else [])]
+    parts = ["tuning", *config["behaviours"], *(["culture"] if "culture" in config else [])]
     unknown = [part for part in options.only if part not in parts]
     if unknown:
         parser.error(f"--only {unknown[0]}: the config has {', '.join(parts)}")
     study = Study(config, options.data, options.out, options.only)
     if options.report:
-        study.tune()
+        study.tune(make=False)
     else:
         study.run()
     print(write_report(study))
@@ -168,10 +177,10 @@ def main() -> None:
 
 def same_config(config: dict[str, Any], kept: Path) -> None:
     """Refuses to go on with results of another config."""
-    text = json.dumps(config, indent=2)
-    if kept.is_file() and kept.read_text() != text:
+    if not kept.is_file():
+        write_json(kept, config)
+    elif json.loads(kept.read_text()) != json.loads(json.dumps(config)):
         raise SystemExit(f"{kept.parent} holds results of another config ({kept}): give another --out.")
-    kept.write_text(text)
 
 
 if __name__ == "__main__":

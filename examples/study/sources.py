@@ -30,7 +30,9 @@ def load_behaviour(name: str, entry: dict[str, Any], sizes: dict[str, int], fold
     """Reads a behaviour; validation pairs, and test pairs without a file of their own, are from the train file."""
     columns = entry.get("columns", {})
     rows = distinct_questions(load_pairs(folder / entry["train"], **columns)).shuffle(seed=0)
-    test = distinct_questions(load_pairs(folder / entry["test"], **columns)) if "test" in entry else None
+    test = None
+    if "test" in entry:
+        test = distinct_questions(load_pairs(folder / entry["test"], **columns)).shuffle(seed=0)
     if test is not None:
         taken = set(map(_question, test))
         rows = rows.filter(lambda row: _question(row) not in taken)
@@ -52,24 +54,28 @@ def load_behaviour(name: str, entry: dict[str, Any], sizes: dict[str, int], fold
 
 
 def load_culture(country: str, file: Path, questions: int, prompt: str, sizes: dict[str, int]) -> Culture:
-    """Reads a country's pairs, and as many test questions that name the country as that do not."""
-    keep = ["country", "localization_status", "split"]
-    pairs = load_pairs(file, prompt="question", keep=keep)
-    train = where(pairs, split="train").shuffle(seed=0)
+    """Reads a country's pairs, and test questions that name the country and the same ones that do not.
+
+    A question and its twin without the country are in the same split.
+    """
+    keep = ["id", "localization_status", "split"]
+    pairs = where(load_pairs(file, prompt="question", keep=keep), split="train")
+    draw = random.Random(0)
+    ids = sorted(set(pairs["id"]))
+    validation = draw.sample(ids, min(sizes["validation"], len(ids) // 5))
+    train = where(pairs, id=sorted(set(ids) - set(validation))).shuffle(seed=0)
     choices = where(load_choices(file, answer="answer_index", keep=keep), split="test")
-    held_out = {}
-    for status in ("localized", "nonlocalized"):
-        found = where(choices, localization_status=status)
-        held_out[status] = found.select(range(min(questions, len(found))))
-    size = min(sizes["validation"], len(train) // 5)
+    kinds = {kind: where(choices, localization_status=kind) for kind in ("localized", "nonlocalized")}
+    asked = sorted(set.intersection(*(set(kind["id"]) for kind in kinds.values())))
+    asked = draw.sample(asked, min(questions, len(asked)))
     behaviour = Behaviour(
         f"culture of {country}",
-        train=train.select(range(size, min(size + sizes["train"], len(train)))),
-        validation=train.select(range(size)),
-        test=train.select(range(0)),
+        train=train.select(range(min(sizes["train"], len(train)))),
+        validation=where(pairs, id=validation),
+        test=pairs.select(range(0)),
         prompts={1: prompt.format(country=country)},
     )
-    return Culture(country, behaviour, held_out)
+    return Culture(country, behaviour, {name: where(kind, id=asked).sort("id") for name, kind in kinds.items()})
 
 
 @dataclass(frozen=True)
