@@ -24,11 +24,12 @@ def write_report(study: Any) -> Path:
     effect, damage = _together(study, "preference.json"), _together(study, "damage.json")
     if not effect.metrics or not damage.metrics:
         raise SystemExit(f"{study.out} has no cell that is measured: there is nothing to report.")
+    gains = _gains(effect, damage)
     tables = {
         "Chosen settings": _settings(study),
         "Held-out loss during training": _losses(study),
         "At equal strength": _at_strength(effect, damage),
-        "At equal damage": _at_damage(study, effect, damage),
+        "At equal damage": _at_damage(study.config["damage_levels"], *gains),
         "Knowledge": _knowledge(study),
         "Culture": _culture(study),
     }
@@ -38,13 +39,11 @@ def write_report(study: Any) -> Path:
     )
     text = [f"## {title}\n\n{_markdown(table)}\n" for title, table in tables.items()]
     (folder / "tables.md").write_text("\n".join(text))
-    colours = dict(zip(study.methods, COLOURS, strict=False))
-    _draw(folder / "doses.png", colours, "multiplier", "margin (nats)", _dose_lines(effect))
-    if "At equal damage" in tables:
-        lines = _damage_lines(tables["At equal damage"])
-        _draw(folder / "matched.png", colours, "KL from the base (nats per token)", "margin gained (nats)", lines)
+    _draw(folder / "doses.png", study, "multiplier", "margin (nats)", _dose_lines(effect))
+    lines = _damage_lines(*gains, most=1.2 * max(study.config["damage_targets"]))
+    _draw(folder / "matched.png", study, "KL from the base, signed (nats per token)", "margin gained (nats)", lines)
     if "Held-out loss during training" in tables:
-        _draw(folder / "losses.png", colours, "step", "held-out loss (nats)", _loss_lines(study))
+        _draw(folder / "losses.png", study, "step", "held-out loss (nats)", _loss_lines(study))
     return folder
 
 
@@ -121,25 +120,33 @@ def _at_strength(effect: Scores, damage: Scores) -> pd.DataFrame:
     return pd.concat([base, table[table["multiplier"] != "0"]]).sort_values("behaviour", kind="stable")
 
 
-def _at_damage(study: Any, effect: Scores, damage: Scores) -> pd.DataFrame:
-    """How far each method moves the margin from the base's, up and down, at each level of damage."""
+def _gains(effect: Scores, damage: Scores) -> tuple[Scores, Scores]:
+    """How far each pair's margin is from the base's, so that intervals are those of gains; of cells with a damage."""
     cell = ["behaviour", "method", "seed"]
     both = set(map(tuple, damage.table[cell].to_numpy())) & set(map(tuple, effect.table[cell].to_numpy()))
     effect, damage = (
         Scores(scores.table[[row in both for row in map(tuple, scores.table[cell].to_numpy())]], scores.metrics)
         for scores in (effect, damage)
     )
-    # The gain of each pair, so that intervals are those of gains.
-    keys = ["behaviour", "method", "seed", "example"]
+    keys = [*cell, "example"]
     base = effect.table[effect.table["multiplier"] == 0].set_index(keys)["margin"]
     rows = effect.table.join(base.rename("base"), on=keys)
-    gains = Scores(rows.assign(gain=rows["margin"] - rows["base"])[[*keys, "multiplier", "gain"]], ("gain",))
-    found = []
+    rows = rows.assign(gain=rows["margin"] - rows["base"])[[*keys, "multiplier", "gain"]]
+    return Scores(rows, ("gain",)), damage
+
+
+def _at_damage(levels: list[float], gains: Scores, damage: Scores) -> pd.DataFrame:
+    """How far each method moves the margin, up and down, at each level of damage: a row per behaviour and method."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for side, negative in (("up", False), ("down", True)):
-        levels = study.config["damage_levels"]
         table = at_matched_damage(gains, damage, levels, metric="gain", negative=negative)
-        found.append(table.assign(side=side))
-    return pd.concat(found).sort_values(["behaviour", "side"], ascending=[True, False], kind="stable")
+        for row in table.itertuples():
+            cells = rows.setdefault((row.behaviour, row.method), {"behaviour": row.behaviour, "method": row.method})
+            known = not np.isnan(row.gain)
+            cells[f"{side}, KL {row.kl}"] = (
+                f"{row.gain:+.1f} ({row.gain_low:+.1f}, {row.gain_high:+.1f})" if known else ""
+            )
+    return pd.DataFrame(list(rows.values()))
 
 
 def _knowledge(study: Any) -> pd.DataFrame:
@@ -152,7 +159,7 @@ def _knowledge(study: Any) -> pd.DataFrame:
         table = table.pivot_table(index="example", columns="multiplier", values="accuracy")
         row = {"behaviour": behaviour, "method": method.name, "base": f"{100 * table[0.0].mean():.1f}"}
         row["at +1"] = _change(table[1.0] - table[0.0])
-        matched = [m for m in (study.bench.asked_at(folder) if method.space else []) if m != 1]
+        matched = [multiplier for multiplier in table.columns if multiplier not in (0, 1)]
         wanted = study.config["damage_targets"]
         row[f"at a KL of about {wanted[len(wanted) // 2]}"] = _change(table[matched[0]] - table[0.0]) if matched else ""
         rows.append(row)
@@ -210,11 +217,15 @@ def _dose_lines(effect: Scores) -> list[Line]:
     ]
 
 
-def _damage_lines(table: pd.DataFrame) -> list[Line]:
-    columns = ("kl", "gain", "gain_low", "gain_high")
+def _damage_lines(gains: Scores, damage: Scores, most: float) -> list[Line]:
+    """Gains against the KL, which is given the sign of the strength."""
+    kl = damage.summary()[["behaviour", "method", "multiplier", "kl"]]
+    found = gains.summary().merge(kl, on=["behaviour", "method", "multiplier"])
+    found = found.assign(signed=found["kl"] * np.sign(found["multiplier"])).sort_values("signed")
+    columns = ("signed", "gain", "gain_low", "gain_high")
     return [
-        (f"{behaviour}, {side}", method, list(zip(*(part[c] for c in columns), strict=True)))
-        for (behaviour, side, method), part in table.dropna().groupby(["behaviour", "side", "method"], sort=False)
+        (behaviour, method, list(zip(*(part[c] for c in columns), strict=True)))
+        for (behaviour, method), part in found[found["kl"] <= most].groupby(["behaviour", "method"], sort=False)
     ]
 
 
@@ -233,8 +244,11 @@ def _loss_lines(study: Any) -> list[Line]:
     ]
 
 
-def _draw(path: Path, colours: dict[str, str], x: str, y: str, lines: list[Line]) -> None:
-    """A panel for each behaviour or side, a line with its interval for each method."""
+def _draw(path: Path, study: Any, x: str, y: str, lines: list[Line]) -> None:
+    """A panel for each behaviour, a line with its interval for each method."""
+    colours = dict(zip(study.methods, COLOURS, strict=False))
+    behaviours, methods = list(study.behaviours), list(study.methods)
+    lines = sorted(lines, key=lambda line: (behaviours.index(line[0]), methods.index(line[1])))
     panels = list(dict.fromkeys(panel for panel, _, _ in lines))
     if not panels:
         return
