@@ -10,7 +10,6 @@ there.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,44 +18,35 @@ from typing import Any
 from peft import get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from embedded import load_model_and_tokenizer, sae_folder
-from published import pairs_of, report
+from embedded import load_model_and_tokenizer, sae_folder, sae_layer
+from published import cached_arguments, pairs_of, report
 
-from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
-
-
-def layer_of(sae: Path) -> int:
-    """The block that an SAE reads."""
-    return int(json.loads((sae / "cfg.json").read_text())["metadata"]["hook_name"].split(".")[1])
+from yapo_peft import YaPOConfig, YaPOTrainer
 
 
-def trained(sae: Path, rate: float, pairs: Any, options: argparse.Namespace, cache: str) -> dict[str, Any]:
+def trained(sae: Path, rate: float, pairs: Any, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains one code on the first of some pairs, and measures it on the last ones."""
     model, tokenizer = load_model_and_tokenizer()
-    model = get_peft_model(model, YaPOConfig(layers=layer_of(sae), sae_path=str(sae)))
-    with tempfile.TemporaryDirectory() as folder:
-        args = YaPOTrainingConfig(
-            output_dir=folder,
-            cache_activations=True,
-            activation_cache_dir=cache,
-            max_steps=options.steps,
-            warmup_steps=options.steps // 10,
-            learning_rate=rate,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = YaPOTrainer(
-            model,
-            args,
-            train_dataset=pairs.select(range(options.pairs)),
-            eval_dataset=pairs.select(range(len(pairs) - options.held_out, len(pairs))),
-            processing_class=tokenizer,
-        )
-        (unit,) = trainer._units.values()
-        trainer.train()
-        loss = trainer.evaluate()["eval_loss"]
-    return {"layer": layer_of(sae), "unit": unit, "rate": rate, "raw rate": rate * unit, "held-out loss": loss}
+    model = get_peft_model(model, YaPOConfig(layers=sae_layer(sae), sae_path=str(sae)))
+    args = cached_arguments(
+        folder,
+        "activations",
+        max_steps=options.steps,
+        warmup_steps=options.steps // 10,
+        learning_rate=rate,
+        learning_rate_unit="activation",
+    )
+    trainer = YaPOTrainer(
+        model,
+        args,
+        train_dataset=pairs.select(range(options.pairs)),
+        eval_dataset=pairs.select(range(len(pairs) - options.held_out, len(pairs))),
+        processing_class=tokenizer,
+    )
+    (unit,) = trainer._units.values()
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    return {"layer": sae_layer(sae), "unit": unit, "rate": rate, "raw rate": rate * unit, "held-out loss": loss}
 
 
 def main() -> None:
@@ -77,10 +67,10 @@ def main() -> None:
     if options.pairs + options.held_out > len(pairs):
         parser.error(f"--pairs {options.pairs} --held-out {options.held_out}: the file has {len(pairs)} pairs")
     found = []
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
         for sae in (Path(sae_folder()), *options.sae):
             for rate in options.rates:
-                found.append(trained(sae, rate, pairs, options, cache))
+                found.append(trained(sae, rate, pairs, options, Path(folder)))
                 print(found[-1], flush=True)
     report({"learning_rates": found}, options.out)
 

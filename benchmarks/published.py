@@ -86,6 +86,7 @@ class Published:
 
 def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingConfig:
     """The training config of ours, on activations cached in a folder's folder."""
+    options = {"learning_rate_unit": "raw", **options}
     return YaPOTrainingConfig(
         output_dir=str(folder / "out"),
         cache_activations=True,
@@ -96,7 +97,6 @@ def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingCo
         disable_tqdm=True,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
-        learning_rate_unit="raw",
         **options,
     )
 

@@ -46,11 +46,11 @@ def sae_folder() -> str:
     return str(ASSETS / "sae")
 
 
-def sae_layer() -> int:
-    """The block whose output the embedded SAE reads."""
+def sae_layer(sae: Path = ASSETS / "sae") -> int:
+    """The block whose output an SAE reads, by its folder; the embedded one unless given."""
     import json
 
-    hook_name = json.loads((ASSETS / "sae" / "cfg.json").read_text())["metadata"]["hook_name"]
+    hook_name = json.loads((sae / "cfg.json").read_text())["metadata"]["hook_name"]
     return int(hook_name.split(".")[1])
 
 

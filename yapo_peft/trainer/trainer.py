@@ -126,7 +126,7 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
             require_sparsifiable(self, self._layers)
             self.add_callback(Sparsify(self._layers))
         if self.args.learning_rate_unit == "activation" and self.optimizer is None:
-            self.count_in_activations(self._layers, self._base_model)
+            self.count_in_activations(self._base_model)
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             require_cacheable(self)

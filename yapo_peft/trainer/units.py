@@ -34,14 +34,13 @@ class UnitsTrainer(DPOTrainer):
     """A `DPOTrainer` whose learning rate can be counted in typical activations."""
 
     model: nn.Module
+    _layers: list[YaPOLayer]
     _units: Units | None = None
-    _codes: tuple[YaPOLayer, ...] = ()
 
-    def count_in_activations(self, layers: list[YaPOLayer], base: Any) -> None:
+    def count_in_activations(self, base: Any) -> None:
         """Measures the activations of the training set where codes steer, and says what they are.
 
         Args:
-            layers: The steered layers.
             base: The causal language model.
 
         Raises:
@@ -50,8 +49,7 @@ class UnitsTrainer(DPOTrainer):
         """
         require_measurable(self)
         dataset, max_length = cast(Iterable[Any], self.train_dataset), cast(DPOConfig, self.args).max_length
-        self._codes = tuple(layers)
-        self._units = measure_units(self.model, base, layers, dataset, max_length)
+        self._units = measure_units(self.model, base, self._layers, dataset, max_length)
         said = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in self._units.items())
         self.accelerator.print(f"The learning rate is in units of typical activations: {said}.")
 
@@ -60,11 +58,11 @@ class UnitsTrainer(DPOTrainer):
         is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self._units is not None and not is_given:
-            in_units(optimizer, self._codes, self._units)
+            in_units(optimizer, self._layers, self._units)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        with gradients_in_units(self._codes, self._units or {}):
+        with gradients_in_units(self._layers, self._units or {}):
             return super()._clip_grad_norm(model)
 
 
