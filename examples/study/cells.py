@@ -41,9 +41,14 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it is neither fitted nor a prompt."""
+        return self.space is not None and self.fit is None
+
+    @property
     def is_random(self) -> bool:
         """Whether another seed gives something else."""
-        return self.space is not None and self.fit in (None, "random")
+        return self.is_trained or self.fit == "random"
 
     @property
     def setting(self) -> str:
@@ -105,7 +110,7 @@ class Bench:
             return folder
         model, tokenizer = self.attached(method.space)
         log: list[dict[str, Any]] = []
-        if method.fit is None:
+        if method.is_trained:
             log = self._train(model, tokenizer, behaviour, method, seed)
         elif method.fit == "random":
             model.load_adapter(str(like / "adapter"), "like")
@@ -238,7 +243,7 @@ class Bench:
             model, tokenizer = self.attached()
             for sign, prompt in behaviour.prompts.items():
                 scores = sweep(model, with_system_prompt(behaviour.test, prompt), tokenizer, [0.0], batch_size=16)
-                parts.append(Scores(scores.table.assign(multiplier=float(sign)), scores.metrics))
+                parts.append(_as_strength(float(sign), scores))
             return Scores.concat(parts)
 
         return kept(folder / "preference.json", measure)
@@ -284,10 +289,14 @@ class Bench:
             unsteered = kept(base, lambda: asked(*self.attached(), [0.0]))
             if method.space is not None:
                 return Scores.concat([unsteered, asked(*self.saved(folder), self.asked_at(folder))])
-            prompted = asked(*self.attached(), [0.0], prompt)
-            return Scores.concat([unsteered, Scores(prompted.table.assign(multiplier=1.0), prompted.metrics)])
+            return Scores.concat([unsteered, _as_strength(1.0, asked(*self.attached(), [0.0], prompt))])
 
         return kept(folder / file, measure)
+
+
+def _as_strength(multiplier: float, unsteered: Scores) -> Scores:
+    """What was measured behind a system prompt, as if steering had done it."""
+    return Scores(unsteered.table.assign(multiplier=multiplier), unsteered.metrics)
 
 
 def _reaching(wanted: float, there: np.ndarray) -> float:

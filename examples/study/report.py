@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from cells import Method
+from cells import Method, write_json
 from matplotlib.figure import Figure
 
 from yapo_peft.evaluation import Scores, at_matched_damage, cultural_scores
-
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#F0E442", "#999999", "#000000")
+from yapo_peft.evaluation.plots import COLOURS
 
 
 def write_report(study: Any) -> Path:
@@ -25,22 +24,22 @@ def write_report(study: Any) -> Path:
     if not effect.metrics or not damage.metrics:
         raise SystemExit(f"{study.out} has no cell that is measured: there is nothing to report.")
     gains = _gains(effect, damage)
+    doses, harm = effect.summary(), damage.summary()[["behaviour", "method", "multiplier", "kl"]]
     tables = {
         "Chosen settings": _settings(study),
         "Held-out loss during training": _losses(study),
-        "At equal strength": _at_strength(effect, damage),
+        "At equal strength": _at_strength(doses, harm),
         "At equal damage": _at_damage(study.config["damage_levels"], *gains),
         "Knowledge": _knowledge(study),
         "Culture": _culture(study),
     }
     tables = {title: table for title, table in tables.items() if len(table)}
-    (folder / "results.json").write_text(
-        json.dumps({title: json.loads(table.to_json(orient="records")) for title, table in tables.items()}, indent=1)
-    )
+    rows = {title: json.loads(table.to_json(orient="records")) for title, table in tables.items()}
+    write_json(folder / "results.json", rows)
     text = [f"## {title}\n\n{_markdown(table)}\n" for title, table in tables.items()]
     (folder / "tables.md").write_text("\n".join(text))
-    _draw(folder / "doses.png", study, "multiplier", "margin (nats)", _dose_lines(effect))
-    lines = _damage_lines(*gains, most=1.2 * max(study.config["damage_targets"]))
+    _draw(folder / "doses.png", study, "multiplier", "margin (nats)", _dose_lines(doses))
+    lines = _damage_lines(gains[0], harm, most=1.2 * max(study.config["damage_targets"]))
     _draw(folder / "matched.png", study, "KL from the base, signed (nats per token)", "margin gained (nats)", lines)
     if "Held-out loss during training" in tables:
         _draw(folder / "losses.png", study, "step", "held-out loss (nats)", _loss_lines(study))
@@ -55,6 +54,11 @@ def _cells(study: Any) -> Iterator[tuple[str, Method, int, Path]]:
                 folder = study.bench.folder(behaviour, method, seed)
                 if folder.is_dir():
                     yield behaviour, method, seed, folder
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    """What the training of a cell logged."""
+    return json.loads((folder / "log.json").read_text())["log"]
 
 
 def _together(study: Any, file: str) -> Scores:
@@ -87,9 +91,9 @@ def _losses(study: Any) -> pd.DataFrame:
     """Of each behaviour and trained method, the loss on validation pairs as training goes on, mean over seeds."""
     rows = []
     for behaviour, method, _, folder in _cells(study):
-        if method.space is None or method.fit is not None:
+        if not method.is_trained:
             continue
-        log = json.loads((folder / "log.json").read_text())["log"]
+        log = _log(folder)
         found = {f"step {entry['step']}": entry["eval_loss"] for entry in log if "eval_loss" in entry}
         last = next(entry for entry in reversed(log) if "code/nonzero" in entry)
         rows.append({"behaviour": behaviour, "method": method.name, **found, "entries": last["code/nonzero"]})
@@ -98,11 +102,11 @@ def _losses(study: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(["behaviour", "method"], sort=False).mean().reset_index()
 
 
-def _at_strength(effect: Scores, damage: Scores) -> pd.DataFrame:
+def _at_strength(doses: pd.DataFrame, harm: pd.DataFrame) -> pd.DataFrame:
     """Margin and accuracy at -1, 0 and +1, with 95 % intervals, and the KL there."""
-    found = effect.summary()
-    kl = damage.summary()[["behaviour", "method", "multiplier", "kl"]]
-    found = found[found["multiplier"].isin([-1, 0, 1])].merge(kl, on=["behaviour", "method", "multiplier"], how="left")
+    found = doses[doses["multiplier"].isin([-1, 0, 1])].merge(
+        harm, on=["behaviour", "method", "multiplier"], how="left"
+    )
     rows = [
         {
             "behaviour": row.behaviour,
@@ -178,7 +182,8 @@ def _culture(study: Any) -> pd.DataFrame:
     found = []
     entry = study.config.get("culture", {"files": {}})
     for country in entry["files"]:
-        for name in entry["methods"]:
+        # Those of which a setting is chosen.
+        for name in [name for name in entry["methods"] if name in study.methods]:
             method = study.methods[name]
             folder = study.bench.folder(f"culture of {country}", method, study.config["seeds"][0])
             files = {status: folder / f"{status}.json" for status in ("localized", "nonlocalized")}
@@ -203,7 +208,7 @@ def _cell(value: Any) -> str:
 Line = tuple[str, str, list[tuple[float, float, float, float]]]
 
 
-def _dose_lines(effect: Scores) -> list[Line]:
+def _dose_lines(doses: pd.DataFrame) -> list[Line]:
     """Panel, method, and its points `(x, y, low, high)`."""
     return [
         (
@@ -211,16 +216,13 @@ def _dose_lines(effect: Scores) -> list[Line]:
             method,
             list(zip(*(part[c] for c in ("multiplier", "margin", "margin_low", "margin_high")), strict=True)),
         )
-        for (behaviour, method), part in effect.summary()
-        .sort_values("multiplier")
-        .groupby(["behaviour", "method"], sort=False)
+        for (behaviour, method), part in doses.sort_values("multiplier").groupby(["behaviour", "method"], sort=False)
     ]
 
 
-def _damage_lines(gains: Scores, damage: Scores, most: float) -> list[Line]:
+def _damage_lines(gains: Scores, harm: pd.DataFrame, most: float) -> list[Line]:
     """Gains against the KL, which is given the sign of the strength."""
-    kl = damage.summary()[["behaviour", "method", "multiplier", "kl"]]
-    found = gains.summary().merge(kl, on=["behaviour", "method", "multiplier"])
+    found = gains.summary().merge(harm, on=["behaviour", "method", "multiplier"])
     found = found.assign(signed=found["kl"] * np.sign(found["multiplier"])).sort_values("signed")
     columns = ("signed", "gain", "gain_low", "gain_high")
     return [
@@ -232,8 +234,8 @@ def _damage_lines(gains: Scores, damage: Scores, most: float) -> list[Line]:
 def _loss_lines(study: Any) -> list[Line]:
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for behaviour, method, _, folder in _cells(study):
-        if method.space is not None and method.fit is None and method.training.get("loss_type") is None:
-            for entry in json.loads((folder / "log.json").read_text())["log"]:
+        if method.is_trained and method.training.get("loss_type") is None:
+            for entry in _log(folder):
                 if "eval_loss" in entry:
                     found.setdefault((behaviour, method.name), {}).setdefault(entry["step"], []).append(
                         entry["eval_loss"]

@@ -103,7 +103,7 @@ class Study:
         folder = self.bench.make(behaviour, method, seed)
         file = folder / _SCORE
         if not file.is_file():
-            if method.fit is None:
+            if method.is_trained:
                 log = json.loads((folder / "log.json").read_text())["log"]
                 found = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
             else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours that those who see few can tell apart (Okabe and Ito, 2008).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 _AXES = {
     "accuracy": "accuracy (% of examples)",
     "margin": "mean margin (nats)",
@@ -158,7 +158,7 @@ def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None,
 
 
 def _cycle() -> list[str]:
-    return [*_COLOURS] * 4
+    return [*COLOURS] * 4
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
