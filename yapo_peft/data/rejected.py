@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, DatasetError, UnsupportedOperationError
 from ..files import replacing
 from ..generation import answer, mixed_seed
+from ..modes import evaluating
 from ..pairs import prompt_ids
 from ..sae.identity import hash_tensors
 from ..tuner import YaPOLayer
@@ -97,14 +98,10 @@ def generate_rejected(
     shards = [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
     files = [folder / "answers" / f"{number:05d}-of-{len(shards):05d}.jsonl" for number in range(len(shards))]
     missing = broadcast_object_list([[n for n, file in enumerate(files) if not file.is_file()]])[0]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for number in missing[state.process_index :: state.num_processes]:
             said = f"Answering, shard {number + 1} of {len(shards)}"
             _write(files[number], _answers(model, tokenizer, prompts, shards[number], said, **options))
-    finally:
-        model.train(training)
     # No barrier, which would give up on a process that has much more to do.
     while not all(file.is_file() for file in files):
         time.sleep(0.2)

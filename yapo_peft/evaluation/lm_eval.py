@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, UnsupportedOperationError
+from ..modes import evaluating
 from ..tuner import steering
 from ..tuner.strength import steered_layers
 from .scores import Scores, distinct
@@ -58,17 +59,11 @@ def evaluate_tasks(
         raise ConfigError(f"tasks={unknown or tasks!r}: name tasks or groups of lm-eval, such as 'mmlu'.")
     if options.get("use_cache"):
         raise ConfigError("use_cache= would take the answers of one strength for those of another: leave it out.")
-    training = model.training
-    model.eval()
-    try:
-        with steering(model, multiplier, adapter_name):
-            _require_all_positions(model)
-            given = {"batch_size": batch_size, **(model_args or {})}
-            lm = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, **given)
-            found = harness.simple_evaluate(model=lm, tasks=tasks, **options)
-    finally:
-        model.train(training)
-    return found
+    with evaluating(model), steering(model, multiplier, adapter_name):
+        _require_all_positions(model)
+        given = {"batch_size": batch_size, **(model_args or {})}
+        lm = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, **given)
+        return harness.simple_evaluate(model=lm, tasks=tasks, **options)
 
 
 def sweep_tasks(

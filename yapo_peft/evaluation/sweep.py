@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
 from ..generation import answer, mixed_seed
+from ..modes import evaluating
 from ..pairs import prompt_ids
 from ..tuner import steering
 from .lower_half import LowerHalfOnce
@@ -95,9 +96,7 @@ def sweep(
         raise ConfigError(f"measure={measure.__name__} is a class: give one of it, measure={measure.__name__}(...).")
     if not hasattr(dataset, "__getitem__"):
         dataset = list(dataset)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if hasattr(measure, "score_answers"):
             rows = _sweep_answers(
                 model, dataset, tokenizer, strengths, measure, adapter_name, batch_size, seed, generation
@@ -106,8 +105,6 @@ def sweep(
             raise ConfigError(f"{next(iter(generation))}= is for measures of answers; this one generates nothing.")
         else:
             rows = _sweep_likelihoods(model, dataset, tokenizer, strengths, measure, adapter_name, batch_size)
-    finally:
-        model.train(training)
     rows.sort(key=lambda row: (strengths.index(row["multiplier"]), row["example"]))
     table = pd.DataFrame(rows)
     return Scores(table, tuple(name for name in table.columns if name not in ("multiplier", "example", "answer")))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from ..modes import evaluating
 from ..pairs import pair_batches
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer, steering
@@ -103,12 +104,10 @@ def measure_contrast(
         )
     batches = pair_batches(dataset, tokenizer, batch_size)
     contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
-    training = model.training
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # Without the head: its logits are not read.
     backbone: Any = cast(Any, model.get_base_model()).base_model
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in tqdm(batches, desc="Reading answers", unit="batch"):
             weights = _weights_of_tokens(batch, special, tokens)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -117,8 +116,6 @@ def measure_contrast(
             for layer in layers:
                 _add(contrast, layer, outputs[layer.index], weights)
             contrast.pairs += len(weights) // 2
-    finally:
-        model.train(training)
     return contrast
 
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..agreement import distance, same, why_not_shared
 from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
+from ..modes import evaluating
 from ..packing import PackedBatch, attention_cost, keep_rows, share_prompts
 from ..tuner import YaPOLayer
 from ..tuner.sparse import ActiveFeatures
@@ -296,13 +297,13 @@ class ActivationCache:
 
     @contextmanager
     def _unsteered(self) -> Generator[None]:
-        training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad(), self._model.disable_adapter(), self._accelerator.autocast():
-                yield
-        finally:
-            self._model.train(training)
+        with (
+            evaluating(self._model),
+            torch.no_grad(),
+            self._model.disable_adapter(),
+            self._accelerator.autocast(),
+        ):
+            yield
 
 
 def _size(number: float) -> str:

@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 
 from ..errors import ConfigError, UnsupportedOperationError
+from ..modes import evaluating
 from ..pairs import padded_answers
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer, steering
@@ -98,9 +99,7 @@ def _measured(
 ) -> Units:
     found: dict[tuple[int, str], list[Tensor]] = {}
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for row in islice(dataset, _EXAMPLES):
             if "prompt_ids" not in row:
                 raise UnsupportedOperationError(
@@ -115,8 +114,6 @@ def _measured(
             for layer, name in trained_codes(layers):
                 sizes = _sizes_of_tokens(outputs[layer.index][0], layer.yapo_sae[name])
                 found.setdefault((layer.index, name), []).append(sizes.cpu())
-    finally:
-        model.train(training)
     return {key: _median(key, torch.cat(sizes)) for key, sizes in found.items()}
 
 

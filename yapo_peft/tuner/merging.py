@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterFileError, UnsupportedOperationError
+from ..modes import evaluating
 from .blocks import hidden_states
 from .layer import YaPOLayer
 from .steering import Strength
@@ -188,11 +189,10 @@ def block_outputs(model: nn.Module, layers: list[YaPOLayer]) -> list[Tensor]:
     handles = [layer.block.register_forward_hook(keep(layer.index)) for layer in layers]
     embeddings: nn.Embedding = model.get_input_embeddings()  # pyright: ignore
     ids = torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
-    training = model.training
     try:
-        model.eval()(input_ids=ids)
+        with evaluating(model):
+            model(input_ids=ids)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return [outputs[layer.index] for layer in layers]

@@ -1,0 +1,21 @@
+"""Whoever looks at a model leaves each of its modules in the mode that it was in."""
+
+import pytest
+from peft import get_peft_model
+from tiny import make_model, make_sae, random_code, set_code
+
+from yapo_peft import YaPOConfig, sweep
+from yapo_peft.methods import measure_contrast
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("look", [sweep, measure_contrast])
+def test_modules_stay_in_the_mode_that_they_were_in(look, is_training, pairs, tokenizer):
+    model = get_peft_model(make_model("gpt2").train(is_training), YaPOConfig(layers=2, sae=make_sae()))
+    set_code(model, random_code())
+    # What makes it necessary to look at each of them.
+    assert model.training
+    before = [module.training for module in model.modules()]
+    assert is_training or not all(before)
+    look(model, pairs, tokenizer)
+    assert [module.training for module in model.modules()] == before
