@@ -29,6 +29,27 @@ def test_the_furthest_reaching_entries_of_all_blocks_remain(k):
     assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("k", [1, 10, 1000])
+def test_stretched_entries_of_either_sign_move_activations_as_far_as_before(k):
+    saes = [make_sae(seed=0), make_sae(seed=1)]
+    plain, stretched = steered([1, 3], saes), steered([1, 3], saes)
+    prune(plain, k)
+    prune(stretched, k, rescale=True)
+    for before, after, sae in zip(steered_layers(plain), steered_layers(stretched), saes, strict=True):
+        kept, code = before.yapo_code["default"].detach(), after.yapo_code["default"].detach()
+        for side in (kept > 0, kept < 0):
+            if not side.any():
+                assert not code[side].any()
+                continue
+            factor = code[side] / kept[side]
+            torch.testing.assert_close(factor, factor[:1].expand_as(factor))
+            whole = random_code(0.8)
+            whole = whole * (whole.sign() == kept[side][0].sign())
+            torch.testing.assert_close(
+                (code[side] @ sae.W_dec.detach()[side]).norm(), (whole @ sae.W_dec.detach()).norm()
+            )
+
+
 def test_bad_arguments_are_named():
     model = steered(2, make_sae())
     model.add_adapter("dense", YaPOConfig(layers=1, space="dense"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..sae import FrozenSAE
@@ -10,15 +11,17 @@ from ..tuner.sparsity import keep_largest
 from .adapters import layers_of, write
 
 
-def prune(model: nn.Module, max_features: int, adapter_name: str | None = None) -> None:
+def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, *, rescale: bool = False) -> None:
     """Keeps the features of a sparse adapter that move activations the furthest, and sets the others to zero.
 
-    Training towards a number of features (`YaPOTrainingConfig(max_features=...)`) keeps more of the effect.
+    Fewer features do less at the same strength, and less damage; at equal damage most of the effect is left.
 
     Args:
         model: A model with a sparse adapter.
         max_features: How many to keep, of all its blocks together.
         adapter_name: The adapter; the active one if None.
+        rescale: Whether to stretch what is kept, so that strength 1 goes on to mean about the same: at each block, the
+            positive entries together move activations as far as before, and so do the negative ones at strength -1.
 
     Raises:
         ConfigError: There is no such adapter, it is dense, or `max_features` is not positive.
@@ -28,5 +31,22 @@ def prune(model: nn.Module, max_features: int, adapter_name: str | None = None) 
     name, layers = layers_of(model, adapter_name, "sae", "Pruning")
     codes = [layer.code(name).detach() for layer in layers]
     saes = [sae for layer in layers if isinstance(sae := layer.yapo_sae[name], FrozenSAE)]
-    for layer, code in zip(layers, keep_largest(codes, saes, max_features), strict=True):
+    pruned = keep_largest(codes, saes, max_features)
+    if rescale:
+        pruned = [_stretched(*parts) for parts in zip(pruned, codes, saes, strict=True)]
+    for layer, code in zip(layers, pruned, strict=True):
         write(layer, name, code)
+
+
+def _stretched(pruned: Tensor, code: Tensor, sae: FrozenSAE) -> Tensor:
+    """A pruned code whose entries of either sign, together, are as long in the residual stream as the code's."""
+    positive, negative = (
+        _length(code * side, sae) / max(_length(pruned * side, sae), 1e-12) for side in (code > 0, code < 0)
+    )
+    return torch.where(pruned > 0, positive * pruned, negative * pruned)
+
+
+def _length(code: Tensor, sae: FrozenSAE) -> float:
+    """How far raising the features of a code moves every token."""
+    features = code.nonzero().squeeze(-1)
+    return float((code[features] @ sae.decoder_rows(features, code.device, code.dtype)).norm())
