@@ -21,6 +21,7 @@ AREAS = (
     "Methods",
     "Data",
     "Evaluation",
+    "Reading",
     "TRL",
     "Many processes",
     "Devices",

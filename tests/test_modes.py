@@ -5,11 +5,21 @@ from peft import get_peft_model
 from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import YaPOConfig, sweep
+from yapo_peft.interpret import attribute, explain
 from yapo_peft.methods import measure_contrast
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("look", [sweep, measure_contrast])
+@pytest.mark.parametrize(
+    "look",
+    [
+        sweep,
+        measure_contrast,
+        attribute,
+        lambda model, pairs, tokenizer: explain(model, tokenizer=tokenizer, texts=pairs),
+    ],
+    ids=["sweep", "measure_contrast", "attribute", "explain"],
+)
 def test_modules_stay_in_the_mode_that_they_were_in(look, is_training, pairs, tokenizer):
     model = get_peft_model(make_model("gpt2").train(is_training), YaPOConfig(layers=2, sae=make_sae()))
     set_code(model, random_code())

@@ -16,7 +16,6 @@ def share_above_zero(margin: Tensor) -> Tensor:
     return (margin > 0).float().masked_fill(~margin.isfinite(), torch.nan)
 
 
-@torch.no_grad()
 def answer_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
     """Log-probability of each row's answer, `(batch,)`, in nats, summed over its tokens in float32.
 
@@ -35,7 +34,6 @@ def answer_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, answer_m
     return torch.stack(found)
 
 
-@torch.no_grad()
 def log_probs_of_answers(
     model: Any, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor
 ) -> Iterator[Tensor]:

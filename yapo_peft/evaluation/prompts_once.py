@@ -57,11 +57,10 @@ class PromptsOnce:
             return packed_log_probs(self._model, self._base, rows)
 
         is_exact = next(self._base.parameters()).dtype == torch.float32
-        with steering(self._model, 0.0):
+        with torch.no_grad(), steering(self._model, 0.0):
             return why_not_shared(self._base, score, sample, score(keep_rows(sample)), longest, is_exact) is None
 
 
-@torch.no_grad()
 def packed_log_probs(model: Any, base: Any, batch: PackedBatch) -> Tensor:
     """Log-probabilities of the answers' tokens, `(2 * pairs, seq - 1)`, in nats, in float32; 0 elsewhere.
 

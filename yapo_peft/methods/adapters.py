@@ -13,11 +13,11 @@ from ..tuner.strength import steered_layers
 from .contrast import AnswerStatistics, Contrast
 
 
-def layers_of(model: nn.Module, adapter_name: str | None, space: str, method: str) -> tuple[str, list[YaPOLayer]]:
-    """An adapter's name, the active one's if None, and its layers.
+def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[str, YaPOConfig, list[YaPOLayer]]:
+    """An adapter's name, the active one's if None, its config, and its layers from the bottom up.
 
     Raises:
-        ConfigError: There is no such adapter, or it steers in another space than the method gives codes of.
+        ConfigError: There is no such adapter.
     """
     configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
     name = adapter_name if adapter_name is not None else getattr(model, "active_adapter", None)
@@ -25,12 +25,22 @@ def layers_of(model: nn.Module, adapter_name: str | None, space: str, method: st
     if not isinstance(name, str) or not isinstance(config, YaPOConfig):
         known = ", ".join(repr(key) for key, value in configs.items() if isinstance(value, YaPOConfig)) or "none"
         raise ConfigError(f"adapter_name={name!r}: name a YaPO adapter of the model; there is {known}.")
+    return name, config, [layer for layer in steered_layers(model) if name in layer.yapo_code]
+
+
+def layers_of(model: nn.Module, adapter_name: str | None, space: str, method: str) -> tuple[str, list[YaPOLayer]]:
+    """An adapter's name, the active one's if None, and its layers.
+
+    Raises:
+        ConfigError: There is no such adapter, or it steers in another space than the method gives codes of.
+    """
+    name, config, layers = adapter_of(model, adapter_name)
     if config.space != space:
         raise ConfigError(
             f"{method} gives codes of space={space!r}, and adapter {name!r} has space={config.space!r}: attach one "
             f"with YaPOConfig(space={space!r}, ...)."
         )
-    return name, [layer for layer in steered_layers(model) if name in layer.yapo_code]
+    return name, layers
 
 
 def statistics_at(contrast: Contrast, layer: YaPOLayer) -> tuple[AnswerStatistics, AnswerStatistics]:

@@ -2,8 +2,8 @@
 
 from .frozen import FrozenSAE
 from .identity import SAEIdentity
-from .loader import load_sae, register_sae
+from .loader import load_sae, neuronpedia_id, register_sae
 from .part import SAEPart
 from .weights import SAEWeights
 
-__all__ = ["FrozenSAE", "SAEIdentity", "SAEPart", "SAEWeights", "load_sae", "register_sae"]
+__all__ = ["FrozenSAE", "SAEIdentity", "SAEPart", "SAEWeights", "load_sae", "neuronpedia_id", "register_sae"]

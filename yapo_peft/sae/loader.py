@@ -99,6 +99,16 @@ def register_sae(sae: SAE[Any]) -> str:
     return frozen.identity.content_hash
 
 
+def neuronpedia_id(release: str | None, sae_id: str | None) -> str | None:
+    """Where Neuronpedia has an SAE of a release, as "model/source"; None where sae-lens' directory does not say."""
+    if release is None or sae_id is None:
+        return None
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    found = get_pretrained_saes_directory().get(release)
+    return (found.neuronpedia_id.get(sae_id) or None) if found is not None else None
+
+
 def _stamp(folder: Path) -> str:
     """What changes when another SAE is written to a folder."""
     files = [folder / name for name in _FILES]

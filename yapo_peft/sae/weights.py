@@ -80,7 +80,9 @@ class SAEWeights:
         """
         parts = {"W_dec": self.W_dec[indices]}
         if self.activation == "topk" and len(indices):
-            return dataclasses.replace(self, **parts, selected=indices)
+            return dataclasses.replace(
+                self, **parts, selected=indices if self.selected is None else self.selected[indices]
+            )
         columns = ("W_enc", "b_enc", "threshold", "magnitude_scale", "magnitude_bias")
         values = {name: value for name, value in self.tensors() if name in columns}
         parts |= {name: value[..., indices].contiguous() for name, value in values.items()}

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tiny import make_model, make_sae, preference_rows, random_code, set_code
+
+from yapo_peft import ConfigError, YaPOConfig, sweep
+from yapo_peft.interpret import attribute
+from yapo_peft.tuner.strength import steered_layers
+
+
+def steered(architecture="llama", layers=(1, 2), density=0.6, **config):
+    saes = [make_sae(seed=seed, **config.pop("sae", {})) for seed, _ in enumerate(layers)]
+    model = get_peft_model(make_model(architecture), YaPOConfig(layers=list(layers), sae=saes, **config))
+    for seed, layer in enumerate(steered_layers(model)):
+        layer.yapo_code["default"].data.copy_(random_code(density, seed=seed))
+    return model
+
+
+def effect_of(model, pairs, tokenizer, multiplier):
+    """The mean margin gained, and the margins of all pairs, as `sweep` measures them."""
+    table = sweep(model, pairs, tokenizer, [0.0, multiplier]).summary().set_index("multiplier")["margin"]
+    return table[multiplier] - table[0.0]
+
+
+CASES = pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {}),
+        ("gpt2", {"layers": (2,)}),
+        ("gemma3", {"layers": (0, 3)}),
+        ("llama", {"positions": "completion"}),
+        ("llama", {"sae": {"kind": "topk"}}),
+        ("llama", {"sae": {"normalize_activations": "layer_norm"}}),
+    ],
+)
+
+
+@CASES
+@pytest.mark.parametrize("multiplier", [1.0, -0.7])
+@pytest.mark.feature("Reading", "`attribute`: what each feature contributes to the margin")
+def test_leaving_a_feature_out_is_setting_its_entry_to_zero(architecture, options, multiplier, pairs, tokenizer):
+    model = steered(architecture, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = attribute(model, pairs, tokenizer, multiplier=multiplier, top=4, steps=1, batch_size=6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    effect = effect_of(model, pairs, tokenizer, multiplier)
+    assert found.effect == pytest.approx(effect, abs=1e-3)
+    assert found.pairs == len(pairs)
+    layers = {layer.index: layer for layer in steered_layers(model)}
+    measured = found.features.dropna(subset="left_out")
+    assert len(measured) == 4
+    for row in measured.itertuples():
+        code = layers[row.layer].yapo_code["default"].data
+        entry = code[row.feature].clone()
+        assert float(entry) == pytest.approx(row.value)
+        code[row.feature] = 0
+        assert row.left_out == pytest.approx(effect - effect_of(model, pairs, tokenizer, multiplier), abs=2e-3)
+        code[row.feature] = entry
+    for index, layer in layers.items():
+        code = layer.yapo_code["default"].data
+        kept = torch.zeros_like(code)
+        here = torch.tensor(measured.loc[measured["layer"] == index, "feature"].tolist(), dtype=torch.long)
+        kept[here] = code[here]
+        code.copy_(kept)
+    assert found.rest == pytest.approx(effect - effect_of(model, pairs, tokenizer, multiplier), abs=2e-3)
+    assert found.interaction == pytest.approx(found.effect - measured["left_out"].sum() - found.rest)
+
+
+@CASES
+def test_integrated_gradients_are_those_of_the_code(architecture, options, tokenizer):
+    pairs = Dataset.from_list(preference_rows()[:3])
+    model = steered(architecture, **options)
+    found = attribute(model, pairs, tokenizer, multiplier=0.8, top=1, steps=3)
+    layers = steered_layers(model)
+    codes = [layer.yapo_code["default"] for layer in layers]
+    expected = [torch.zeros_like(code) for code in codes]
+    values = [code.detach().clone() for code in codes]
+    model.requires_grad_(False)
+    for code in codes:
+        code.requires_grad_(True)
+    for step in range(3):
+        strength = (step + 0.5) / 3
+        for code, value in zip(codes, values, strict=True):
+            code.data.copy_(strength * value)
+        gradients = torch.autograd.grad(margins(model, pairs, tokenizer, 0.8).mean(), codes)
+        for own, gradient, value in zip(expected, gradients, values, strict=True):
+            own += gradient * value / 3
+    for layer, own in zip(layers, expected, strict=True):
+        rows = found.features[found.features["layer"] == layer.index]
+        measured = torch.zeros_like(own)
+        measured[torch.tensor(rows["feature"].tolist())] = torch.tensor(rows["integrated"].tolist())
+        torch.testing.assert_close(measured, own.detach(), atol=1e-4, rtol=1e-3)
+
+
+def margins(model, pairs, tokenizer, multiplier):
+    """Margins with gradients for the code, by the whole model, one answer at a time."""
+    from yapo_peft import steering
+    from yapo_peft.pairs import pair_batches
+
+    found = []
+    for batch in pair_batches(pairs, tokenizer, 1):
+        sums = []
+        for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["answer_mask"], strict=True):
+            ids, answer = ids[mask.bool()][None], answer[mask.bool()].bool()
+            labels = ids.masked_fill(~answer, -100)
+            with steering(model, multiplier):
+                logits = model(input_ids=ids, labels=labels).logits[0, :-1].log_softmax(-1)
+            sums.append(logits.gather(-1, ids[0, 1:, None]).squeeze(-1)[answer[1:]].sum())
+        found.append(sums[0] - sums[1])
+    return torch.stack(found)
+
+
+def test_more_steps_add_up_to_the_effect(pairs, tokenizer):
+    model = steered(layers=(2,), density=0.3)
+    errors = [abs(attribute(model, pairs, tokenizer, top=1, steps=steps).integration_error) for steps in (1, 64)]
+    effect = attribute(model, pairs, tokenizer, top=1, steps=1).effect
+    assert errors[1] < 0.02 * abs(effect)
+    assert errors[1] < errors[0]
+
+
+def test_all_features_left_out_one_by_one_leave_no_rest(pairs, tokenizer):
+    model = steered(layers=(2,), density=0.05)
+    found = attribute(model, pairs, tokenizer, top=1000, steps=1)
+    assert found.features["left_out"].notna().all()
+    assert found.rest == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_dense_vector_is_one_feature_of_each_block(pairs, tokenizer):
+    model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], space="dense"))
+    set_code(model, torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    found = attribute(model, pairs, tokenizer, top=2, steps=64)
+    assert found.features["feature"].isna().all()
+    assert found.effect == pytest.approx(effect_of(model, pairs, tokenizer, 1.0), abs=1e-3)
+    assert abs(found.integration_error) < 0.05 * abs(found.effect)
+    assert found.rest == pytest.approx(0.0, abs=1e-4)
+
+
+def test_bad_arguments_are_named(pairs, tokenizer):
+    model = steered(layers=(2,))
+    with pytest.raises(ConfigError, match="steps=0: give a positive"):
+        attribute(model, pairs, tokenizer, steps=0)
+    with pytest.raises(ConfigError, match="does nothing at multiplier=0"):
+        attribute(model, pairs, tokenizer, multiplier=0)
+    with pytest.raises(ConfigError, match="adapter_name='other'"):
+        attribute(model, pairs, tokenizer, adapter_name="other")

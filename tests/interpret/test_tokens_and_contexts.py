@@ -1,0 +1,194 @@
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import D_MODEL, DEPTH, make_model, make_sae, random_code, set_code
+
+from yapo_peft import ConfigError, DatasetError, YaPOConfig, steering
+from yapo_peft.interpret import contexts, token_effects
+from yapo_peft.tuner.strength import steered_layers
+
+TEXT = "w1 w2 w3 w4 w5 w6"
+
+
+def steered(layers=(1, 3), density=0.3, positions="all", **options):
+    saes = [make_sae(seed=seed, **options) for seed, _ in enumerate(layers)]
+    model = get_peft_model(make_model(), YaPOConfig(layers=list(layers), sae=saes, positions=positions))
+    for seed, layer in enumerate(steered_layers(model)):
+        layer.yapo_code["default"].data.copy_(random_code(density, seed=seed))
+    return model, saes
+
+
+def hidden_of(model, inputs, index):
+    """A block's output as steered, and before that."""
+    found = {}
+    block = model.get_base_model().model.layers[index]
+    handles = [
+        block.register_forward_hook(lambda m, a, out: found.setdefault("before", out.detach().clone()), prepend=True),
+        block.register_forward_hook(lambda m, a, out: found.setdefault("after", out.detach().clone())),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found["before"][0], found["after"][0]
+
+
+@pytest.mark.feature("Reading", "`token_effects`: what steering does to each token of a prompt")
+@pytest.mark.parametrize("multiplier", [1.0, -0.5])
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "topk"}, {"normalize_activations": "layer_norm"}], ids=["jumprelu", "topk", "layer_norm"]
+)
+def test_tokens_move_as_the_model_moves_them(multiplier, options, tokenizer):
+    model, saes = steered(**options)
+    found = token_effects(model, TEXT, tokenizer, multiplier=multiplier, top=1000)
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    for layer, sae in zip(steered_layers(model), saes, strict=True):
+        with steering(model, multiplier):
+            before, after = hidden_of(model, inputs, layer.index)
+        rows = found.tokens[found.tokens["layer"] == layer.index]
+        assert rows["token"].tolist() == TEXT.split()
+        assert rows["norm"].tolist() == pytest.approx(before.norm(dim=-1).tolist(), rel=1e-4)
+        assert rows["moved"].tolist() == pytest.approx((after - before).norm(dim=-1).tolist(), rel=1e-3)
+        assert (rows["share"] - rows["moved"] / rows["norm"]).abs().max() < 1e-6
+        code = multiplier * layer.yapo_code["default"].detach()
+        features = sae.encode(before[None])[0].detach()
+        changed = torch.relu(features + code) - features
+        expected = {
+            "on": (features > 0) & (code != 0),
+            "raised": changed > 0,
+            "cut": (changed < 0) & (features + code <= 0),
+            "lowered": (changed < 0) & (features + code > 0),
+        }
+        for name, mask in expected.items():
+            assert rows[name].tolist() == mask.sum(dim=-1).tolist(), name
+        listed = found.features[found.features["layer"] == layer.index]
+        assert len(listed) == int((changed != 0).sum())
+        for row in listed.itertuples():
+            assert row.on == pytest.approx(float(features[row.position, row.feature]), abs=1e-4)
+            assert row.change == pytest.approx(float(changed[row.position, row.feature]), abs=1e-4)
+            assert expected[row.effect][row.position, row.feature]
+
+
+def test_features_that_were_off_are_listed_up_to_a_number(tokenizer):
+    model, _ = steered(layers=(2,), density=0.8)
+    found = token_effects(model, TEXT, tokenizer, top=2)
+    for position, rows in found.features.groupby("position"):
+        assert (rows["on"] == 0).sum() == 2
+        on = found.tokens.loc[found.tokens["position"] == position, "on"].item()
+        assert (rows["on"] > 0).sum() == on
+
+
+def test_dense_vectors_and_steered_positions(tokenizer):
+    model = get_peft_model(make_model(), YaPOConfig(layers=[2], space="dense", positions="last"))
+    set_code(model, torch.ones(D_MODEL))
+    moved = token_effects(model, [{"role": "user", "content": TEXT}], tokenizer, multiplier=-2.0).tokens["moved"]
+    assert moved.iloc[-1] == pytest.approx(2 * D_MODEL**0.5)
+    assert (moved.iloc[:-1] == 0).all()
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        token_effects(model, "", tokenizer)
+    with pytest.raises(DatasetError, match="A text is 3"):
+        token_effects(model, 3, tokenizer)
+
+
+@pytest.fixture
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        " ".join(f"w{i}" for i in torch.randint(0, 100, (3 + n % 7,), generator=generator).tolist()) for n in range(30)
+    ]
+
+
+def values_of(texts, tokenizer, sae, layer, features):
+    """How far features are on at each token of each text, one text at a time."""
+    base = make_model()
+    found = []
+    for text in texts:
+        hidden = base(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[layer + 1]
+        found.append(sae.encode(hidden.detach())[0].detach()[:, features])
+    return found
+
+
+@pytest.mark.feature("Reading", "`contexts`: the passages in which features are on the most")
+@pytest.mark.parametrize("skip_first", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_the_strongest_passages_are_found(skip_first, batch_size, texts, tokenizer):
+    model, saes = steered(layers=(2,))
+    features = [5, 1, 17, 40]
+    found = contexts(
+        model, features, iter(texts), tokenizer, top=3, window=1, skip_first=skip_first, batch_size=batch_size
+    )
+    values = values_of(texts, tokenizer, saes[0], 2, features)
+    for column, feature in enumerate(features):
+        peaks = [(float(own[int(skip_first) :, column].max()), -index) for index, own in enumerate(values)]
+        best = sorted((peak for peak in peaks if peak[0] > 0), reverse=True)[:3]
+        rows = found[found["feature"] == feature]
+        assert rows["rank"].tolist() == list(range(1, len(best) + 1))
+        assert rows["peak"].tolist() == pytest.approx([peak for peak, _ in best], rel=1e-4)
+        assert rows["text"].tolist() == [-minus for _, minus in best]
+        for row in rows.itertuples():
+            own, words = values[row.text][:, column], texts[row.text].split()
+            start = max(0, row.position - 1)
+            assert float(own[row.position]) == pytest.approx(row.peak, rel=1e-4)
+            assert row.tokens == words[start : row.position + 2]
+            assert row.values == pytest.approx(own[start : row.position + 2].tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_a_stopped_search_goes_on(texts, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("yapo_peft.interpret.passages._SAVED_EVERY", 2)
+    model, _ = steered(layers=(1, 3))
+    features = {3: [1, 2], 1: [5]}
+    whole = contexts(model, features, texts, tokenizer, batch_size=3)
+    read = []
+
+    def stopping():
+        for index, text in enumerate(texts):
+            if index == 14:
+                raise KeyboardInterrupt
+            yield text
+
+    file = tmp_path / "found.json"
+    with pytest.raises(KeyboardInterrupt):
+        contexts(model, features, stopping(), tokenizer, batch_size=3, resume=file)
+    assert json.loads(file.read_text())["done"] == 12
+
+    def rest():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    again = contexts(model, features, rest(), tokenizer, batch_size=3, resume=file)
+    assert again.equals(whole)
+    assert contexts(model, features, texts, tokenizer, batch_size=3, resume=file).equals(whole)
+    with pytest.raises(ConfigError, match="holds something else than this search"):
+        contexts(model, {3: [1]}, texts, tokenizer, resume=file)
+    file.write_text("nothing")
+    with pytest.raises(ConfigError, match="holds something else than this search"):
+        contexts(model, features, texts, tokenizer, resume=file)
+
+
+def test_only_what_is_read_is_run(texts, tokenizer):
+    model, _ = steered(layers=(1,))
+    ran = []
+    for index, block in enumerate(model.get_base_model().model.layers):
+        block.register_forward_hook(lambda *args, index=index: ran.append(index), always_call=True)
+    contexts(model, [1], texts[:4], tokenizer, batch_size=4)
+    assert max(ran) == 1 < DEPTH - 1
+
+
+def test_bad_features_are_named(texts, tokenizer):
+    model, _ = steered()
+    with pytest.raises(ConfigError, match=r"steers blocks \[1, 3\]: give features by block"):
+        contexts(model, [1], texts, tokenizer)
+    with pytest.raises(ConfigError, match=r"names? block 2, and the adapter steers \[1, 3\]"):
+        contexts(model, {2: [1]}, texts, tokenizer)
+    with pytest.raises(ConfigError, match="Feature 96 is none of the 96"):
+        contexts(model, {1: [96]}, texts, tokenizer)
+    with pytest.raises(ConfigError, match="features= is empty"):
+        contexts(model, {1: []}, texts, tokenizer)
+    with pytest.raises(ConfigError, match="top=0"):
+        contexts(model, {1: [1]}, texts, tokenizer, top=0)
+    dense = get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
+    with pytest.raises(ConfigError, match="dense adapter has no features"):
+        contexts(dense, [1], texts, tokenizer)

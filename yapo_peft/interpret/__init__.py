@@ -1,0 +1,9 @@
+"""Makes adapters readable: which features they move, where those are on, and what each contributes."""
+
+from .attribution import Attribution, attribute
+from .compare import compare, read_vector
+from .explain import explain
+from .passages import contexts
+from .tokens import TokenEffects, token_effects
+
+__all__ = ["Attribution", "TokenEffects", "attribute", "compare", "contexts", "explain", "read_vector", "token_effects"]

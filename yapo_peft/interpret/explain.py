@@ -1,0 +1,172 @@
+"""An adapter as a table: which features it moves, how, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from ..methods.adapters import adapter_of
+from ..modes import evaluating
+from ..sae import FrozenSAE
+from ..tuner import YaPOLayer
+from .neuronpedia import neuronpedia_labels, neuronpedia_link
+from .parts import Parts
+from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
+from .unembedding import Unembedding
+
+_DTYPES = {
+    "layer": "int64",
+    "feature": "Int64",
+    "value": "float64",
+    "effect": "str",
+    "decoder_norm": "float64",
+    "reach": "float64",
+    "on": "float64",
+    "acts": "float64",
+}
+
+
+def explain(
+    model: nn.Module,
+    adapter_name: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    multiplier: float = 1.0,
+    top: int | None = 50,
+    tokens: int = 8,
+    texts: Iterable[Any] | None = None,
+    labels: bool = True,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> pd.DataFrame:
+    """Says what an adapter does, feature by feature, those that move activations the furthest first at each block.
+
+    The model is not changed.
+
+    Args:
+        model: A `PeftModel` with a YaPO adapter.
+        adapter_name: The adapter; the active one if None.
+        tokenizer: The model's; found by the model's name if None.
+        multiplier: The strength at which it is read: at a negative one, features of positive entries are lowered.
+        top: How many features of each block to list; None for all.
+        tokens: How many promoted and suppressed tokens to list.
+        texts: Texts to count on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.
+        labels: Whether to ask Neuronpedia for labels, where the SAE is there and the machine is online.
+        batch_size: Texts per forward pass.
+        max_length: Tokens of a text that are read.
+
+    Returns:
+        A row per block and feature:
+
+        - `layer`, `feature`: where; no feature for a dense vector, which is one row.
+        - `value`: the code's entry, or the length of a dense vector.
+        - `effect`: "constant" if the feature is raised, by the same at each token that is steered; "input-dependent" if
+          it is lowered, which only does something where it is on.
+        - `decoder_norm`: length of the feature's direction in the residual stream.
+        - `reach`: how far the entry moves a token at most, `|multiplier * value| * decoder_norm`.
+        - `on`: share of the texts' tokens at which the feature is on; NaN without texts.
+        - `acts`: share of tokens at which the entry does something: 1 where it is constant.
+        - `promotes`, `suppresses`: tokens that what the entry adds raises and lowers the most, through the model's
+          final norm and unembedding.
+        - `label`, `link`: from Neuronpedia, or None.
+
+    Raises:
+        ConfigError: There is no such adapter, or an argument has a value that cannot work.
+        DatasetError: A text is none.
+        UnsupportedOperationError: The model's end cannot be read.
+    """
+    name, _, layers = adapter_of(model, adapter_name)
+    if multiplier == 0 or multiplier != multiplier:
+        raise ConfigError(f"multiplier={multiplier}: an adapter does nothing there; give another number.")
+    for option, value in (("top", top), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option}={value}: give a positive number.")
+    tokenizer = tokenizer_of(model, tokenizer)
+    device, dtype = device_and_dtype(model)
+    with evaluating(model):
+        parts = [_largest(Parts.of(layer, name, device, dtype), top) for layer in layers]
+        batches = None if texts is None else text_batches(texts, tokenizer, batch_size, max_length)
+        shares = None if batches is None else _shares_on(model, layers, parts, batches, tokenizer)
+        unembedding = Unembedding(model)
+        tables = [
+            _table(part, multiplier, unembedding, tokenizer, tokens, None if shares is None else shares[index], labels)
+            for index, part in enumerate(parts)
+            if len(part)
+        ]
+    columns = [*_DTYPES, "promotes", "suppresses", "label", "link"]
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return cast(pd.DataFrame, table[columns]).astype(_DTYPES)
+
+
+def _largest(parts: Parts, top: int | None) -> Parts:
+    return parts if top is None else parts.only(torch.arange(min(top, len(parts)), device=parts.entries.device))
+
+
+def _table(
+    parts: Parts,
+    multiplier: float,
+    unembedding: Unembedding,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    shares: Tensor | None,
+    ask: bool,
+) -> pd.DataFrame:
+    layer, sae = parts.layer, parts.layer.yapo_sae[parts.adapter_name]
+    wanted = multiplier * parts.entries
+    norms = parts.rows.norm(dim=1)
+    promotes, suppresses = unembedding.tokens(wanted[:, None] * parts.rows, tokenizer, tokens)
+    features = parts.features.tolist()
+    raised = (wanted > 0).tolist() if sae is not None else [True]
+    on = shares.tolist() if shares is not None and sae is not None else [float("nan")] * len(features)
+    known = neuronpedia_labels(sae.identity, features) if sae is not None and ask else {}
+    return pd.DataFrame(
+        {
+            "layer": layer.index,
+            "feature": [None if sae is None else feature for feature in features],
+            "value": (norms if sae is None else parts.entries).tolist(),
+            "effect": ["constant" if up else "input-dependent" for up in raised],
+            "decoder_norm": norms.tolist(),
+            "reach": (wanted.abs() * norms).tolist(),
+            "on": on,
+            "acts": [1.0 if up else share for up, share in zip(raised, on, strict=True)],
+            "promotes": promotes,
+            "suppresses": suppresses,
+            "label": [known.get(feature) for feature in features],
+            "link": [_link(sae, feature) for feature in features],
+        }
+    )
+
+
+def _link(sae: FrozenSAE | None, feature: int) -> str | None:
+    return None if sae is None else neuronpedia_link(sae.identity, feature)
+
+
+def _shares_on(
+    model: nn.Module,
+    layers: list[YaPOLayer],
+    parts: list[Parts],
+    batches: Iterable[list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Tensor]:
+    """The share of tokens at which each feature is on, `(n,)` for each block."""
+    device = parts[0].entries.device
+    counts = [torch.zeros(len(part), device=device) for part in parts]
+    total = 0
+    for batch in tqdm(batches, desc="Counting", unit="batch"):
+        inputs = padded(batch, tokenizer, device)
+        real = inputs["attention_mask"].bool()
+        outputs = unsteered_outputs(model, layers, inputs)
+        for layer, part, count in zip(layers, parts, counts, strict=True):
+            on, _ = part.on(outputs[layer.index])
+            count += (on[real] > 0).sum(dim=0)
+        total += int(real.sum())
+    if not total:
+        raise ConfigError("The texts are empty: there is no token to count on.")
+    return [count / total for count in counts]

@@ -1,0 +1,94 @@
+"""An adapter's effect at one block, taken apart into features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..sae.weights import SAEWeights
+from ..tuner import YaPOLayer
+from ..tuner.positions import tokens_to_steer
+from ..tuner.steering import Strength
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The features that an adapter moves at a block; a dense vector counts as one that is always on.
+
+    Attributes:
+        layer: The steered layer.
+        adapter_name: The adapter.
+        features: Indices of the features, `(n,)` on the CPU; of a dense vector `[-1]`.
+        entries: The code's entries for them, `(n,)` in float32; of a dense vector `[1]`.
+        rows: What each adds to the output of the block per unit, `(n, d_model)`: rows of the decoder, or the vector.
+        sae: The encoder of these features; None for a dense vector.
+    """
+
+    layer: YaPOLayer
+    adapter_name: str
+    features: Tensor
+    entries: Tensor
+    rows: Tensor
+    sae: SAEWeights | None
+
+    @classmethod
+    def of(cls, layer: YaPOLayer, adapter_name: str, device: torch.device, dtype: torch.dtype) -> Parts:
+        """All parts of an adapter at a block, the one that moves the output the furthest first."""
+        code, sae = layer.code(adapter_name).detach().to(device), layer.yapo_sae[adapter_name]
+        if sae is None:
+            return cls(layer, adapter_name, torch.tensor([-1]), torch.ones(1, device=device), code[None], None)
+        features = code.nonzero().squeeze(-1)
+        rows = sae.decoder_rows(features, device, torch.float32)
+        order = (code[features].abs() * rows.norm(dim=1)).argsort(descending=True, stable=True)
+        found = features[order]
+        part = sae.select(found, device, dtype)
+        return cls(layer, adapter_name, found.cpu(), code[found], rows[order], part)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def only(self, which: Tensor) -> Parts:
+        """Some of them, by their place here, `(m,)`."""
+        sae = None if self.sae is None else self.sae.select(which)
+        features = self.features[which.to(self.features.device)]
+        return replace(self, features=features, entries=self.entries[which], rows=self.rows[which], sae=sae)
+
+    def on(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How far each feature is on, `(batch, seq, n)` in float32, and the scale of the decoder's output.
+
+        Args:
+            h: What the block put out, `(batch, seq, d_model)`.
+        """
+        if self.sae is None:
+            return torch.ones(*h.shape[:2], 1, device=h.device), None
+        features, scale = self.sae.encode(h)
+        return features.float(), scale
+
+    def moved(self, h: Tensor, strength: Strength) -> Tensor:
+        """By how much each feature moves, `(batch, seq, n)`: the shift of the output is that times `rows`.
+
+        What an SAE multiplies its output by at a token is in it, and tokens that the adapter does not steer have zero.
+        Has to be called within the model's forward pass, which knows the tokens.
+
+        Args:
+            h: What the block put out, before steering, `(batch, seq, d_model)`.
+            strength: One for all, or one per row, `(batch,)`.
+        """
+        on, scale = self.on(h)
+        wanted = _per_row(strength, h) * self.entries
+        moved = wanted.expand_as(on) if self.sae is None else torch.where(on + wanted <= 0, -on, wanted)
+        if scale is not None:
+            moved = moved * scale
+        mask = self.steered_tokens(h)
+        return moved if mask is None else moved.masked_fill(~mask[..., None], 0)
+
+    def steered_tokens(self, h: Tensor) -> Tensor | None:
+        """Which tokens the adapter steers, `(batch, seq)`; None for all. Within a forward pass, as `moved`."""
+        return tokens_to_steer(self.layer.positions[self.adapter_name], h, self.layer.call)
+
+
+def _per_row(strength: Strength, h: Tensor) -> Tensor:
+    """A strength that multiplies `(batch, seq, n)`."""
+    return torch.as_tensor(strength, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)

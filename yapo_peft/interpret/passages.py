@@ -1,0 +1,220 @@
+"""The passages in which features are on the most."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from ..files import replacing
+from ..methods.adapters import adapter_of
+from ..modes import evaluating
+from ..sae import FrozenSAE
+from ..tuner import YaPOLayer
+from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
+
+_SAVED_EVERY = 50
+
+
+@dataclass(order=True)
+class _Passage:
+    """Where a feature is on: ordered by how far, and among equals the earlier text first."""
+
+    peak: float
+    minus_text: int
+    at: int
+    tokens: list[int]
+    values: list[float]
+
+
+def contexts(
+    model: nn.Module,
+    features: Sequence[int] | Mapping[int, Sequence[int]],
+    texts: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    adapter_name: str | None = None,
+    top: int = 5,
+    window: int = 12,
+    skip_first: bool = True,
+    batch_size: int = 8,
+    max_length: int = 512,
+    resume: str | Path | None = None,
+) -> pd.DataFrame:
+    """Finds the passages in which features are on the most, with steering off.
+
+    Texts are streamed: what is kept is `top` passages of each feature, one of a text at most. The model is not changed.
+
+    Args:
+        model: A `PeftModel` with a sparse YaPO adapter, whose SAEs are read.
+        features: Indices of features, of an adapter of one block; or for each block's index those of its SAE.
+        texts: Any iterable, such as a streamed dataset, of texts, messages, or rows with a column `text`, `messages`,
+            or `prompt` and `chosen`.
+        tokenizer: The model's; found by the model's name if None.
+        adapter_name: The adapter; the active one if None.
+        top: Passages of each feature.
+        window: Tokens before and after the one where the feature is on the most.
+        skip_first: Whether to leave out the first token of each text, where many models have activations of an extreme
+            norm that say nothing of the text.
+        batch_size: Texts per forward pass.
+        max_length: Tokens of a text that are read.
+        resume: A file that keeps what was found. A run that was stopped goes on there, with the same texts in the
+            same order.
+
+    Returns:
+        A row per feature and passage, the strongest first: `layer`, `feature`, `rank`, `peak` (how far it is on),
+        `text` (index of the text), `position` (of the peak, in tokens of the text), and `tokens` and `values`, the
+        passage's tokens as texts and how far the feature is on at each. A feature that is never on has no row.
+
+    Raises:
+        ConfigError: There is no such adapter or feature, an argument has a value that cannot work, or `resume` is a
+            file of another search.
+        DatasetError: A text is none.
+    """
+    name, _, all_layers = adapter_of(model, adapter_name)
+    wanted = _features_by_layer(features, all_layers, name)
+    if top < 1 or window < 0:
+        raise ConfigError(f"top={top}, window={window}: give one passage at least, and no negative number of tokens.")
+    tokenizer = tokenizer_of(model, tokenizer)
+    layers = [layer for layer in all_layers if layer.index in wanted]
+    saes = {layer.index: cast(FrozenSAE, layer.yapo_sae[name]) for layer in layers}
+    record = {
+        "features": {str(layer): found for layer, found in wanted.items()},
+        "saes": {str(layer): sae.identity.content_hash for layer, sae in saes.items()},
+        "options": [top, window, skip_first, max_length],
+    }
+    search = _Search.resumed(None if resume is None else Path(resume), record, wanted)
+    remaining = islice(texts, search.done, None) if not isinstance(texts, str) else texts
+    device, dtype = device_and_dtype(model)
+    with evaluating(model):
+        parts = {
+            index: sae.select(torch.tensor(wanted[index], device=device), device, dtype) for index, sae in saes.items()
+        }
+        batches = text_batches(remaining, tokenizer, batch_size, max_length)
+        for count, batch in enumerate(tqdm(batches, desc="Reading texts", unit="batch"), 1):
+            if any(len(tokens) > skip_first for tokens in batch):
+                outputs = unsteered_outputs(model, layers, padded(batch, tokenizer, device))
+                for layer in layers:
+                    values, _ = parts[layer.index].encode(outputs[layer.index])
+                    search.add(layer.index, batch, values.float(), top, window, int(skip_first))
+            search.done += len(batch)
+            if count % _SAVED_EVERY == 0:
+                search.save()
+    search.save()
+    return search.table(tokenizer)
+
+
+def _features_by_layer(
+    features: Sequence[int] | Mapping[int, Sequence[int]], layers: list[YaPOLayer], adapter_name: str
+) -> dict[int, list[int]]:
+    if not isinstance(features, Mapping):
+        if len(layers) != 1:
+            raise ConfigError(
+                f"The adapter steers blocks {[layer.index for layer in layers]}: give features by block, as "
+                f"{{{layers[0].index}: [...]}}."
+            )
+        features = {layers[0].index: features}
+    by_index = {layer.index: layer for layer in layers}
+    found: dict[int, list[int]] = {}
+    for index, chosen in features.items():
+        if index not in by_index:
+            raise ConfigError(f"features= names block {index}, and the adapter steers {sorted(by_index)}.")
+        sae = by_index[index].yapo_sae[adapter_name]
+        if sae is None:
+            raise ConfigError("A dense adapter has no features whose contexts could be found: give a sparse one.")
+        found[index] = list(dict.fromkeys(int(feature) for feature in chosen))
+        outside = [feature for feature in found[index] if not 0 <= feature < sae.identity.d_sae]
+        if outside:
+            raise ConfigError(f"Feature {outside[0]} is none of the {sae.identity.d_sae} of block {index}'s SAE.")
+    if not any(found.values()):
+        raise ConfigError("features= is empty: name one feature at least.")
+    return {index: found[index] for index in sorted(found) if found[index]}
+
+
+class _Search:
+    """The best passages so far, and how many texts were read."""
+
+    def __init__(self, file: Path | None, record: dict[str, Any], wanted: dict[int, list[int]]) -> None:
+        self._file, self._record = file, record
+        self.best: dict[tuple[int, int], list[_Passage]] = {
+            (layer, feature): [] for layer, features in wanted.items() for feature in features
+        }
+        self._wanted = wanted
+        self.done = 0
+
+    @classmethod
+    def resumed(cls, file: Path | None, record: dict[str, Any], wanted: dict[int, list[int]]) -> _Search:
+        """As a file has it, if there is one.
+
+        Raises:
+            ConfigError: It is of another search, or none.
+        """
+        search = cls(file, record, wanted)
+        if file is None or not file.is_file():
+            return search
+        try:
+            content: Any = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or content.get("search") != record:
+            raise ConfigError(f"resume={str(file)!r} holds something else than this search: give another file.")
+        search.done = content["done"]
+        for layer, feature, passages in content["best"]:
+            search.best[layer, feature] = [_Passage(**passage) for passage in passages]
+        return search
+
+    def add(self, layer: int, batch: list[list[int]], values: torch.Tensor, top: int, window: int, first: int) -> None:
+        """Looks at the features of one block, `(batch, seq, n)`."""
+        for row, tokens in enumerate(batch):
+            own = values[row, first : len(tokens)]
+            if not len(own):
+                continue
+            peaks, at = own.max(dim=0)
+            for column, (feature, peak) in enumerate(zip(self._wanted[layer], peaks.tolist(), strict=True)):
+                best = self.best[layer, feature]
+                if peak <= 0 or (len(best) == top and peak <= best[0].peak):
+                    continue
+                position = int(at[column]) + first
+                start, end = max(0, position - window), position + window + 1
+                shown = values[row, start : min(end, len(tokens)), column].tolist()
+                passage = _Passage(peak, -(self.done + row), position, tokens[start:end], shown)
+                (heapq.heappush if len(best) < top else heapq.heapreplace)(best, passage)
+
+    def save(self) -> None:
+        """Writes what was found to the file, if there is one."""
+        if self._file is None:
+            return
+        best = [[*key, [asdict(passage) for passage in passages]] for key, passages in self.best.items()]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._file) as partial:
+            partial.write_text(json.dumps({"search": self._record, "done": self.done, "best": best}), encoding="utf-8")
+
+    def table(self, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+        """What was found."""
+        rows = [
+            {
+                "layer": layer,
+                "feature": feature,
+                "rank": rank,
+                "peak": passage.peak,
+                "text": -passage.minus_text,
+                "position": passage.at,
+                "tokens": [tokenizer.decode([token]) for token in passage.tokens],
+                "values": passage.values,
+            }
+            for (layer, feature), passages in self.best.items()
+            for rank, passage in enumerate(sorted(passages, reverse=True), 1)
+        ]
+        columns = ["layer", "feature", "rank", "peak", "text", "position", "tokens", "values"]
+        return pd.DataFrame(rows, columns=columns)

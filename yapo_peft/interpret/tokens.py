@@ -1,0 +1,139 @@
+"""What steering does to each token of a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from ..methods.adapters import adapter_of
+from ..modes import evaluating
+from ..tuner import YaPOLayer, steering
+from ..tuner.blocks import hidden_states
+from .parts import Parts
+from .texts import device_and_dtype, padded, tokenizer_of, tokens_of
+
+
+@dataclass(frozen=True)
+class TokenEffects:
+    """What steering does to each token of a prompt.
+
+    Attributes:
+        tokens: A row per block and token: `layer`, `position`, `token` (its text), `norm` (length of the block's output
+            before steering), `moved` (how far steering moved it), `share` (`moved / norm`), and how many of the
+            adapter's features were `on`, `raised`, `lowered` (and are still on) and `cut` (to zero).
+        features: A row per block, token and feature: `layer`, `position`, `feature`, `on` (how far it was on before),
+            `change` (of the feature), and `effect`, "raised", "lowered" or "cut". All features that were on, and of
+            those that were off the ones that moved the token the furthest.
+    """
+
+    tokens: pd.DataFrame
+    features: pd.DataFrame
+
+
+def token_effects(
+    model: nn.Module,
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    adapter_name: str | None = None,
+    multiplier: float = 1.0,
+    top: int = 20,
+) -> TokenEffects:
+    """Says of each token of a prompt which features were on, raised or cut, and how far the residual stream moved.
+
+    With several steered blocks, each is read as it runs, above those that are steered below it. The model is not
+    changed.
+
+    Args:
+        model: A `PeftModel` with a YaPO adapter.
+        prompt: A text; messages; or a row of a dataset, with a prompt and its chosen answer.
+        tokenizer: The model's; found by the model's name if None.
+        adapter_name: The adapter; the active one if None.
+        multiplier: The strength.
+        top: Of the features that are raised without having been on, how many to list for each token.
+
+    Raises:
+        ConfigError: There is no such adapter, or the prompt is empty.
+        DatasetError: The prompt is none.
+    """
+    name, _, layers = adapter_of(model, adapter_name)
+    if top < 0:
+        raise ConfigError(f"top={top}: give a number of 0 or more.")
+    tokenizer = tokenizer_of(model, tokenizer)
+    ids = tokens_of(prompt, tokenizer)
+    if not ids:
+        raise ConfigError("The prompt is empty: there is no token to steer.")
+    texts = [cast(str, tokenizer.decode([token])) for token in ids]
+    found: dict[int, dict[str, Any]] = {}
+
+    def read(layer: YaPOLayer) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            h = hidden_states(output)
+            parts = Parts.of(layer, name, h.device, h.dtype)
+            on, _ = parts.on(h)
+            found[layer.index] = {"h": h[0], "on": on[0], "moved": parts.moved(h, multiplier)[0], "parts": parts}
+
+        return hook
+
+    device, _ = device_and_dtype(model)
+    with evaluating(model), torch.no_grad(), steering(model, multiplier, name):
+        # Before the hook that steers.
+        handles = [layer.block.register_forward_hook(read(layer), prepend=True) for layer in layers]
+        try:
+            model(**padded([ids], tokenizer, device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+    tables = [_tables(layer.index, texts, top=top, **found[layer.index]) for layer in layers]
+    tokens, features = (pd.concat(column, ignore_index=True) for column in zip(*tables, strict=True))
+    return TokenEffects(tokens, features)
+
+
+def _tables(
+    layer: int, texts: list[str], h: Tensor, on: Tensor, moved: Tensor, parts: Parts, top: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    norm, distance = h.float().norm(dim=-1), (moved @ parts.rows).norm(dim=-1)
+    is_on = on > 0
+    raised, lowered = moved > 0, moved < 0
+    # What an SAE's scale multiplies is not part of the feature.
+    scale = 1.0 if parts.sae is None else parts.sae.normalize(h)[1]
+    change = moved if scale is None else moved / scale
+    cut = lowered & (on + change <= 1e-6 * on.abs().clamp(min=1))
+    if parts.sae is None:
+        is_on, raised, lowered, cut = (torch.zeros_like(is_on) for _ in range(4))
+    counts = {"on": is_on, "raised": raised, "lowered": lowered & ~cut, "cut": cut}
+    tokens = pd.DataFrame(
+        {
+            "layer": layer,
+            "position": range(len(texts)),
+            "token": texts,
+            "norm": norm.tolist(),
+            "moved": distance.tolist(),
+            "share": (distance / norm).tolist(),
+            **{key: value.sum(dim=-1).tolist() for key, value in counts.items()},
+        }
+    )
+    listed = is_on & (moved != 0)
+    if parts.sae is not None and top and len(parts):
+        reach = (moved.abs() * parts.rows.norm(dim=1)).masked_fill(is_on, 0)
+        best = reach.topk(min(top, len(parts)), dim=-1).indices
+        listed |= torch.zeros_like(listed).scatter(1, best, True) & (reach > 0)
+    position, which = listed.nonzero(as_tuple=True)
+    effect = torch.where(cut, 2, torch.where(lowered, 1, 0))[position, which]
+    features = pd.DataFrame(
+        {
+            "layer": layer,
+            "position": position.tolist(),
+            "feature": parts.features[which.cpu()].tolist(),
+            "on": on[position, which].tolist(),
+            "change": change[position, which].tolist(),
+            "effect": [("raised", "lowered", "cut")[kind] for kind in effect.tolist()],
+        }
+    )
+    return tokens, features
