@@ -1,10 +1,11 @@
 import pytest
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from tiny import make_model, make_sae
+from tiny import make_model, make_sae, random_code, set_code
 
 import yapo_peft
 from yapo_peft import ConfigError, YaPOConfig, model_card
+from yapo_peft.interpret import explain
 
 
 def steered(**options):
@@ -75,3 +76,26 @@ def test_a_model_without_the_adapter_has_no_card(name):
     model = make_model() if name is None else steered()
     with pytest.raises(ConfigError, match="no YaPO adapter"):
         yapo_peft.model_card(model, name)
+
+
+def test_top_features_and_a_picture_are_in_the_card(tokenizer):
+    model = steered()
+    set_code(model, random_code(0.5))
+    table = explain(model, tokenizer=tokenizer, tokens=2)
+    table.at[0, "promotes"] = ["a|b", "c`d", " e\nf"]
+    table.at[1, "link"] = "https://neuronpedia.org/tiny/1/5"
+    table.at[1, "label"] = "one | two"
+    card = model_card(model, features=table, picture="doses.png").content
+    assert "![Effect by strength](doses.png)" in card
+    rows = [line for line in card.splitlines() if "constant |" in line or "input-dependent |" in line]
+    assert len(rows) == 10
+    assert all(line.count("|") == 8 for line in rows)
+    first = table.iloc[0]
+    assert rows[0].startswith(
+        f"| 1 | {first['feature']} | {first['value']:+.3g} | {first['effect']} | `a¦b` `c'd` `·e·f` |"
+    )
+    assert f"[{table['feature'][1]}](https://neuronpedia.org/tiny/1/5)" in rows[1]
+    assert rows[1].endswith("| one ¦ two |")
+    dense = get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
+    assert "| 2 | vector | +0 | constant |" in model_card(dense, features=explain(dense, tokenizer=tokenizer)).content
+    assert "## Features" not in model_card(model).content

@@ -50,6 +50,14 @@ def plot_dose_response(
         ConfigError: There are fewer than two strengths, there is no such metric, or the path has no ending.
         ImportError: matplotlib is not installed.
     """
+    _require_ending(path)
+    return _save(dose_response_figure(scores, title, metrics=metrics, **bootstrap), path)
+
+
+def dose_response_figure(
+    scores: Scores, title: str, *, metrics: Sequence[str] | None = None, **bootstrap: Any
+) -> Figure:
+    """As `plot_dose_response`, not saved yet."""
     metrics = list(scores.metrics if metrics is None else metrics)
     unknown = [name for name in metrics if name not in scores.metrics]
     if unknown or not metrics:
@@ -58,14 +66,14 @@ def plot_dose_response(
     if strengths < 2:
         raise ConfigError(f"A dose-response needs at least two strengths, got {strengths}.")
     summary = scores.summary(**bootstrap)
-    figure = _figure(path, len(metrics))
+    figure = _figure(len(metrics))
     for axes, metric in zip(figure.axes, metrics, strict=True):
         _draw(axes, summary, scores.labels, "multiplier", metric)
         axes.axvline(0, color="0.8", zorder=0)
         if metric == "margin":
             axes.axhline(0, color="0.8", zorder=0)
     figure.suptitle(f"{title} ({max(summary['examples'])} examples)")
-    return _save(figure, path)
+    return _legend(figure)
 
 
 def plot_matched_damage(
@@ -84,10 +92,11 @@ def plot_matched_damage(
         )
     own = (damage_metric, "multiplier", metric, f"{metric}_low", f"{metric}_high")
     labels = [name for name in table.columns if name not in own]
-    figure = _figure(path, 1)
+    _require_ending(path)
+    figure = _figure(1)
     _draw(figure.axes[0], table.dropna(subset=[metric]), labels, damage_metric, metric)
     figure.suptitle(title)
-    return _save(figure, path)
+    return _save(_legend(figure), path)
 
 
 def plot_losses(
@@ -105,7 +114,13 @@ def plot_losses(
         ConfigError: A run did not log it, or the path has no ending.
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(path, 1)
+    _require_ending(path)
+    return _save(losses_figure(histories, title, metric=metric), path)
+
+
+def losses_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str, *, metric: str = "loss") -> Figure:
+    """As `plot_losses`, not saved yet."""
+    figure = _figure(1)
     for colour, (name, history) in zip(_cycle(), histories.items(), strict=False):
         points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
         if not points:
@@ -114,13 +129,16 @@ def plot_losses(
         figure.axes[0].plot(*zip(*points, strict=True), color=colour, label=name)
     figure.axes[0].set(xlabel="step", ylabel=metric)
     figure.suptitle(title)
-    return _save(figure, path)
+    return _legend(figure)
 
 
-def _figure(path: str | Path, panels: int) -> Figure:
-    """A figure, once it is clear that it can be saved."""
+def _require_ending(path: str | Path) -> None:
+    """Raises before any work if a figure could not be saved."""
     if not Path(path).suffix:
         raise ConfigError(f"path={str(path)!r} has no ending, which chooses the format: give one such as '.png'.")
+
+
+def _figure(panels: int) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -161,10 +179,15 @@ def _cycle() -> list[str]:
     return [*COLOURS] * 4
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
-    """Writes beside the target and renames, so that a failure leaves no half picture."""
+def _legend(figure: Figure) -> Figure:
+    """The figure, with a legend if its lines have names."""
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.axes[-1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    """Writes beside the target and renames, so that a failure leaves no half picture."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

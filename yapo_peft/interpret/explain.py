@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -40,6 +40,7 @@ def explain(
     tokenizer: PreTrainedTokenizerBase | None = None,
     multiplier: float = 1.0,
     top: int | None = 50,
+    features: Mapping[int, Sequence[int]] | None = None,
     tokens: int = 8,
     texts: Iterable[Any] | None = None,
     labels: bool = True,
@@ -56,6 +57,7 @@ def explain(
         tokenizer: The model's; found by the model's name if None.
         multiplier: The strength at which it is read: at a negative one, features of positive entries are lowered.
         top: How many features of each block to list; None for all.
+        features: Which to list instead, for each block's index; those that the adapter does not move are left out.
         tokens: How many promoted and suppressed tokens to list.
         texts: Texts to count on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.
         labels: Whether to ask Neuronpedia for labels, where the SAE is there and the machine is online.
@@ -91,7 +93,7 @@ def explain(
     tokenizer = tokenizer_of(model, tokenizer)
     device, dtype = device_and_dtype(model)
     with evaluating(model):
-        parts = [_largest(Parts.of(layer, name, device, dtype), top) for layer in layers]
+        parts = [_listed(Parts.of(layer, name, device, dtype), top, features) for layer in layers]
         batches = None if texts is None else text_batches(texts, tokenizer, batch_size, max_length)
         shares = None if batches is None else _shares_on(model, layers, parts, batches, tokenizer)
         unembedding = Unembedding(model)
@@ -105,8 +107,14 @@ def explain(
     return cast(pd.DataFrame, table[columns]).astype(_DTYPES)
 
 
-def _largest(parts: Parts, top: int | None) -> Parts:
-    return parts if top is None else parts.only(torch.arange(min(top, len(parts)), device=parts.entries.device))
+def _listed(parts: Parts, top: int | None, features: Mapping[int, Sequence[int]] | None) -> Parts:
+    place = torch.arange(len(parts), device=parts.entries.device)
+    if features is not None and parts.sae is not None:
+        wanted = torch.tensor(list(features.get(parts.layer.index, [])), dtype=torch.long)
+        place = place[torch.isin(parts.features, wanted).to(place.device)]
+    elif top is not None:
+        place = place[:top]
+    return parts.only(place)
 
 
 def _table(

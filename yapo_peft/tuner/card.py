@@ -24,6 +24,8 @@ _TAGS = {
     "dense": ("yapo", "steering", "activation-steering"),
 }
 _TITLES = {"sae": "Sparse steering adapter", "dense": "Steering adapter"}
+_FEATURES = 10
+_PICTURE = "Effect by strength"
 # What is left of the template that PEFT fills in for a folder without a card.
 _UNFILLED = "[More Information Needed]"
 
@@ -36,6 +38,8 @@ def model_card(
     dataset: str | None = None,
     metrics: Mapping[str, float] | None = None,
     training: Mapping[str, Any] | None = None,
+    features: Any = None,
+    picture: str | None = None,
     chat: bool = False,
 ) -> ModelCard:
     """Writes the card of an adapter.
@@ -50,6 +54,8 @@ def model_card(
         dataset: Name of the preference dataset that it was trained on.
         metrics: Its evaluation, by name.
         training: Settings of the training, by name.
+        features: What `yapo_peft.interpret.explain` returned; its first rows are listed.
+        picture: Name of a picture beside the card, such as a dose-response.
         chat: Whether the snippet uses the tokenizer's chat template.
 
     Returns:
@@ -65,7 +71,14 @@ def model_card(
     if not isinstance(config, YaPOConfig):
         raise ConfigError(f"There is no YaPO adapter {name!r} in {type(model).__name__}.")
     base = config.base_model_name_or_path or cast(str, getattr(model, "name_or_path", "")) or None
-    return card_of(config, base, repo_id=repo_id, dataset=dataset, metrics=metrics, training=training, chat=chat)
+    said: dict[str, Any] = {
+        "dataset": dataset,
+        "metrics": metrics,
+        "training": training,
+        "features": features,
+        "picture": picture,
+    }
+    return card_of(config, base, repo_id=repo_id, chat=chat, **said)
 
 
 def card_of(
@@ -76,6 +89,8 @@ def card_of(
     dataset: str | None = None,
     metrics: Mapping[str, float] | None = None,
     training: Mapping[str, Any] | None = None,
+    features: Any = None,
+    picture: str | None = None,
     chat: bool = False,
 ) -> ModelCard:
     """As `model_card`, from the adapter's config."""
@@ -103,6 +118,10 @@ def card_of(
     if metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
         sections.append("## Evaluation\n\n| metric | value |\n|---|---|\n" + "\n".join(rows))
+    if picture is not None:
+        sections.append(f"## What it does\n\n![{_PICTURE}]({picture})")
+    if features is not None and len(features):
+        sections.append(f"## Features\n\n{_features(features)}")
     libraries = [name for name in _LIBRARIES if name != "sae-lens" or config.space == "sae"]
     sections.append("## Versions\n\n" + "\n".join(f"- {name} {version(name)}" for name in libraries))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
@@ -139,6 +158,30 @@ def _layers(config: YaPOConfig) -> str:
         hashed = str(identity.get("content_hash", ""))[:12]
         lines.append(f"| {layer} | {name} | {identity.get('d_sae')} | {identity.get('architecture')} | `{hashed}` |")
     return "\n".join([*lines, "", steered])
+
+
+def _features(table: Any) -> str:
+    """The first rows of what `explain` returned."""
+    lines = ["| block | feature | value | effect | promotes | suppresses | label |", "|---|---|---|---|---|---|---|"]
+    for row in table.head(_FEATURES).to_dict("records"):
+        # Of a dense adapter there is none.
+        name = str(row["feature"]) if isinstance(row["feature"], int) else "vector"
+        linked = f"[{name}]({row['link']})" if row["link"] else name
+        tokens = [" ".join(_code(token) for token in row[column]) for column in ("promotes", "suppresses")]
+        label = _cell(row["label"] or "")
+        lines.append(
+            f"| {row['layer']} | {linked} | {row['value']:+.3g} | {row['effect']} | {' | '.join(tokens)} | {label} |"
+        )
+    return "\n".join(lines)
+
+
+def _code(token: str) -> str:
+    """A token as code in a cell; its spaces are to be seen, and what ends code or a cell is left out."""
+    return "`" + _cell(token).replace(" ", "·").replace("`", "'") + "`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split("\n")).replace("|", "¦")
 
 
 def _snippet(config: YaPOConfig, base_model: str | None, repo_id: str | None, chat: bool) -> str:

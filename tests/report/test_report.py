@@ -1,0 +1,197 @@
+import re
+from importlib.util import find_spec
+from shutil import which
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import D_MODEL, make_model, make_sae, random_code, set_code
+
+from yapo_peft import ConfigError, YaPOConfig
+from yapo_peft.cli import main
+from yapo_peft.report import ReportContents, collect_report, render_report, write_report
+from yapo_peft.report.contents import training_history
+from yapo_peft.report.page import number, visible
+
+HISTORY = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": "0.6", "eval_loss": 0.65}, {"step": 3, "train_runtime": 1.0}]
+NASTY = "<script>document.title = 'broken'</script> & \"quotes\" " + "x" * 400
+
+
+def steered(layers=(1, 2), space="sae"):
+    saes = {"sae": [make_sae(seed=seed) for seed, _ in enumerate(layers)]} if space == "sae" else {}
+    model = get_peft_model(make_model(), YaPOConfig(layers=list(layers), space=space, **saes))
+    set_code(model, random_code(0.3) if space == "sae" else torch.ones(D_MODEL))
+    return model
+
+
+QUESTIONS = [{"question": "w1 w2", "options": ["w3", "w4"], "answer": 1}] * 3
+
+
+@pytest.fixture
+def contents(pairs, tokenizer):
+    return collect_report(
+        steered(), pairs, tokenizer, questions=QUESTIONS, history=HISTORY, multipliers=(-1, 0, 1), top=3, attributed=4,
+        steps=2, prompts=2, max_new_tokens=4,
+    )  # fmt: skip
+
+
+@pytest.mark.feature("Reading", "`write_report`, `yapo report`: one HTML page about an adapter, without a network")
+def test_what_is_measured_is_what_is_said(contents):
+    page = render_report(contents)
+    assert len(page) < 3_000_000
+    assert not re.findall(r'(?:src|href)="(?!#)', page)
+    text = re.sub(r"<[^>]+>", " ", page)
+    for row in contents.features.itertuples():
+        assert f"{row.value:+.3g}" in text
+        assert all(visible(token) in text for token in row.promotes)
+    assert f"{contents.attribution.effect:+.4g}" in text
+    assert all(f"{value:.3g}" in text for value in contents.preference.summary()["margin"])
+    assert "knowledge, %" in text
+    assert "held out" in text
+    assert [row["multiplier"] for row in contents.answers] == [-1.0, 0.0, 1.0] * 2
+    listed = set(zip(contents.features["layer"], contents.features["feature"], strict=True))
+    left_out = contents.attribution.features.dropna(subset="left_out")
+    assert listed >= set(zip(left_out["layer"], left_out["feature"], strict=True))
+    assert set(zip(contents.passages["layer"], contents.passages["feature"], strict=True)) <= listed
+
+
+def test_a_dense_adapter_has_vectors_instead_of_features(pairs, tokenizer, tmp_path):
+    found = collect_report(
+        steered(space="dense"), pairs, tokenizer, multipliers=(0, 1), attributed=2, steps=2, prompts=0
+    )
+    page = render_report(found)
+    assert page.count("<td>vector</td>") == 2
+    assert "No questions were given" in page
+    assert 'id="answers"' not in page
+    assert 'id="training"' not in page
+
+
+def test_a_code_of_zeros_is_said_to_do_nothing(pairs, tokenizer):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+    page = render_report(collect_report(model, pairs, tokenizer, multipliers=(0, 1), prompts=0))
+    assert "the adapter does nothing" in page
+    assert 'id="attribution"' not in page
+
+
+def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text("before")
+    with pytest.raises(ConfigError, match="multipliers="):
+        write_report(steered(), file, pairs, tokenizer, multipliers=(1,))
+    assert file.read_text() == "before"
+    with pytest.raises(ConfigError, match=r"ends in '\.html'"):
+        write_report(steered(), tmp_path / "report.pdf", pairs, tokenizer)
+    with pytest.raises(ConfigError, match="prompts=-1"):
+        write_report(steered(), file, pairs, tokenizer, prompts=-1)
+
+
+def test_the_log_of_a_training_is_found(tmp_path):
+    assert training_history(tmp_path) == []
+    for step in (5, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(f'{{"log_history": [{{"step": {step}}}]}}')
+    assert training_history(tmp_path) == [{"step": 20}]
+    assert training_history(tmp_path / "checkpoint-5") == [{"step": 5}]
+
+
+@pytest.mark.feature("Reading", "Reports and tables of self-contained adapters, without the SAE")
+def test_the_command_reports_on_a_saved_adapter(pairs, tokenizer, tmp_path, capsys):
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), self_contained=True))
+    set_code(model, random_code(0.2))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "mine")
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    (tmp_path / "text.txt").write_text("w1 w2 w3\n\nw4 w5")
+    out = tmp_path / "pages" / "report.html"
+    arguments = [
+        "report", str(tmp_path / "mine"), "--dataset", str(tmp_path / "pairs.jsonl"), "--out", str(out), "--pairs", "4",
+        "--text", str(tmp_path / "text.txt"), "--multipliers", "-1", "1", "--attributed", "2", "--answers", "1",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert str(out) in capsys.readouterr().out
+    page = out.read_text(encoding="utf-8")
+    assert "<h1>mine</h1>" in page
+    assert "of 4 pairs" in page
+    assert str(tmp_path) not in page
+    assert main([*arguments, "--pairs", "0"]) == 2
+    assert "--pairs 0: give one at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "said"), [(100.0, "100"), (0.1234, "0.123"), (float("nan"), ""), (None, "")])
+def test_numbers(value, said):
+    assert number(value) == said
+
+
+@pytest.fixture
+def browser():
+    if find_spec("playwright") is None or which("chromium") is None:
+        pytest.skip("no playwright, or no chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(browser, contents, tmp_path, scheme):
+    rows = [{**row, "prompt": NASTY, "answer": NASTY} for row in contents.answers]
+    features = contents.features.assign(label=NASTY, promotes=[[NASTY]] * len(contents.features))
+    changed = {**vars(contents), "title": NASTY, "answers": rows, "features": features}
+    file = tmp_path / "report.html"
+    file.write_text(render_report(ReportContents(**changed)), encoding="utf-8")
+    page = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800}).new_page()
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    assert page.title() == NASTY.strip()
+    assert asked == [file.as_uri()]
+    assert not said
+    # Nothing is wider than the screen but what scrolls by itself.
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    sizes = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)")
+    assert len(sizes) == 7
+    assert min(sizes) > 250
+    ink = page.evaluate("getComputedStyle(document.querySelector('figure svg text, figure svg g')).color")
+    assert ink == page.evaluate("getComputedStyle(document.body).color")
+    assert (ink == "rgb(230, 233, 236)") == (scheme == "dark")
+
+    def column(table, index):
+        rows = page.locator("table.sortable").nth(table).locator("tbody tr")
+        return [cell.strip() for cell in rows.locator(f"td:nth-child({index + 1})").all_inner_texts()]
+
+    heads = page.locator("table.sortable").nth(1).locator("th button")
+    heads.nth(2).focus()
+    page.keyboard.press("Enter")
+    values = [float(cell) for cell in column(1, 2)]
+    assert values == sorted(values)
+    page.keyboard.press("Enter")
+    assert [float(cell) for cell in column(1, 2)] == sorted(values, reverse=True)
+    assert page.locator("table.sortable").nth(1).locator("th").nth(2).get_attribute("aria-sort") == "descending"
+    heads.nth(6).click()
+    left_out = column(1, 6)
+    known = [float(cell) for cell in left_out if cell]
+    assert known == sorted(known)
+    assert left_out[len(known) :] == [""] * (len(left_out) - len(known))
+    if page.locator("details").count():
+        page.locator("summary").first.click()
+        assert page.locator(".passage").first.is_visible()
+
+
+def test_nothing_in_the_page_is_read_as_code(contents):
+    features = contents.features.assign(label=NASTY, link=NASTY)
+    passages = pd.DataFrame(
+        [{"layer": 1, "feature": features["feature"][0], "peak": 1.0, "tokens": [NASTY], "values": [np.inf]}]
+    )
+    page = render_report(ReportContents(**{**vars(contents), "features": features, "passages": passages}))
+    assert "<script>document" not in page

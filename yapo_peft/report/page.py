@@ -1,0 +1,125 @@
+"""The page: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from ..errors import ConfigError
+from ..files import replacing
+from . import pictures
+from .contents import ReportContents, collect_report
+
+
+def write_report(
+    model: nn.Module, path: str | Path, dataset: Iterable[dict[str, Any]], *args: Any, **options: Any
+) -> Path:
+    """Measures an adapter, and writes what was found as one HTML file without a need for a network.
+
+    Args:
+        model: A `PeftModel` with a YaPO adapter.
+        path: The file, ending in ".html"; a failure leaves what was there.
+        dataset: Preference pairs.
+        *args: As of `collect_report`.
+        **options: As of `collect_report`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: As `collect_report`, or the path does not end in ".html".
+        ImportError: matplotlib or jinja2 is not installed.
+    """
+    path = Path(path)
+    if path.suffix != ".html":
+        raise ConfigError(f"path={str(path)!r}: a report is an HTML file, so give a name that ends in '.html'.")
+    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
+        raise ImportError("Reports need matplotlib and jinja2: pip install 'yapo-peft[report]'.")
+    page = render_report(collect_report(model, dataset, *args, **options))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+def render_report(contents: ReportContents) -> str:
+    """The page of a report, as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("yapo_peft.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["visible"] = visible
+    environment.filters["number"] = number
+    attribution, knowledge = contents.attribution, contents.knowledge
+    return environment.get_template("page.html").render(
+        contents=contents,
+        doses=pictures.dose_response(contents.preference, ("margin", "accuracy")),
+        damage=pictures.dose_response(contents.damage, ("kl", "top_changed")),
+        knowledge=pictures.dose_response(knowledge, ("accuracy",)) if knowledge is not None else [],
+        losses=pictures.losses(contents.history),
+        bars=None if attribution is None else pictures.attribution_bars(attribution.features),
+        strengths=_strengths(contents),
+        features=_features(contents),
+        answers=_by_prompt(contents.answers),
+    )
+
+
+def visible(token: str) -> str:
+    """A token with its spaces and line ends to be seen."""
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+
+
+def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """A number as people read it; nothing where there is none."""
+    if value is None or pd.isna(value):
+        return ""
+    return f"{value:{'+' if signed else ''}.{digits}g}"
+
+
+def _strengths(contents: ReportContents) -> list[dict[str, Any]]:
+    """A row per strength: what it does to preferences, and what that costs."""
+    rows = contents.preference.summary().merge(contents.damage.summary(), on="multiplier")
+    if contents.knowledge is not None:
+        known = contents.knowledge.summary()
+        known = pd.DataFrame({"multiplier": known["multiplier"], "knowledge": known["accuracy"]})
+        rows = rows.merge(known, on="multiplier")
+    rows = rows.sort_values("multiplier")
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
+
+def _features(contents: ReportContents) -> list[dict[str, Any]]:
+    """A row per feature: what it is, what it contributes, and where it is on."""
+    table = contents.features.copy()
+    for column in ("left_out", "integrated"):
+        table[column] = float("nan")
+        if contents.attribution is not None:
+            found = contents.attribution.features
+            known = {_key(row): row[column] for row in found.to_dict("records")}
+            table[column] = [known.get(_key(row), float("nan")) for row in table.to_dict("records")]
+    rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    passages: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
+    for passage in contents.passages.to_dict("records"):
+        peak = max(passage["values"], default=0.0) or 1.0
+        marked = [
+            (token, round(max(0.0, value) / peak, 2), value)
+            for token, value in zip(passage["tokens"], passage["values"], strict=True)
+        ]
+        passages.setdefault(_key(passage), []).append({"peak": passage["peak"], "tokens": marked})
+    return [{**row, "passages": passages.get(_key(row), [])} for row in rows]
+
+
+def _key(row: dict[Any, Any]) -> tuple[int, int | None]:
+    return int(row["layer"]), None if pd.isna(row["feature"]) else int(row["feature"])
+
+
+def _by_prompt(answers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in answers:
+        found.setdefault(row["prompt"], []).append(row)
+    return found

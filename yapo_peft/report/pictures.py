@@ -1,0 +1,108 @@
+"""Pictures as text that a page can hold: SVG, in the page's own colours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any, cast
+
+import pandas as pd
+
+from ..evaluation.plots import COLOURS, dose_response_figure
+from ..evaluation.scores import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Stands for the colour of the page's text, which follows the reader's theme.
+_INK = "#010203"
+
+
+def figure_as_svg(figure: Figure, text: str) -> str:
+    """An SVG element, whose ink has the colour of the text around it.
+
+    Args:
+        figure: Of matplotlib.
+        text: What it shows, for those who do not see it.
+    """
+    from matplotlib import rc_context
+
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+        axes.tick_params(colors=_INK)
+        for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            label.set_color(_INK)
+            label.set_fontsize("small")
+        axes.grid(axis="y", color=_INK, alpha=0.12)
+        legend = axes.get_legend()
+        for entry in legend.get_texts() if legend is not None else []:
+            entry.set_color(_INK)
+    figure.suptitle("")
+    buffer = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": text, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    label = text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return re.sub(r"^<svg ", f'<svg role="img" aria-label="{label}" ', svg)
+
+
+def dose_response(scores: Scores, metrics: Sequence[str]) -> list[str]:
+    """Metrics against the strength, a picture each, so that a narrow page can put them below each other."""
+    return [
+        figure_as_svg(dose_response_figure(scores, "", metrics=[metric]), f"{metric} by strength") for metric in metrics
+    ]
+
+
+def losses(history: Sequence[dict[str, Any]]) -> str | None:
+    """The losses of a training, and how many entries its code had; None where the log has no loss."""
+    from matplotlib.figure import Figure
+
+    lines = [(name, metric) for name, metric in (("training", "loss"), ("held out", "eval_loss"))]
+    points = {
+        name: [(entry["step"], float(entry[metric])) for entry in history if metric in entry] for name, metric in lines
+    }
+    points = {name: found for name, found in points.items() if found}
+    if not points:
+        return None
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, found) in zip(COLOURS, points.items(), strict=False):
+        axes.plot(*zip(*found, strict=True), "o-", markersize=3, color=colour, label=name)
+    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure_as_svg(figure, "Loss of the training by step")
+
+
+def attribution_bars(features: pd.DataFrame) -> str:
+    """What features contribute, by both ways of asking."""
+    from matplotlib.figure import Figure
+
+    shown = cast(pd.DataFrame, features.dropna(subset="left_out")[::-1])
+    several = len(set(shown["layer"])) > 1
+    names = [_named(row, several) for row in shown.itertuples()]
+    figure = Figure(figsize=(5.4, 0.6 + 0.3 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(shown))
+    for colour, offset, column, name in (
+        (COLOURS[0], 0.2, "left_out", "left out"),
+        (COLOURS[1], -0.2, "integrated", "integrated gradients"),
+    ):
+        axes.barh([place + offset for place in places], shown[column], height=0.38, color=colour, label=name)
+    axes.set_yticks(list(places), names)
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set(xlabel="contribution to the mean margin (nats)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    return figure_as_svg(figure, "Contribution of single features to the margin")
+
+
+def _named(row: Any, with_block: bool) -> str:
+    feature = "vector" if pd.isna(row.feature) else str(row.feature)
+    return f"{row.layer}: {feature}" if with_block else feature
