@@ -25,14 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("train", help="learn an adapter from preference pairs", add_help=False)
     commands.add_parser("lm-eval", help="run tasks of lm-eval at several strengths", add_help=False)
     commands.add_parser("report", help="write a page about an adapter", add_help=False)
+    commands.add_parser("app", help="open a playground on this machine", add_help=False)
     command = parser.parse_known_args(argv[:1])[0].command
     from ..errors import YaPOError
+    from .app import app
     from .lm_eval import lm_eval
     from .report import report
     from .train import train
 
     try:
-        return {"train": train, "lm-eval": lm_eval, "report": report}[command](argv[1:])
+        return {"train": train, "lm-eval": lm_eval, "report": report, "app": app}[command](argv[1:])
     except YaPOError as error:
         print(f"yapo {argv[0]}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,143 @@
+"""The playground's page in a real browser."""
+
+from importlib.util import find_spec
+from shutil import which
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import make_model, make_sae, random_code, set_code
+
+from yapo_peft import YaPOConfig
+from yapo_peft.app import Dials, Playground, build_page
+from yapo_peft.tuner.strength import steered_layers
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
+    pytest.mark.skipif(find_spec("playwright") is None or which("chromium") is None, reason="there is no browser"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+PROMPT = "w1 w2 w3"
+
+
+@pytest.fixture
+def playground(tokenizer, tmp_path):
+    model = get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae()), "one")
+    model.add_adapter("two", YaPOConfig(layers=2, space="dense"))
+    set_code(model, random_code(0.4), "one")
+    set_code(model, 20 * random_code(1.0, seed=3), "two")
+    return Playground(model.eval(), tokenizer, tmp_path / "saved")
+
+
+@pytest.fixture
+def address(playground):
+    page = build_page(playground)
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
+    yield address
+    page.close()
+
+
+@pytest.fixture
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def opened(browser, address):
+    """A user's page, with all its parts there."""
+    page = browser.new_context().new_page()
+    page.set_default_timeout(20_000)
+    page.goto(address)
+    page.locator("#strength-one input[type=number]").wait_for()
+    page.locator("#prompt textarea").fill(PROMPT)
+    return page
+
+
+def set_slider(page, name, value):
+    box = page.locator(f"#strength-{name} input[type=number]")
+    box.fill(str(value))
+    box.press("Enter")
+    page.wait_for_timeout(500)
+
+
+def ask(page):
+    """Asks, and waits until nothing is written any more."""
+    page.locator("#answer").click()
+    texts = None
+    for _ in range(100):
+        page.wait_for_timeout(200)
+        now = tuple(page.locator(f"#{name} textarea").input_value() for name in ("unsteered", "steered"))
+        if now == texts and now[0]:
+            return now
+        texts = now
+    raise AssertionError(f"no answer: {texts}")
+
+
+def expected(playground, dials):
+    return list(playground.answers(PROMPT, dials))[-1]
+
+
+def test_a_slider_changes_the_answer_of_its_user_alone(browser, address, playground):
+    first, second = opened(browser, address), opened(browser, address)
+    before = ask(first)
+    assert before == expected(playground, Dials({"one": 1.0}))
+    set_slider(first, "one", -2)
+    after = ask(first)
+    assert after == expected(playground, Dials({"one": -2.0}))
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert ask(second) == before
+
+
+def test_the_page_works_without_a_network(browser, address):
+    page = browser.new_context().new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.route(lambda url: not url.startswith(address), lambda route: route.abort())
+    page.goto(address)
+    page.locator("#strength-one input[type=number]").wait_for()
+    page.locator("#prompt textarea").fill(PROMPT)
+    ask(page)
+    # Gradio's page asks for fonts and a script of its maker, and works without them; what users do stays here.
+    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert all(url.endswith((".js", ".css")) or "fonts" in url for url in elsewhere), elsewhere
+
+
+def test_features_can_be_dialled_looked_at_and_saved(browser, address, playground, tmp_path):
+    page = opened(browser, address)
+    whole = ask(page)
+    page.locator("#features").get_by_text("Features").first.click()
+    page.get_by_test_id("cell-0-2").wait_for()
+    feature = int(page.get_by_test_id("cell-0-2").inner_text())
+    page.get_by_test_id("cell-0-4").dblclick()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("-9")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    dials = Dials({"one": 1.0}, {("one", 1, feature): -9.0})
+    assert ask(page) == expected(playground, dials)
+    assert expected(playground, dials) != whole
+    page.locator("#activity").get_by_text("Where a feature").first.click()
+    page.locator("#show").click()
+    page.locator("#marked p").wait_for()
+    page.locator("#saving").get_by_text("Save an adapter").first.click()
+    page.locator("#name textarea, #name input").fill("mine")
+    page.locator("#save").click()
+    page.locator("#saved p").wait_for()
+    assert (tmp_path / "saved" / "mine" / "adapter_model.safetensors").is_file()
+    page.locator("#source textarea, #source input").fill(str(tmp_path / "saved" / "mine"))
+    page.locator("#load").click()
+    page.locator("#strength-mine input[type=number]").wait_for()
+    assert playground.adapters == ["one", "two", "mine"]
+    layer = steered_layers(playground.model)[0]
+    torch.testing.assert_close(layer.yapo_code["mine"].data[feature], -9 * layer.yapo_code["one"].data[feature])
+    assert torch.equal(layer.yapo_code["one"].data, random_code(0.4))
+    page.locator("#source textarea, #source input").fill("nobody/nothing")
+    page.locator("#load").click()
+    page.get_by_text("neither a folder nor a repository").first.wait_for()

@@ -1,0 +1,205 @@
+import json
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_model, make_sae, random_code, set_code
+
+from yapo_peft import AdapterFileError, ConfigError, SAEError, YaPOConfig, steering
+from yapo_peft.app import Dials, Playground
+from yapo_peft.pairs import prompt_ids
+from yapo_peft.tuner.strength import steered_layers
+
+PROMPT = "w1 w2 w3"
+
+
+@pytest.fixture
+def model():
+    """Adapters "one" and "two" at blocks of their own."""
+    model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], sae=[make_sae(), make_sae(seed=1)]), "one")
+    model.add_adapter("two", YaPOConfig(layers=2, space="dense"))
+    set_code(model, 3 * random_code(0.4), "one")
+    set_code(model, 20 * random_code(1.0, seed=3), "two")
+    return model.eval()
+
+
+@pytest.fixture
+def playground(model, tokenizer, tmp_path):
+    return Playground(model, tokenizer, tmp_path / "saved")
+
+
+def last(generator):
+    return list(generator)[-1]
+
+
+def generated(model, tokenizer, **options):
+    ids = torch.tensor([prompt_ids([{"role": "user", "content": PROMPT}], tokenizer)])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def state_of(model):
+    layers = steered_layers(model)
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(layer.active_adapters, dict(layer.multiplier), layer.is_lowest, layer.training) for layer in layers],
+        torch.get_rng_state(),
+    )
+
+
+def require_same(one, two):
+    assert one[0].keys() == two[0].keys()
+    assert all(torch.equal(value, two[0][name]) for name, value in one[0].items())
+    assert one[1] == two[1]
+    assert torch.equal(one[2], two[2])
+
+
+@pytest.mark.feature("Reading", "`yapo app`: a playground on this machine")
+@pytest.mark.parametrize("strength", [1.0, -1.5])
+def test_answers_are_those_of_the_model(playground, model, tokenizer, strength):
+    before = state_of(model)
+    answers = list(playground.answers(PROMPT, Dials({"one": strength}), max_new_tokens=8))
+    require_same(state_of(model), before)
+    assert len(answers) == 8
+    unsteered, steered = answers[-1]
+    assert all(unsteered.startswith(part) and steered.startswith(other) for part, other in answers)
+    with model.disable_adapter():
+        assert generated(model, tokenizer) == unsteered
+    with steering(model, strength, "one"):
+        assert generated(model, tokenizer) == steered != unsteered
+
+
+def test_several_adapters_have_strengths_of_their_own(playground, model, tokenizer):
+    _, steered = last(playground.answers(PROMPT, Dials({"one": 0.7, "two": -1.2}), max_new_tokens=8))
+    for layer in steered_layers(model):
+        layer._active_adapter = [name for name in ("one", "two") if name in layer.yapo_code]
+        layer.multiplier.update({"one": 0.7, "two": -1.2})
+    assert generated(model, tokenizer) == steered
+    unsteered, same = last(playground.answers(PROMPT, Dials(), max_new_tokens=8))
+    assert unsteered == same
+
+
+def test_factors_change_single_features_for_one_answer(playground, model, tokenizer):
+    code = steered_layers(model)[0].yapo_code["one"].data
+    features = code.nonzero().squeeze(-1).tolist()
+    factors = {("one", 1, feature): 0.0 for feature in features[1:]} | {("one", 1, features[0]): -2.0}
+    before = state_of(model)
+    answer = last(playground.answers(PROMPT, Dials({"one": 1.0}, factors), max_new_tokens=8))[1]
+    require_same(state_of(model), before)
+    entry = code[features[0]].clone()
+    code.zero_()
+    code[features[0]] = -2 * entry
+    with steering(model, 1.0, "one"):
+        assert generated(model, tokenizer) == answer
+
+
+def test_users_do_not_see_each_others_dials(playground, model, tokenizer):
+    wanted = {strength: last(playground.answers(PROMPT, Dials({"one": strength}), 8)) for strength in (-2.0, 0.5, 3.0)}
+    found = {}
+
+    def user(strength):
+        found[strength] = [last(playground.answers(PROMPT, Dials({"one": strength}), 8)) for _ in range(4)]
+
+    users = [threading.Thread(target=user, args=(strength,)) for strength in wanted]
+    for thread in users:
+        thread.start()
+    for thread in users:
+        thread.join()
+    assert found == {strength: [answer] * 4 for strength, answer in wanted.items()}
+
+
+def test_a_closed_tab_ends_the_work(playground, model):
+    before = state_of(model)
+    answers = playground.answers(PROMPT, Dials({"one": 1.0}), max_new_tokens=100)
+    next(answers)
+    answers.close()
+    require_same(state_of(model), before)
+    assert len(list(playground.answers(PROMPT, Dials({"one": 1.0}), max_new_tokens=3))) == 3
+
+
+def test_what_fails_in_an_answer_is_said_and_leaves_no_trace(playground, model, monkeypatch):
+    before = state_of(model)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(model.get_base_model().model.layers[3].mlp, "forward", broken)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        list(playground.answers(PROMPT, Dials({"one": 1.0})))
+    require_same(state_of(model), before)
+
+
+def test_bad_prompts_and_dials_are_named(playground):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        next(playground.answers("  ", Dials()))
+    with pytest.raises(ConfigError, match="has 204 tokens, and the model's window of 128 has to hold 80"):
+        next(playground.answers("w1 " * 199, Dials()))
+    with pytest.raises(ConfigError, match="adapter_name='three'"):
+        next(playground.answers(PROMPT, Dials({"three": 1.0})))
+
+
+def test_features_and_activity(playground, model, tokenizer):
+    table = playground.features("one", top=3)
+    assert len(table) == 6
+    feature = int(table["feature"][0])
+    found = playground.activity("w1 w2 w3", "one", (1, feature))
+    hidden = make_model()(**tokenizer("w1 w2 w3", return_tensors="pt"), output_hidden_states=True).hidden_states[2]
+    values = make_sae().encode(hidden.detach())[0, :, feature]
+    assert [token for token, _ in found] == ["w1", "w2", "w3"]
+    assert [value for _, value in found] == pytest.approx(values.tolist(), abs=1e-4)
+    assert playground.activity("", "one", (1, feature)) == []
+    with pytest.raises(ConfigError, match="has no feature 3 at block 0"):
+        playground.activity("w1", "one", (0, 3))
+
+
+def test_a_changed_adapter_is_saved_and_loads_as_it_was_dialled(playground, model, tokenizer):
+    code = steered_layers(model)[1].yapo_code["one"].data
+    feature = int(code.abs().argmax())
+    dials = Dials({"one": -0.5}, {("one", 2, feature): 0.0})
+    before = state_of(model)
+    target = playground.save("one", dials, "mine")
+    require_same(state_of(model), before)
+    assert sorted(file.name for file in target.parent.iterdir()) == ["mine"]
+    expected = last(playground.answers(PROMPT, dials, 8))[1]
+    assert model.peft_config["one"].multiplier == 1.0
+    name = playground.load(str(target))
+    assert name == "mine"
+    assert float(steered_layers(model)[1].yapo_code["mine"][feature]) == 0
+    assert last(playground.answers(PROMPT, Dials({"mine": -0.5}), 8))[1] == expected
+    assert model.peft_config["mine"].multiplier == -0.5
+    assert playground.load(str(target)) == "mine-2"
+    with pytest.raises(ConfigError, match="is there already"):
+        playground.save("one", dials, "mine")
+    for bad in ("../mine", "", "a b", ".hidden"):
+        with pytest.raises(ConfigError, match="is no name for an adapter"):
+            playground.save("one", dials, bad)
+
+
+def test_only_safetensors_of_this_method_and_model_are_loaded(playground, model, tmp_path):
+    target = playground.save("one", Dials(), "mine")
+    file = target / "adapter_model.safetensors"
+    torch.save({}, target / "adapter_model.bin")
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(AdapterFileError, match="other formats can run code"):
+        playground.load(str(target))
+    file.write_bytes(content[:100])
+    with pytest.raises((AdapterFileError, ConfigError)):
+        playground.load(str(target))
+    assert playground.adapters == ["one", "two"]
+    get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="adapter of another method"):
+        playground.load(str(tmp_path / "lora"))
+    for nothing in ("", "  "):
+        with pytest.raises(ConfigError, match="Give the folder of an adapter"):
+            playground.load(nothing)
+    with pytest.raises(ConfigError, match="neither a folder nor a repository"):
+        playground.load("nobody/nothing")
+    other = playground.save("one", Dials(), "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["sae_identity"][0]["content_hash"] = "0" * 64
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SAEError):
+        playground.load(str(other))
+    assert playground.adapters == ["one", "two"]

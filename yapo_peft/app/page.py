@@ -1,0 +1,198 @@
+"""The page of the playground, on Gradio."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ..errors import YaPOError
+from .playground import Dials, Playground
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+# Nothing is told to anyone.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+_HEAD = ["adapter", "block", "feature", "value", "factor", "promotes", "label"]
+_TYPES: list[Any] = ["str", "number", "number", "number", "number", "str", "str"]
+_FACTOR = _HEAD.index("factor")
+
+
+def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
+    """Builds the page; `.launch(server_name="127.0.0.1")` serves it on this machine alone.
+
+    What a user sets stays with that user: each answer is steered by the dials that are sent along with it.
+
+    Args:
+        playground: The model and its adapters.
+        strongest: The ends of the strength sliders.
+
+    Raises:
+        ImportError: Gradio is not installed.
+    """
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ImportError("The app needs Gradio: pip install 'yapo-peft[app]'.") from error
+
+    def said(error: YaPOError) -> Any:
+        return gr.Error(str(error), print_exception=False)
+
+    def load(source: str, chosen: list[str]) -> tuple[Any, str]:
+        try:
+            name = playground.load(source)
+        except (YaPOError, ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return gr.update(choices=playground.adapters, value=[*chosen, name]), ""
+
+    def table(chosen: list[str]) -> tuple[list[list[Any]], Any]:
+        rows = [row for name in chosen for row in _feature_rows(playground, name)]
+        names = [f"{adapter}: block {block}, feature {feature}" for adapter, block, feature, *_ in rows]
+        return rows, gr.update(choices=names, value=names[0] if names else None)
+
+    def answer(
+        prompt: str,
+        chosen: list[str],
+        strengths: dict[str, float],
+        rows: list[list[Any]],
+        length: float,
+        temperature: float,
+        seed: float,
+    ) -> Generator[tuple[str, str]]:
+        try:
+            dials = _dials(chosen, strengths, rows)
+            yield from playground.answers(prompt, dials, int(length), temperature, int(seed))
+        except YaPOError as error:
+            raise said(error) from error
+
+    def highlight(text: str, feature: str | None) -> str:
+        if not text or not feature:
+            return "<p>Ask for an answer, and choose a feature.</p>"
+        adapter, _, place = feature.rpartition(": block ")
+        block, _, index = place.partition(", feature ")
+        try:
+            return _marked(playground.activity(text, adapter, (int(block), int(index))))
+        except YaPOError as error:
+            raise said(error) from error
+
+    def save(adapter: str, name: str, chosen: list[str], strengths: dict[str, float], rows: list[list[Any]]) -> str:
+        try:
+            return f"Saved in {playground.save(adapter, _dials(chosen, strengths, rows), name.strip())}."
+        except YaPOError as error:
+            raise said(error) from error
+
+    first = playground.adapters[:1]
+    with gr.Blocks(title="yapo", analytics_enabled=False) as page:
+        strengths = gr.State(dict.fromkeys(first, 1.0))
+        gr.Markdown("# Steering playground")
+        with gr.Row():
+            chosen = gr.Dropdown(
+                playground.adapters, value=first, multiselect=True, label="Adapters", elem_id="adapters"
+            )
+            source = gr.Textbox(label="Load an adapter: folder or repository", elem_id="source")
+            loading = gr.Button("Load", elem_id="load")
+
+        @gr.render(inputs=[chosen, strengths], triggers=[page.load, chosen.change])
+        def sliders(names: list[str], set_to: dict[str, float]) -> None:
+            for name in names:
+                slider = gr.Slider(
+                    -strongest,
+                    strongest,
+                    value=set_to.get(name, 1.0),
+                    step=0.1,
+                    interactive=True,
+                    label=f"Strength of {name}",
+                    elem_id=f"strength-{name}",
+                )
+                slider.change(
+                    lambda value, known, name=name: {**known, name: value}, [slider, strengths], strengths, queue=False
+                )
+
+        prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt")
+        with gr.Row():
+            length = gr.Slider(1, 400, value=80, step=1, label="Length in tokens")
+            temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 is greedy")
+            seed = gr.Number(0, precision=0, label="Seed")
+        with gr.Row():
+            asking = gr.Button("Answer", variant="primary", elem_id="answer")
+            stopping = gr.Button("Stop", elem_id="stop")
+        with gr.Row():
+            unsteered = gr.Textbox(label="Unsteered", lines=8, interactive=False, elem_id="unsteered")
+            steered = gr.Textbox(label="Steered", lines=8, interactive=False, elem_id="steered")
+        with gr.Accordion("Features: the factor of an entry, 0 is off", open=False, elem_id="features"):
+            features = gr.Dataframe(
+                headers=_HEAD, datatype=_TYPES, type="array", interactive=True, static_columns=_static(), wrap=True,
+                column_count=len(_HEAD), elem_id="factors",
+            )  # fmt: skip
+        with gr.Accordion("Where a feature is on in the steered answer", open=False, elem_id="activity"):
+            feature = gr.Dropdown([], label="Feature", elem_id="feature")
+            marking = gr.Button("Show", elem_id="show")
+            marked = gr.HTML(elem_id="marked")
+        with gr.Accordion("Save an adapter as it is dialled", open=False, elem_id="saving"):
+            with gr.Row():
+                which = gr.Dropdown(playground.adapters, value=(first or [None])[0], label="Adapter")
+                name = gr.Textbox(label="New name", elem_id="name")
+                saving = gr.Button("Save", elem_id="save")
+            where = gr.Markdown(elem_id="saved")
+
+        loading.click(load, [source, chosen], [chosen, source]).then(
+            lambda: gr.update(choices=playground.adapters), None, which
+        )
+        gr.on([page.load, chosen.change], table, chosen, [features, feature])
+        inputs = [prompt, chosen, strengths, features, length, temperature, seed]
+        running = asking.click(answer, inputs, [unsteered, steered], concurrency_limit=None)
+        stopping.click(None, cancels=[running])
+        marking.click(highlight, [steered, feature], marked)
+        saving.click(save, [which, name, chosen, strengths, features], where)
+    return page
+
+
+def _static() -> list[int]:
+    return [column for column in range(len(_HEAD)) if column != _FACTOR]
+
+
+def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
+    rows = playground.features(name).dropna(subset="feature").to_dict("records")
+    return [
+        [
+            name,
+            row["layer"],
+            int(row["feature"]),
+            round(row["value"], 3),
+            1.0,
+            " ".join(row["promotes"]),
+            row["label"] or "",
+        ]
+        for row in rows
+    ]
+
+
+def _dials(chosen: list[str], strengths: dict[str, float], rows: list[list[Any]]) -> Dials:
+    """What a user's page says; a factor that is none leaves an entry as it is."""
+    factors: dict[tuple[str, int, int], float] = {}
+    for adapter, block, feature, _, factor, *_ in rows:
+        try:
+            number = float(factor)
+        except (TypeError, ValueError):
+            continue
+        if number != 1.0 and number == number and abs(number) != float("inf"):
+            factors[str(adapter), int(block), int(feature)] = number
+    return Dials({name: float(strengths.get(name, 1.0)) for name in chosen}, factors)
+
+
+def _marked(tokens: list[tuple[str, float]]) -> str:
+    """A text whose tokens are the darker the further a feature is on."""
+    peak = max((value for _, value in tokens), default=0.0)
+    if peak <= 0:
+        return "<p>The feature is on at none of these tokens.</p>"
+    marks = [
+        f'<mark style="background: rgba(213, 94, 0, {0.7 * value / peak:.2f}); color: inherit" title="{value:.3g}">'
+        f"{escape(token)}</mark>"
+        if value > 0
+        else escape(token)
+        for token, value in tokens
+    ]
+    return f'<p style="white-space: pre-wrap">{"".join(marks)}</p>'
