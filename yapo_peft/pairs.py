@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,8 @@ def pair_batches(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need one pair at least.")
+    if not isinstance(dataset, Iterable):
+        raise DatasetError(f"The dataset is {dataset!r}: give preference pairs.")
     rows = list(enumerate(_tokenize(row, tokenizer) for row in dataset))
     rows.sort(key=lambda row: -len(row[1][0]) - max(map(len, row[1][1:])))
     if not rows:
@@ -51,9 +53,17 @@ def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Ids of prompt, chosen and rejected answer; the answers start where they part from the prompt."""
+    if not isinstance(row, Mapping):
+        raise DatasetError(
+            f"A pair is {row!r}, and not a row with 'prompt', 'chosen' and 'rejected': give a list of rows or a "
+            "dataset (of a DataFrame: .to_dict('records'))."
+        )
     missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
     if missing:
-        raise DatasetError(f"A pair lacks {missing}: it has {sorted(row)}. Pairs need 'prompt', 'chosen', 'rejected'.")
+        raise DatasetError(
+            f"A pair lacks {missing}, or has nothing there: it has {sorted(row)}. Pairs need 'prompt', 'chosen', "
+            "'rejected'."
+        )
     prompt = prompt_ids(row["prompt"], tokenizer)
     chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
     rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)

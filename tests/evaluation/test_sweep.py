@@ -172,7 +172,7 @@ def test_adapters_of_other_positions_score_as_they_were_trained(tokenizer):
     set_code(model, random_code())
     on_answers = sweep(model, rows, tokenizer, [1.0])
     with model.disable_adapter():
-        nowhere = sweep(model, rows, tokenizer, [1.0])
+        nowhere = sweep(model, rows, tokenizer, [0.0])
     assert len({round(scores.table["margin"].mean(), 3) for scores in (everywhere, on_answers, nowhere)}) == 3
 
 

@@ -4,7 +4,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from tiny import make_model, make_sae, preference_rows, random_code, set_code
 
-from yapo_peft import ConfigError, YaPOConfig, sweep
+from yapo_peft import ConfigError, DatasetError, YaPOConfig, sweep
 from yapo_peft.interpret import attribute
 from yapo_peft.tuner.strength import steered_layers
 
@@ -138,9 +138,36 @@ def test_a_dense_vector_is_one_feature_of_each_block(pairs, tokenizer):
 
 def test_bad_arguments_are_named(pairs, tokenizer):
     model = steered(layers=(2,))
-    with pytest.raises(ConfigError, match="steps=0: give a positive"):
+    with pytest.raises(ConfigError, match="steps=0: give a whole number of 1 or more"):
         attribute(model, pairs, tokenizer, steps=0)
-    with pytest.raises(ConfigError, match="does nothing at multiplier=0"):
+    with pytest.raises(ConfigError, match="multiplier=0: an adapter does nothing"):
         attribute(model, pairs, tokenizer, multiplier=0)
+    with pytest.raises(ConfigError, match="multiplier=inf: give a finite number"):
+        attribute(model, pairs, tokenizer, multiplier=float("inf"))
     with pytest.raises(ConfigError, match="adapter_name='other'"):
         attribute(model, pairs, tokenizer, adapter_name="other")
+    with pytest.raises(ConfigError, match="has 207 tokens with its answer, and the model takes 128"):
+        attribute(model, [{"prompt": "w1 " * 200, "chosen": "w2 " * 6, "rejected": "w3"}], tokenizer)
+    with pytest.raises(DatasetError, match=r"A pair is 'prompt'.*\.to_dict\('records'\)"):
+        attribute(model, pairs.to_pandas(), tokenizer)
+    with pytest.raises(DatasetError, match="The dataset is None"):
+        attribute(model, None, tokenizer)
+    with model.disable_adapter(), pytest.raises(ConfigError, match="The adapters are disabled"):
+        attribute(model, pairs, tokenizer)
+    with model.disable_adapter(), pytest.raises(ConfigError, match="The adapters are disabled"):
+        sweep(model, pairs, tokenizer)
+    set_code(model, torch.zeros(96))
+    with pytest.raises(ConfigError, match="All entries of adapter 'default' are zero"):
+        attribute(model, pairs, tokenizer)
+
+
+def test_it_works_in_inference_mode_and_on_a_model_of_transformers(pairs, tokenizer):
+    model = steered(layers=(2,))
+    expected = attribute(model, pairs, tokenizer, top=2, steps=2)
+    with torch.inference_mode():
+        found = attribute(model, pairs, tokenizer, top=2, steps=2)
+    assert found.features.equals(expected.features)
+    plain = make_model()
+    plain.add_adapter(YaPOConfig(layers=[2], sae=make_sae()), adapter_name="mine")
+    set_code(plain, random_code(0.6, seed=0), "mine")
+    assert attribute(plain, pairs, tokenizer, top=2, steps=2).effect == pytest.approx(expected.effect, abs=1e-4)

@@ -2,6 +2,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
@@ -95,6 +96,15 @@ def test_a_dense_vector_is_a_row_of_each_block(tokenizer):
     assert set(table["effect"]) == {"constant"}
 
 
+def test_some_features_can_be_asked_for(tokenizer):
+    model, _ = steered(layers=(2,))
+    moved = steered_layers(model)[0].yapo_code["default"].nonzero().squeeze(-1).tolist()
+    still = next(feature for feature in range(D_SAE) if feature not in moved)
+    found = explain(model, tokenizer=tokenizer, features=[moved[5], still, moved[0]])
+    assert sorted(found["feature"]) == sorted([moved[5], moved[0]])
+    assert explain(model, tokenizer=tokenizer, features={2: moved[:3]}, top=1)["feature"].count() == 3
+
+
 def test_a_code_of_zeros_has_no_features(tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     assert explain(model, tokenizer=tokenizer).empty
@@ -144,6 +154,15 @@ def test_labels_are_fetched_once(neuronpedia):
     assert len(neuronpedia) == 3
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"3": 5, "7": {"a": 1}}'])
+def test_a_damaged_cache_of_labels_is_made_anew(neuronpedia, content, tmp_path):
+    file = tmp_path / "yapo_peft" / "neuronpedia" / "gemma-2-2b--20-gemmascope-res-16k.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert neuronpedia_labels(GEMMA, [3, 7]) == {3: "about 3"}
+    assert json.loads(file.read_text()) == {"3": "about 3", "7": None}
+
+
 def test_what_cannot_be_fetched_is_not_needed(neuronpedia, caplog, monkeypatch):
     assert neuronpedia_labels(GEMMA, [1, 13, 2]) == {1: "about 1"}
     assert "could not be fetched from Neuronpedia" in caplog.text
@@ -161,6 +180,8 @@ def test_labels_and_links_are_in_the_table(neuronpedia, tokenizer, monkeypatch):
     assert table["link"][0].endswith(f"/tiny/2-res/{feature}")
     assert table["label"][0] == (None if feature == 7 else f"about {feature}")
     assert not [path for path in neuronpedia if not path.endswith(f"/{feature}")]
+    several = explain(model, tokenizer=tokenizer, features=[5, 7, 13], top=None)
+    assert all(label is None or isinstance(label, str) for label in several["label"])
     neuronpedia.clear()
     assert explain(model, tokenizer=tokenizer, top=1, labels=False)["label"].isna().all()
     assert not neuronpedia
@@ -170,10 +191,22 @@ def test_bad_arguments_are_named(tokenizer):
     model, _ = steered()
     with pytest.raises(ConfigError, match="multiplier=0: an adapter does nothing"):
         explain(model, tokenizer=tokenizer, multiplier=0)
-    with pytest.raises(ConfigError, match="top=0: give a positive"):
+    with pytest.raises(ConfigError, match="top=0: give a whole number"):
         explain(model, tokenizer=tokenizer, top=0)
-    with pytest.raises(DatasetError, match="one string"):
+    with pytest.raises(DatasetError, match="The texts are one str"):
         explain(model, tokenizer=tokenizer, texts="w1")
+    for texts in ({"text": ["w1"]}, pd.DataFrame({"text": ["w1"]})):
+        with pytest.raises(DatasetError, match=f"The texts are one {type(texts).__name__}"):
+            explain(model, tokenizer=tokenizer, texts=texts)
+    with pytest.raises(DatasetError, match=r"A row has the columns \['foo'\]"):
+        explain(model, tokenizer=tokenizer, texts=[{"foo": "w1"}])
+    for features, message in (
+        ([3], "give features by block"),
+        ({0: [3]}, "names block 0"),
+        ({1: [96]}, "none of the 96"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            explain(model, tokenizer=tokenizer, features=features)
     with pytest.raises(DatasetError, match="A text is 3"):
         explain(model, tokenizer=tokenizer, texts=[3])
     with pytest.raises(ConfigError, match="no tokenizer under the model's name"):

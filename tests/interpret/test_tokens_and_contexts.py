@@ -88,8 +88,25 @@ def test_dense_vectors_and_steered_positions(tokenizer):
     assert (moved.iloc[:-1] == 0).all()
     with pytest.raises(ConfigError, match="prompt is empty"):
         token_effects(model, "", tokenizer)
+    with pytest.raises(ConfigError, match="has 200 tokens, and the model takes 128"):
+        token_effects(model, "w1 " * 200, tokenizer)
+    with pytest.raises(ConfigError, match=r"top=1.5: give a whole number of 0 or more"):
+        token_effects(model, "w1", tokenizer, top=1.5)
     with pytest.raises(DatasetError, match="A text is 3"):
         token_effects(model, 3, tokenizer)
+
+
+@pytest.mark.parametrize("positions", ["completion", "last"])
+def test_the_answer_of_a_row_is_steered_as_in_training(positions, tokenizer):
+    model, _ = steered(layers=(2,), positions=positions)
+    row = {"prompt": "w1 w2 w3 ", "chosen": "w4 w5 w6"}
+    moved = token_effects(model, row, tokenizer).tokens["moved"]
+    inputs = tokenizer(row["prompt"] + row["chosen"], return_tensors="pt")
+    labels = inputs["input_ids"].clone()
+    labels[:, :3] = -100
+    before, after = hidden_of(model, {**inputs, "labels": labels}, 2)
+    assert moved.tolist() == pytest.approx((after - before).norm(dim=-1).tolist(), rel=1e-3)
+    assert [move > 0 for move in moved] == [False, False, positions == "last", True, True, True]
 
 
 @pytest.fixture
@@ -163,6 +180,14 @@ def test_a_stopped_search_goes_on(texts, tokenizer, tmp_path, monkeypatch):
     assert contexts(model, features, texts, tokenizer, batch_size=3, resume=file).equals(whole)
     with pytest.raises(ConfigError, match="holds something else than this search"):
         contexts(model, {3: [1]}, texts, tokenizer, resume=file)
+    for others in (texts[::-1], texts[:20], []):
+        with pytest.raises(ConfigError, match="was made from other texts"):
+            contexts(model, features, others, tokenizer, batch_size=3, resume=file)
+    other = get_peft_model(make_model(seed=5), YaPOConfig(layers=[1, 3], sae=[make_sae(seed=0), make_sae(seed=1)]))
+    with pytest.raises(ConfigError, match="holds something else than this search"):
+        contexts(other, features, texts, tokenizer, batch_size=3, resume=file)
+    with pytest.raises(ConfigError, match="is a folder"):
+        contexts(model, features, texts, tokenizer, resume=tmp_path)
     file.write_text("nothing")
     with pytest.raises(ConfigError, match="holds something else than this search"):
         contexts(model, features, texts, tokenizer, resume=file)
@@ -190,5 +215,5 @@ def test_bad_features_are_named(texts, tokenizer):
     with pytest.raises(ConfigError, match="top=0"):
         contexts(model, {1: [1]}, texts, tokenizer, top=0)
     dense = get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
-    with pytest.raises(ConfigError, match="dense adapter has no features"):
+    with pytest.raises(ConfigError, match="is dense, and has no features"):
         contexts(dense, [1], texts, tokenizer)

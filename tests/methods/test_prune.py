@@ -50,10 +50,26 @@ def test_stretched_entries_of_either_sign_move_activations_as_far_as_before(k):
             )
 
 
+def test_entries_that_nearly_cancel_are_not_blown_up():
+    sae = make_sae()
+    sae.W_dec.data[1] = -sae.W_dec.data[0] * 0.999999
+    model = steered(2, sae)
+    code = torch.zeros(D_SAE)
+    code[:3] = torch.tensor([5.0, 5.0, 1.0])
+    set_code(model, code)
+    prune(model, 2, rescale=True)
+    kept = steered_layers(model)[0].yapo_code["default"].detach()
+    lengths = sae.W_dec.detach().norm(dim=1)[:3]
+    most = (code[:3] * lengths).sum() / (code[:2] * lengths[:2]).sum()
+    torch.testing.assert_close(kept[:2], code[:2] * most)
+
+
 def test_bad_arguments_are_named():
     model = steered(2, make_sae())
     model.add_adapter("dense", YaPOConfig(layers=1, space="dense"))
-    with pytest.raises(ConfigError, match="max_features=0: keep one feature"):
+    with pytest.raises(ConfigError, match="max_features=0: keep a whole number"):
         prune(model, 0)
+    with pytest.raises(ConfigError, match=r"max_features=1.5: keep a whole number"):
+        prune(model, 1.5)
     with pytest.raises(ConfigError, match="Pruning gives codes of space='sae', and adapter 'dense'"):
         prune(model, 5, "dense")

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from tiny import D_MODEL, make_model, make_sae, random_code, set_code
 
-from yapo_peft import ConfigError, YaPOConfig
+from yapo_peft import ConfigError, DatasetError, YaPOConfig
 from yapo_peft.cli import main
 from yapo_peft.report import ReportContents, collect_report, render_report, write_report
 from yapo_peft.report.contents import training_history
@@ -41,6 +41,9 @@ def contents(pairs, tokenizer):
 def test_what_is_measured_is_what_is_said(contents):
     page = render_report(contents)
     assert len(page) < 3_000_000
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(set(names)) == len(names)
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)) <= set(names)
     assert not re.findall(r'(?:src|href)="(?!#)', page)
     text = re.sub(r"<[^>]+>", " ", page)
     for row in contents.features.itertuples():
@@ -83,8 +86,17 @@ def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
     assert file.read_text() == "before"
     with pytest.raises(ConfigError, match=r"ends in '\.html'"):
         write_report(steered(), tmp_path / "report.pdf", pairs, tokenizer)
-    with pytest.raises(ConfigError, match="prompts=-1"):
-        write_report(steered(), file, pairs, tokenizer, prompts=-1)
+    for options, message in (
+        ({"prompts": -1}, "prompts=-1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"multiplier": 0}, "multiplier=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            write_report(steered(), file, pairs, tokenizer, **options)
+    with pytest.raises(DatasetError, match="The texts are one str"):
+        write_report(steered(), file, pairs, tokenizer, text="w1 w2")
+    with pytest.raises(DatasetError, match="A pair lacks"):
+        write_report(steered(), file, [{"prompt": "w1"}], tokenizer)
 
 
 def test_the_log_of_a_training_is_found(tmp_path):
@@ -119,8 +131,15 @@ def test_the_command_reports_on_a_saved_adapter(pairs, tokenizer, tmp_path, caps
     assert "<h1>mine</h1>" in page
     assert "of 4 pairs" in page
     assert str(tmp_path) not in page
-    assert main([*arguments, "--pairs", "0"]) == 2
-    assert "--pairs 0: give one at least" in capsys.readouterr().err
+    for bad, message in (
+        (["--pairs", "0"], "--pairs 0: give one at least"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--dataset", "nowhere.csv"], "There is no file 'nowhere.csv'"),
+        (["--out", str(tmp_path)], "give a name that ends in '.html'"),
+        (["--dtype", "foo"], "dtype='foo': give 'auto'"),
+    ):
+        assert main([*arguments, *bad]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("value", "said"), [(100.0, "100"), (0.1234, "0.123"), (float("nan"), ""), (None, "")])

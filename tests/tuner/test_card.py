@@ -98,4 +98,6 @@ def test_top_features_and_a_picture_are_in_the_card(tokenizer):
     assert rows[1].endswith("| one ¦ two |")
     dense = get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
     assert "| 2 | vector | +0 | constant |" in model_card(dense, features=explain(dense, tokenizer=tokenizer)).content
+    table.at[2, "label"] = table.at[2, "link"] = float("nan")
+    assert "nan" not in model_card(model, features=table).content
     assert "## Features" not in model_card(model).content

@@ -35,6 +35,6 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return {"train": train, "lm-eval": lm_eval, "report": report, "app": app}[command](argv[1:])
-    except YaPOError as error:
+    except (YaPOError, OSError) as error:
         print(f"yapo {argv[0]}: {error}", file=sys.stderr)
         return 2

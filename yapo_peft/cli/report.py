@@ -22,9 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rejected", default="rejected", help="column of the other answers")
     parser.add_argument("--pairs", type=int, default=32, help="how many pairs to read, from the start")
     parser.add_argument("--text", type=Path, help="file of running text, for damage and contexts; the pairs if missing")
-    parser.add_argument(
-        "--questions", help="multiple choice with columns question, options, answer, to check knowledge"
-    )
+    parser.add_argument("--questions", help="JSON of question, options and answer, to check knowledge with")
     parser.add_argument("--multipliers", nargs="+", type=float, help="strengths of the dose-response")
     parser.add_argument("--multiplier", type=float, default=1.0, help="strength at which features are read")
     parser.add_argument("--top", type=int, default=20, help="features to list for each block")
@@ -46,10 +44,13 @@ def report(arguments: list[str]) -> int:
     from ..errors import ConfigError
     from ..report import write_report
     from ..report.contents import MULTIPLIERS, training_history
+    from ..report.page import require_page
     from ..scripts.loading import load_model
 
     if options.pairs < 1:
         raise ConfigError(f"--pairs {options.pairs}: give one at least.")
+    require_page(options.out)
+    text = None if options.text is None else _paragraphs(options.text.read_text(encoding="utf-8"))
     pairs = load_pairs(options.dataset, prompt=options.prompt, chosen=options.chosen, rejected=options.rejected)
     model, tokenizer = load_model(options.adapter, options.dtype)
     if not getattr(tokenizer, "chat_template", None):
@@ -62,7 +63,7 @@ def report(arguments: list[str]) -> int:
         pairs.select(range(min(options.pairs, len(pairs)))).to_list(),
         tokenizer,
         title=Path(options.adapter).name,
-        text=None if options.text is None else _paragraphs(options.text.read_text(encoding="utf-8")),
+        text=text,
         questions=None if options.questions is None else load_choices(options.questions),
         history=training_history(options.adapter),
         multipliers=options.multipliers or MULTIPLIERS,

@@ -98,7 +98,12 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
     if _BUILDERS[path.suffix] == "csv":
         # "None" and "NA" can be answers.
         options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
-    return cast(Dataset, load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options))
+    try:
+        return cast(Dataset, load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options))
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise DatasetError(f"{str(path)!r} has no rows.") from error
+        raise
 
 
 def _split_of(saved: DatasetDict, split: str, path: Path) -> Dataset:

@@ -16,6 +16,7 @@ from ..generation import answer, mixed_seed
 from ..modes import evaluating
 from ..pairs import prompt_ids
 from ..tuner import steering
+from ..tuner.strength import require_enabled
 from .lower_half import LowerHalfOnce
 from .preference import Preference
 from .scores import Scores, distinct
@@ -83,7 +84,7 @@ def sweep(
 
     Raises:
         DatasetError: The dataset is empty, or lacks what the measure reads.
-        ConfigError: An argument has a value that cannot work, or there is no such adapter.
+        ConfigError: An argument has a value that cannot work, there is no such adapter, or adapters are disabled.
     """
     strengths = distinct(multipliers)
     if batch_size < 1:
@@ -91,6 +92,8 @@ def sweep(
     for strength in strengths:
         with steering(model, strength, adapter_name):
             pass  # so that a strength or an adapter that cannot work is an error before any work
+    if any(strengths):
+        require_enabled(model)
     measure = Preference() if measure is None else measure
     if isinstance(measure, type):
         raise ConfigError(f"measure={measure.__name__} is a class: give one of it, measure={measure.__name__}(...).")

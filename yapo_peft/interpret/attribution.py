@@ -21,8 +21,10 @@ from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..tuner import steering
 from ..tuner.blocks import hidden_states, with_hidden_states
+from ..tuner.strength import require_enabled
+from .checks import require_counts, require_strength
 from .parts import Parts
-from .texts import device_and_dtype, tokenizer_of
+from .texts import device_and_dtype, tokenizer_of, window_of
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,19 @@ def attribute(
     Source: arXiv 1703.01365 (integrated gradients).
     """
     name, _, layers = adapter_of(model, adapter_name)
-    for option, value in (("top", top), ("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{option}={value}: give a positive number.")
+    require_counts(top=top, steps=steps, batch_size=batch_size)
+    require_strength(multiplier)
+    require_enabled(model)
+    if not any(bool(layer.code(name).any()) for layer in layers):
+        raise ConfigError(f"All entries of adapter {name!r} are zero: it does nothing that could be attributed.")
     tokenizer = tokenizer_of(model, tokenizer)
     batches = Preference().batches(dataset, tokenizer, batch_size)
+    longest, window = max(batch["input_ids"].shape[1] for batch in batches), window_of(model)
+    if window is not None and longest > window:
+        raise ConfigError(f"A pair has {longest} tokens with its answer, and the model takes {window}: leave it out.")
     device, dtype = device_and_dtype(model)
-    with evaluating(model):
+    with torch.inference_mode(False), evaluating(model):
         parts = [part for layer in layers if len(part := Parts.of(layer, name, device, dtype))]
-        if multiplier == 0 or not parts:
-            raise ConfigError(
-                f"Adapter {name!r} does nothing at multiplier={multiplier}: there is nothing to attribute."
-            )
         runs = _Runs(model, name, parts, [_moved(batch, device) for batch in batches])
         with tqdm(total=len(batches) * (4 + steps + top), desc="Attributing", unit="pass") as bar:
             (steered, unsteered), integrated = runs.integrated(multiplier, steps, bar)

@@ -20,6 +20,7 @@ from ..evaluation.sweep import sweep
 from ..methods.adapters import adapter_of
 from ..sae import FrozenSAE
 from ..tuner import YaPOConfig, YaPOLayer
+from .checks import require_counts, require_strength
 from .regression import sparse_regression
 from .texts import device_and_dtype, tokenizer_of
 
@@ -80,6 +81,8 @@ def compare(
         raise ConfigError(
             f"adapters={adapters!r}: a comparison needs two adapters at least; there are {sorted(configs)}."
         )
+    require_counts(features=features, batch_size=batch_size)
+    require_strength(multiplier)
     layers = {name: {layer.index: layer for layer in adapter_of(model, name)[2]} for name in names}
     device, _ = device_and_dtype(model)
     effects: dict[str, np.ndarray] = {}
@@ -143,8 +146,7 @@ def read_vector(
             f"{name!r} has space={config.space!r} and {other!r} has space={sparse.space!r}: read a dense adapter with "
             "the SAEs of a sparse one."
         )
-    if features < 1:
-        raise ConfigError(f"features={features}: give a positive number.")
+    require_counts(features=features)
     saes = {layer.index: layer.yapo_sae[other] for layer in sparse_layers}
     device, _ = device_and_dtype(model)
     tables: list[pd.DataFrame] = []

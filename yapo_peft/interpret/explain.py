@@ -16,6 +16,7 @@ from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
+from .checks import features_by_layer, require_counts, require_strength
 from .neuronpedia import neuronpedia_labels, neuronpedia_link
 from .parts import Parts
 from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
@@ -40,7 +41,7 @@ def explain(
     tokenizer: PreTrainedTokenizerBase | None = None,
     multiplier: float = 1.0,
     top: int | None = 50,
-    features: Mapping[int, Sequence[int]] | None = None,
+    features: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     tokens: int = 8,
     texts: Iterable[Any] | None = None,
     labels: bool = True,
@@ -57,7 +58,8 @@ def explain(
         tokenizer: The model's; found by the model's name if None.
         multiplier: The strength at which it is read: at a negative one, features of positive entries are lowered.
         top: How many features of each block to list; None for all.
-        features: Which to list instead, for each block's index; those that the adapter does not move are left out.
+        features: Indices of those to list instead, of an adapter of one block, or for each block's index; those that
+            the adapter does not move are left out.
         tokens: How many promoted and suppressed tokens to list.
         texts: Texts to count on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.
         labels: Whether to ask Neuronpedia for labels, where the SAE is there and the machine is online.
@@ -70,11 +72,13 @@ def explain(
         - `layer`, `feature`: where; no feature for a dense vector, which is one row.
         - `value`: the code's entry, or the length of a dense vector.
         - `effect`: "constant" if the feature is raised, by the same at each token that is steered; "input-dependent" if
-          it is lowered, which only does something where it is on.
+          it is lowered, which only does something where it is on. What an SAE that normalises its input multiplies its
+          output by comes on top, at each token.
         - `decoder_norm`: length of the feature's direction in the residual stream.
-        - `reach`: how far the entry moves a token at most, `|multiplier * value| * decoder_norm`.
+        - `reach`: how far the entry moves a token at most, `|multiplier * value| * decoder_norm`; of an SAE that
+          normalises its input, times that token's scale.
         - `on`: share of the texts' tokens at which the feature is on; NaN without texts.
-        - `acts`: share of tokens at which the entry does something: 1 where it is constant.
+        - `acts`: share of the steered tokens at which the entry does something: 1 where it is constant.
         - `promotes`, `suppresses`: tokens that what the entry adds raises and lowers the most, through the model's
           final norm and unembedding.
         - `label`, `link`: from Neuronpedia, or None.
@@ -85,16 +89,14 @@ def explain(
         UnsupportedOperationError: The model's end cannot be read.
     """
     name, _, layers = adapter_of(model, adapter_name)
-    if multiplier == 0 or multiplier != multiplier:
-        raise ConfigError(f"multiplier={multiplier}: an adapter does nothing there; give another number.")
-    for option, value in (("top", top), ("tokens", tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option}={value}: give a positive number.")
+    require_strength(multiplier)
+    require_counts(tokens=tokens, **({} if top is None else {"top": top}))
+    wanted = None if features is None else features_by_layer(features, layers, name)
     tokenizer = tokenizer_of(model, tokenizer)
     device, dtype = device_and_dtype(model)
     with evaluating(model):
-        parts = [_listed(Parts.of(layer, name, device, dtype), top, features) for layer in layers]
-        batches = None if texts is None else text_batches(texts, tokenizer, batch_size, max_length)
+        parts = [_listed(Parts.of(layer, name, device, dtype), top, wanted) for layer in layers]
+        batches = None if texts is None else text_batches(texts, tokenizer, batch_size, max_length, model)
         shares = None if batches is None else _shares_on(model, layers, parts, batches, tokenizer)
         unembedding = Unembedding(model)
         tables = [
@@ -107,10 +109,10 @@ def explain(
     return cast(pd.DataFrame, table[columns]).astype(_DTYPES)
 
 
-def _listed(parts: Parts, top: int | None, features: Mapping[int, Sequence[int]] | None) -> Parts:
+def _listed(parts: Parts, top: int | None, features: dict[int, list[int]] | None) -> Parts:
     place = torch.arange(len(parts), device=parts.entries.device)
-    if features is not None and parts.sae is not None:
-        wanted = torch.tensor(list(features.get(parts.layer.index, [])), dtype=torch.long)
+    if features is not None:
+        wanted = torch.tensor(features.get(parts.layer.index, []), dtype=torch.long)
         place = place[torch.isin(parts.features, wanted).to(place.device)]
     elif top is not None:
         place = place[:top]
@@ -146,8 +148,9 @@ def _table(
             "acts": [1.0 if up else share for up, share in zip(raised, on, strict=True)],
             "promotes": promotes,
             "suppresses": suppresses,
-            "label": [known.get(feature) for feature in features],
-            "link": [_link(sae, feature) for feature in features],
+            # As objects, or pandas would make NaN of what is missing.
+            "label": pd.Series([known.get(feature) for feature in features], dtype=object),
+            "link": pd.Series([_link(sae, feature) for feature in features], dtype=object),
         }
     )
 

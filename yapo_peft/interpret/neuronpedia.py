@@ -41,7 +41,7 @@ def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[i
     if source is None:
         return {}
     file = _cache_folder() / f"{source.replace('/', '--')}.json"
-    known: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = _kept(file)
     wanted = [feature for feature in dict.fromkeys(features) if str(feature) not in known]
     if wanted and not _is_offline():
         before = len(known)
@@ -56,6 +56,16 @@ def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[i
                 partial.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
     found = {feature: known.get(str(feature)) for feature in features}
     return {feature: label for feature, label in found.items() if label}
+
+
+def _kept(file: Path) -> dict[str, str | None]:
+    """The labels of a file; what is none of them is left out, for it can be fetched again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    rows = content.items() if isinstance(content, dict) else ()
+    return {feature: label for feature, label in rows if label is None or isinstance(label, str)}
 
 
 def _fetched(url: str) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,10 @@ from ..files import replacing
 from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..sae import FrozenSAE
+from ..sae.identity import hash_tensors
 from ..tuner import YaPOLayer
-from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
+from .checks import features_by_layer, require_counts
+from .texts import base_of, device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs
 
 _SAVED_EVERY = 50
 
@@ -83,9 +86,13 @@ def contexts(
         DatasetError: A text is none.
     """
     name, _, all_layers = adapter_of(model, adapter_name)
-    wanted = _features_by_layer(features, all_layers, name)
-    if top < 1 or window < 0:
-        raise ConfigError(f"top={top}, window={window}: give one passage at least, and no negative number of tokens.")
+    wanted = features_by_layer(features, all_layers, name)
+    if not wanted:
+        raise ConfigError("features= is empty: name one feature at least.")
+    require_counts(top=top)
+    require_counts(0, window=window)
+    if resume is not None and Path(resume).is_dir():
+        raise ConfigError(f"resume={str(resume)!r} is a folder: name a file.")
     tokenizer = tokenizer_of(model, tokenizer)
     layers = [layer for layer in all_layers if layer.index in wanted]
     saes = {layer.index: cast(FrozenSAE, layer.yapo_sae[name]) for layer in layers}
@@ -93,15 +100,16 @@ def contexts(
         "features": {str(layer): found for layer, found in wanted.items()},
         "saes": {str(layer): sae.identity.content_hash for layer, sae in saes.items()},
         "options": [top, window, skip_first, max_length],
+        "model": _sample_of(model, layers),
     }
     search = _Search.resumed(None if resume is None else Path(resume), record, wanted)
-    remaining = islice(texts, search.done, None) if not isinstance(texts, str) else texts
     device, dtype = device_and_dtype(model)
     with evaluating(model):
         parts = {
             index: sae.select(torch.tensor(wanted[index], device=device), device, dtype) for index, sae in saes.items()
         }
-        batches = text_batches(remaining, tokenizer, batch_size, max_length)
+        require_texts(texts)
+        batches = text_batches(search.after_those_done(texts), tokenizer, batch_size, max_length, model)
         for count, batch in enumerate(tqdm(batches, desc="Reading texts", unit="batch"), 1):
             if any(len(tokens) > skip_first for tokens in batch):
                 outputs = unsteered_outputs(model, layers, padded(batch, tokenizer, device))
@@ -115,31 +123,12 @@ def contexts(
     return search.table(tokenizer)
 
 
-def _features_by_layer(
-    features: Sequence[int] | Mapping[int, Sequence[int]], layers: list[YaPOLayer], adapter_name: str
-) -> dict[int, list[int]]:
-    if not isinstance(features, Mapping):
-        if len(layers) != 1:
-            raise ConfigError(
-                f"The adapter steers blocks {[layer.index for layer in layers]}: give features by block, as "
-                f"{{{layers[0].index}: [...]}}."
-            )
-        features = {layers[0].index: features}
-    by_index = {layer.index: layer for layer in layers}
-    found: dict[int, list[int]] = {}
-    for index, chosen in features.items():
-        if index not in by_index:
-            raise ConfigError(f"features= names block {index}, and the adapter steers {sorted(by_index)}.")
-        sae = by_index[index].yapo_sae[adapter_name]
-        if sae is None:
-            raise ConfigError("A dense adapter has no features whose contexts could be found: give a sparse one.")
-        found[index] = list(dict.fromkeys(int(feature) for feature in chosen))
-        outside = [feature for feature in found[index] if not 0 <= feature < sae.identity.d_sae]
-        if outside:
-            raise ConfigError(f"Feature {outside[0]} is none of the {sae.identity.d_sae} of block {index}'s SAE.")
-    if not any(found.values()):
-        raise ConfigError("features= is empty: name one feature at least.")
-    return {index: found[index] for index in sorted(found) if found[index]}
+def _sample_of(model: nn.Module, layers: list[YaPOLayer]) -> str:
+    """A hash of some of the weights that decide what is read."""
+    base = base_of(model)
+    blocks = (next(layer.block.parameters()) for layer in layers)
+    weights = [base.get_input_embeddings().weight, *blocks]
+    return hash_tensors("", ((str(place), weight[:16]) for place, weight in enumerate(weights)))
 
 
 class _Search:
@@ -151,6 +140,8 @@ class _Search:
             (layer, feature): [] for layer, features in wanted.items() for feature in features
         }
         self._wanted = wanted
+        # Of all texts that were read: whole batches, whenever it is asked for.
+        self._read, self._expected = hashlib.sha256(), ""
         self.done = 0
 
     @classmethod
@@ -169,10 +160,25 @@ class _Search:
             content = None
         if not isinstance(content, dict) or content.get("search") != record:
             raise ConfigError(f"resume={str(file)!r} holds something else than this search: give another file.")
-        search.done = content["done"]
+        search.done, search._expected = content["done"], content["texts"]
         for layer, feature, passages in content["best"]:
             search.best[layer, feature] = [_Passage(**passage) for passage in passages]
         return search
+
+    def after_those_done(self, texts: Iterable[Any]) -> Iterator[Any]:
+        """The texts that were not read yet.
+
+        Raises:
+            ConfigError: Those that were read are other ones than in the file.
+        """
+        left = iter(texts)
+        for text in islice(left, self.done):
+            self._read.update(repr(text).encode())
+        if self.done and self._read.hexdigest() != self._expected:
+            raise ConfigError(f"resume={str(self._file)!r} was made from other texts: give these, or another file.")
+        for text in left:
+            self._read.update(repr(text).encode())
+            yield text
 
     def add(self, layer: int, batch: list[list[int]], values: torch.Tensor, top: int, window: int, first: int) -> None:
         """Looks at the features of one block, `(batch, seq, n)`."""
@@ -196,9 +202,10 @@ class _Search:
         if self._file is None:
             return
         best = [[*key, [asdict(passage) for passage in passages]] for key, passages in self.best.items()]
+        content = {"search": self._record, "done": self.done, "texts": self._read.hexdigest(), "best": best}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self._file) as partial:
-            partial.write_text(json.dumps({"search": self._record, "done": self.done, "best": best}), encoding="utf-8")
+            partial.write_text(json.dumps(content), encoding="utf-8")
 
     def table(self, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
         """What was found."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
-from ..pairs import padding_of
+from ..pairs import common_prefix, padding_of, prompt_ids
 from ..tuner import YaPOLayer, steering
 from ..tuner.observe import block_outputs
+from .checks import require_counts
 
 _SHAPES = "give texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
 
@@ -33,11 +35,7 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         DatasetError: It is something else.
     """
     if isinstance(text, dict):
-        row = cast(dict[str, Any], text)
-        found = next((row[name] for name in ("text", "messages") if row.get(name)), None)
-        if found is None and row.get("prompt"):
-            found = row["prompt"] + (row.get("chosen") or row.get("completion") or type(row["prompt"])())
-        text = found
+        text = _of_row(cast(dict[str, Any], text))
     if isinstance(text, str):
         return cast(list[int], tokenizer(text)["input_ids"])
     if isinstance(text, list) and text and isinstance(text[0], dict):
@@ -46,19 +44,58 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     raise DatasetError(f"A text is {text!r}: {_SHAPES}.")
 
 
+def answer_start(text: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Where the answer of a row with a prompt and an answer starts in its tokens; None of other texts."""
+    if not isinstance(text, dict) or not text.get("prompt") or any(text.get(name) for name in ("text", "messages")):
+        return None
+    return common_prefix(prompt_ids(text["prompt"], tokenizer), ids)
+
+
+def _of_row(row: dict[str, Any]) -> Any:
+    found = next((row[name] for name in ("text", "messages") if row.get(name)), None)
+    if found is None and row.get("prompt"):
+        found = row["prompt"] + (row.get("chosen") or row.get("completion") or type(row["prompt"])())
+    if found is None:
+        raise DatasetError(f"A row has the columns {sorted(row)}, and no text in them: {_SHAPES}.")
+    return found
+
+
+def require_texts(texts: Any) -> None:
+    """Raises unless something is a collection of texts.
+
+    Raises:
+        DatasetError: It is one text, one row, or a table that gives its columns' names.
+    """
+    if isinstance(texts, str | Mapping | pd.DataFrame) or not isinstance(texts, Iterable):
+        rows = " (of a DataFrame: .to_dict('records'))" if isinstance(texts, pd.DataFrame) else ""
+        raise DatasetError(f"The texts are one {type(texts).__name__}: {_SHAPES}, in a list or a dataset{rows}.")
+
+
+def window_of(model: nn.Module) -> int | None:
+    """How many tokens a model takes, if its config says so."""
+    return getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def text_batches(
-    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int, model: nn.Module
 ) -> Iterator[list[list[int]]]:
-    """Batches of tokens, `batch_size` texts each, as they come; what exceeds `max_length` tokens is left out.
+    """Batches of tokens, `batch_size` texts each, as they come.
+
+    What exceeds `max_length` tokens of a text, or what the model takes, is left out.
 
     Raises:
         ConfigError: A size is not positive.
-        DatasetError: `texts` is one string, or one of them is no text.
+        DatasetError: They are no texts, or one of them is none.
     """
-    if batch_size < 1 or max_length < 1:
-        raise ConfigError(f"batch_size={batch_size}, max_length={max_length}: give one text and one token at least.")
-    if isinstance(texts, str):
-        raise DatasetError(f"The texts are one string: {_SHAPES}.")
+    require_counts(batch_size=batch_size, max_length=max_length)
+    require_texts(texts)
+    max_length = min(max_length, window_of(model) or max_length)
+    return _batches(texts, tokenizer, batch_size, max_length)
+
+
+def _batches(
+    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+) -> Iterator[list[list[int]]]:
     batch: list[list[int]] = []
     for text in texts:
         batch.append(tokens_of(text, tokenizer)[:max_length])

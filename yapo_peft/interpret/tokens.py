@@ -15,8 +15,9 @@ from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..tuner import YaPOLayer, steering
 from ..tuner.blocks import hidden_states
+from .checks import require_counts
 from .parts import Parts
-from .texts import device_and_dtype, padded, tokenizer_of, tokens_of
+from .texts import answer_start, device_and_dtype, padded, tokenizer_of, tokens_of, window_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def token_effects(
 ) -> TokenEffects:
     """Says of each token of a prompt which features were on, raised or cut, and how far the residual stream moved.
 
-    With several steered blocks, each is read as it runs, above those that are steered below it. The model is not
+    With several steered blocks, each is read as it runs, above those that are steered below it. An adapter that steers
+    answers alone is read on a row with a prompt and an answer; a prompt alone it leaves as it is. The model is not
     changed.
 
     Args:
@@ -63,12 +65,14 @@ def token_effects(
         DatasetError: The prompt is none.
     """
     name, _, layers = adapter_of(model, adapter_name)
-    if top < 0:
-        raise ConfigError(f"top={top}: give a number of 0 or more.")
+    require_counts(0, top=top)
     tokenizer = tokenizer_of(model, tokenizer)
     ids = tokens_of(prompt, tokenizer)
     if not ids:
         raise ConfigError("The prompt is empty: there is no token to steer.")
+    window = window_of(model)
+    if window is not None and len(ids) > window:
+        raise ConfigError(f"The prompt has {len(ids)} tokens, and the model takes {window}: shorten it.")
     texts = [cast(str, tokenizer.decode([token])) for token in ids]
     found: dict[int, dict[str, Any]] = {}
 
@@ -82,11 +86,15 @@ def token_effects(
         return hook
 
     device, _ = device_and_dtype(model)
+    inputs, start = padded([ids], tokenizer, device), answer_start(prompt, ids, tokenizer)
+    if start is not None and any(layer.positions[name] != "all" for layer in layers):
+        inputs["labels"] = inputs["input_ids"].clone()
+        inputs["labels"][:, :start] = -100
     with evaluating(model), torch.no_grad(), steering(model, multiplier, name):
         # Before the hook that steers.
         handles = [layer.block.register_forward_hook(read(layer), prepend=True) for layer in layers]
         try:
-            model(**padded([ids], tokenizer, device), use_cache=False)
+            model(**inputs, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -21,6 +21,8 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[str, YaPOCon
     """
     configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
     name = adapter_name if adapter_name is not None else getattr(model, "active_adapter", None)
+    if adapter_name is None and not isinstance(name, str):  # a model of transformers
+        name = next((layer.active_adapters[0] for layer in steered_layers(model) if layer.active_adapters), None)
     config = configs.get(name) if isinstance(name, str) else None
     if not isinstance(name, str) or not isinstance(config, YaPOConfig):
         known = ", ".join(repr(key) for key, value in configs.items() if isinstance(value, YaPOConfig)) or "none"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..sae import FrozenSAE
-from ..tuner.sparsity import keep_largest
+from ..tuner.sparsity import keep_largest, reach
 from .adapters import layers_of, write
 
 
@@ -21,13 +21,15 @@ def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, 
         max_features: How many to keep, of all its blocks together.
         adapter_name: The adapter; the active one if None.
         rescale: Whether to stretch what is kept, so that strength 1 goes on to mean about the same: at each block, the
-            positive entries together move activations as far as before, and so do the negative ones at strength -1.
+            positive entries together move activations as far as before, and so do the negative ones at strength -1, if
+            any of that sign are kept. Entries that nearly cancel are not stretched by more than pruning took away: the
+            sum of all entries' reaches, by that of those that are kept.
 
     Raises:
         ConfigError: There is no such adapter, it is dense, or `max_features` is not positive.
     """
-    if max_features < 1:
-        raise ConfigError(f"max_features={max_features}: keep one feature at least.")
+    if isinstance(max_features, bool) or not isinstance(max_features, int) or max_features < 1:
+        raise ConfigError(f"max_features={max_features!r}: keep a whole number of features, one at least.")
     name, layers = layers_of(model, adapter_name, "sae", "Pruning")
     codes = [layer.code(name).detach() for layer in layers]
     saes = [sae for layer in layers if isinstance(sae := layer.yapo_sae[name], FrozenSAE)]
@@ -40,10 +42,15 @@ def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, 
 
 def _stretched(pruned: Tensor, code: Tensor, sae: FrozenSAE) -> Tensor:
     """A pruned code whose entries of either sign, together, are as long in the residual stream as the code's."""
-    positive, negative = (
-        _length(code * side, sae) / max(_length(pruned * side, sae), 1e-12) for side in (code > 0, code < 0)
-    )
+    positive, negative = (_stretch(pruned * side, code * side, sae) for side in (code > 0, code < 0))
     return torch.where(pruned > 0, positive * pruned, negative * pruned)
+
+
+def _stretch(pruned: Tensor, code: Tensor, sae: FrozenSAE) -> float:
+    if not pruned.any():
+        return 1.0
+    most = float(reach(code, sae).sum() / reach(pruned, sae).sum())
+    return min(_length(code, sae) / max(_length(pruned, sae), 1e-12), most)
 
 
 def _length(code: Tensor, sae: FrozenSAE) -> float:

@@ -14,14 +14,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from ..evaluation import Damage, MultipleChoice, Scores, sweep
+from ..evaluation import Damage, MultipleChoice, Preference, Scores, sweep
 from ..generation import answer
 from ..interpret import Attribution, attribute, contexts, explain
-from ..interpret.texts import base_of, tokenizer_of
+from ..interpret.checks import require_counts, require_strength
+from ..interpret.texts import base_of, require_texts, tokenizer_of
 from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..pairs import prompt_ids
 from ..tuner import YaPOConfig, YaPOLayer, steering
+from ..tuner.strength import require_enabled
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -103,13 +105,17 @@ def collect_report(
         DatasetError: The dataset is empty, or a pair lacks a column or an answer.
     """
     name, config, layers = adapter_of(model, adapter_name)
+    require_enabled(model)
+    require_strength(multiplier)
+    require_counts(top=top, steps=steps, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    require_counts(0, attributed=attributed, prompts=prompts)
+    if text is not None:
+        require_texts(text)
     if len(set(multipliers)) < 2:
         raise ConfigError(f"multipliers={list(multipliers)}: a dose-response needs at least two strengths.")
-    for option, value in (("attributed", attributed), ("prompts", prompts)):
-        if value < 0:
-            raise ConfigError(f"{option}={value}: give a number of 0 or more.")
     tokenizer = tokenizer_of(model, tokenizer)
-    pairs = [dict(row) for row in dataset]
+    pairs = list(dataset)
+    Preference().batches(pairs, tokenizer, 1)  # so that a pair that cannot be read is an error before any work
     texts = list(pairs if text is None else text)
     preference = sweep(model, pairs, tokenizer, multipliers, adapter_name=name, batch_size=batch_size)
     running = [_running(row, tokenizer) for row in texts]
@@ -146,7 +152,7 @@ def collect_report(
         tokenizer=tokenizer,
         multiplier=multiplier,
         top=top,
-        features=None if found is None else _worth_listing(found.features, top),
+        features=None if found is None else _worth_listing(found.features, top) or None,
         texts=texts,
         labels=labels,
         batch_size=batch_size,

@@ -36,15 +36,22 @@ def write_report(
         ImportError: matplotlib or jinja2 is not installed.
     """
     path = Path(path)
-    if path.suffix != ".html":
-        raise ConfigError(f"path={str(path)!r}: a report is an HTML file, so give a name that ends in '.html'.")
-    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
-        raise ImportError("Reports need matplotlib and jinja2: pip install 'yapo-peft[report]'.")
+    require_page(path)
     page = render_report(collect_report(model, dataset, *args, **options))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
+
+
+def require_page(path: Path) -> None:
+    """Raises before any work if a page could not be written."""
+    if path.suffix != ".html":
+        raise ConfigError(f"path={str(path)!r}: a report is an HTML file, so give a name that ends in '.html'.")
+    if path.is_dir():
+        raise ConfigError(f"path={str(path)!r} is a folder: name a file.")
+    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
+        raise ImportError("Reports need matplotlib and jinja2: pip install 'yapo-peft[report]'.")
 
 
 def render_report(contents: ReportContents) -> str:
@@ -59,9 +66,9 @@ def render_report(contents: ReportContents) -> str:
     attribution, knowledge = contents.attribution, contents.knowledge
     return environment.get_template("page.html").render(
         contents=contents,
-        doses=pictures.dose_response(contents.preference, ("margin", "accuracy")),
-        damage=pictures.dose_response(contents.damage, ("kl", "top_changed")),
-        knowledge=pictures.dose_response(knowledge, ("accuracy",)) if knowledge is not None else [],
+        doses=pictures.dose_response(contents.preference, ("margin", "accuracy"), "preference pairs"),
+        damage=pictures.dose_response(contents.damage, ("kl", "top_changed"), "running text"),
+        knowledge=pictures.dose_response(knowledge, ("accuracy",), "questions") if knowledge is not None else [],
         losses=pictures.losses(contents.history),
         bars=None if attribution is None else pictures.attribution_bars(attribution.features),
         strengths=_strengths(contents),
@@ -111,7 +118,8 @@ def _features(contents: ReportContents) -> list[dict[str, Any]]:
             for token, value in zip(passage["tokens"], passage["values"], strict=True)
         ]
         passages.setdefault(_key(passage), []).append({"peak": passage["peak"], "tokens": marked})
-    return [{**row, "passages": passages.get(_key(row), [])} for row in rows]
+    said = [{name: row[name] if isinstance(row[name], str) else None for name in ("label", "link")} for row in rows]
+    return [{**row, **own, "passages": passages.get(_key(row), [])} for row, own in zip(rows, said, strict=True)]
 
 
 def _key(row: dict[Any, Any]) -> tuple[int, int | None]:

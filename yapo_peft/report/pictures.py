@@ -48,14 +48,27 @@ def figure_as_svg(figure: Figure, text: str) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    # Names that nothing refers to go, and the others become the picture's own: a page has several.
+    own = re.sub(r"\W+", "-", text)
+    named, seen = set(re.findall(r"#([\w.-]+)", svg)), set[str]()
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[1]
+        is_needed = name in named and name not in seen
+        seen.add(name)
+        return f' id="{own}-{name}"' if is_needed else ""
+
+    svg = re.sub(r' id="([\w.-]+)"', renamed, svg)
+    svg = re.sub(r'(url\(|href=")#([\w.-]+)', rf"\g<1>#{own}-\2", svg)
     label = text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return re.sub(r"^<svg ", f'<svg role="img" aria-label="{label}" ', svg)
 
 
-def dose_response(scores: Scores, metrics: Sequence[str]) -> list[str]:
+def dose_response(scores: Scores, metrics: Sequence[str], of: str) -> list[str]:
     """Metrics against the strength, a picture each, so that a narrow page can put them below each other."""
     return [
-        figure_as_svg(dose_response_figure(scores, "", metrics=[metric]), f"{metric} by strength") for metric in metrics
+        figure_as_svg(dose_response_figure(scores, "", metrics=[metric]), f"{metric} on {of} by strength")
+        for metric in metrics
     ]
 
 

@@ -54,7 +54,7 @@ def model_card(
         dataset: Name of the preference dataset that it was trained on.
         metrics: Its evaluation, by name.
         training: Settings of the training, by name.
-        features: What `yapo_peft.interpret.explain` returned; its first rows are listed.
+        features: The table that `yapo_peft.interpret.explain` returned; its first rows are listed.
         picture: Name of a picture beside the card, such as a dose-response.
         chat: Whether the snippet uses the tokenizer's chat template.
 
@@ -166,12 +166,11 @@ def _features(table: Any) -> str:
     for row in table.head(_FEATURES).to_dict("records"):
         # Of a dense adapter there is none.
         name = str(row["feature"]) if isinstance(row["feature"], int) else "vector"
-        linked = f"[{name}]({row['link']})" if row["link"] else name
+        label, link = (row[column] if isinstance(row[column], str) else "" for column in ("label", "link"))
+        linked = f"[{name}]({link})" if link else name
         tokens = [" ".join(_code(token) for token in row[column]) for column in ("promotes", "suppresses")]
-        label = _cell(row["label"] or "")
-        lines.append(
-            f"| {row['layer']} | {linked} | {row['value']:+.3g} | {row['effect']} | {' | '.join(tokens)} | {label} |"
-        )
+        cells = [str(row["layer"]), linked, f"{row['value']:+.3g}", row["effect"], *tokens, _cell(label)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

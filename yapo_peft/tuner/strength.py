@@ -78,6 +78,16 @@ def steered_layers(model: nn.Module) -> list[YaPOLayer]:
     return sorted(found, key=lambda layer: layer.index)
 
 
+def require_enabled(model: nn.Module) -> None:
+    """Raises if adapters are disabled, and a measurement at any strength would be one without steering.
+
+    Raises:
+        ConfigError: They are.
+    """
+    if any(layer.disable_adapters for layer in steered_layers(model)):
+        raise ConfigError("The adapters are disabled: leave disable_adapter(), or call enable_adapter_layers().")
+
+
 def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
     """The lowest layer that an adapter in use steers, of layers from the bottom up; None if none does."""
     return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
