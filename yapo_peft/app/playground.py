@@ -16,8 +16,7 @@ import pandas as pd
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
@@ -27,6 +26,7 @@ from ..modes import evaluating
 from ..pairs import prompt_ids
 from ..tuner import YaPOConfig, steering
 from ..tuner.strength import mark_lowest, steered_layers
+from .streaming import RowStreamer, StopWhenSet
 
 _CODE = "adapter_model.safetensors"
 
@@ -116,7 +116,7 @@ class Playground:
 
         def work() -> None:
             try:
-                self._generate(ids, dials, max_new_tokens, temperature, seed, _Rows(steps), stop)
+                self._generate(ids, dials, max_new_tokens, temperature, seed, RowStreamer(steps), stop)
                 steps.put(None)
             except BaseException as error:
                 steps.put(error)
@@ -203,7 +203,7 @@ class Playground:
         max_new_tokens: int,
         temperature: float,
         seed: int,
-        streamer: BaseStreamer,
+        streamer: RowStreamer,
         stop: threading.Event,
     ) -> None:
         device, _ = device_and_dtype(self.model)
@@ -219,7 +219,7 @@ class Playground:
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
+                stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
                 **sampling,
             )
 
@@ -263,32 +263,6 @@ class Playground:
             raise ConfigError(f"{source!r} is an adapter of another method ({type(config).__name__}).")
         if Path(source).is_dir() and not (Path(source) / _CODE).is_file():
             raise AdapterFileError(f"{source!r} has no {_CODE}; other formats can run code, and are not loaded here.")
-
-
-class _Rows(BaseStreamer):
-    """Puts the tokens of each step, `(rows,)`, into a queue; the prompt is left out."""
-
-    def __init__(self, steps: queue.Queue[Any]) -> None:
-        self._steps = steps
-        self._is_prompt = True
-
-    def put(self, value: Tensor) -> None:
-        if not self._is_prompt:
-            self._steps.put(value.cpu())
-        self._is_prompt = False
-
-    def end(self) -> None:
-        pass
-
-
-class _Stopped(StoppingCriteria):
-    """Ends a generation that nobody waits for any more."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # pyright: ignore
-        return torch.full((len(input_ids),), self._stop.is_set(), device=input_ids.device)
 
 
 def _from_hub(source: str) -> PeftConfig:
