@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, sweep
 from yapo_peft.data import with_system_prompt
 from yapo_peft.evaluation import Damage, MultipleChoice, Scores
 from yapo_peft.files import replacing
-from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
+from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast, prune
 
 _COARSE = (0.25, 1.0, 4.0)
 
@@ -31,12 +31,16 @@ class Method:
 
     Attributes:
         space: "sae" or "dense"; None for a system prompt.
-        fit: "caa", "sas" or "random"; None if it is trained.
+        fit: "caa", "sas", "random" or "prune"; None if it is trained.
+        of: The method whose adapter is pruned, or whose length a random vector takes.
+        features: How many features pruning keeps.
     """
 
     name: str
     space: str | None = None
     fit: str | None = None
+    of: str | None = None
+    features: int | None = None
     tau: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -48,7 +52,7 @@ class Method:
     @property
     def is_random(self) -> bool:
         """Whether another seed gives something else."""
-        return self.is_trained or self.fit == "random"
+        return self.is_trained or self.fit in ("random", "prune")
 
     @property
     def setting(self) -> str:
@@ -103,7 +107,7 @@ class Bench:
             behaviour: What to steer towards.
             method: How.
             seed: Of the order of the data and the directions.
-            like: The cell whose length a random vector takes.
+            like: The cell of the method that it is made of.
         """
         folder = self.folder(behaviour.name, method, seed)
         if (folder / "adapter").is_dir() or method.space is None:
@@ -112,6 +116,9 @@ class Bench:
         log: list[dict[str, Any]] = []
         if method.is_trained:
             log = self._train(model, tokenizer, behaviour, method, seed)
+        elif method.fit == "prune":
+            model, _ = self.saved(like)
+            prune(model, cast(int, method.features), rescale=True)
         elif method.fit == "random":
             model.load_adapter(str(like / "adapter"), "like")
             fit_random(model, "like", seed=seed)

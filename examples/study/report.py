@@ -248,7 +248,7 @@ def _loss_lines(study: Any) -> list[Line]:
 
 def _draw(path: Path, study: Any, x: str, y: str, lines: list[Line]) -> None:
     """A panel for each behaviour, a line with its interval for each method."""
-    colours = dict(zip(study.methods, COLOURS, strict=False))
+    styles = dict(zip(study.methods, ((colour, dash) for dash in ("-", "--", ":") for colour in COLOURS), strict=False))
     behaviours, methods = list(study.behaviours), list(study.methods)
     lines = sorted(lines, key=lambda line: (behaviours.index(line[0]), methods.index(line[1])))
     panels = list(dict.fromkeys(panel for panel, _, _ in lines))
@@ -260,8 +260,9 @@ def _draw(path: Path, study: Any, x: str, y: str, lines: list[Line]) -> None:
     axes = dict(zip(panels, np.ravel(figure.subplots(rows, columns, squeeze=False)), strict=False))
     for panel, method, points in lines:
         at, mean, low, high = (np.array(values, dtype=float) for values in zip(*points, strict=True))
-        axes[panel].plot(at, mean, "o-", markersize=3, color=colours[method], label=method)
-        axes[panel].fill_between(at, low, high, color=colours[method], alpha=0.12, linewidth=0)
+        colour, dash = styles[method]
+        axes[panel].plot(at, mean, marker="o", linestyle=dash, markersize=3, color=colour, label=method)
+        axes[panel].fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
     labels: dict[str, Any] = {}
     for index, (panel, one) in enumerate(axes.items()):
         one.set(title=panel, xlabel=x, ylabel=y if index % columns == 0 else "")

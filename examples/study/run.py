@@ -123,11 +123,19 @@ class Study:
         gain = float(ends[0]["margin"][0] - ends[1]["margin"][0])
         return gain if gain == gain else -1e9  # too weak to do that damage
 
+    def make(self, behaviour: Behaviour, method: Method, seed: int) -> Path:
+        """Makes a cell, and before it the one that it is made of."""
+        like = None
+        if method.of is not None:
+            if method.of not in self.methods:
+                raise SystemExit(f"{method.name} is made of {method.of!r}: list that method before it.")
+            other = self.methods[method.of]
+            like = self.make(behaviour, other, seed if other.is_random else self.config["seeds"][0])
+        return self.bench.make(behaviour, method, seed, like)
+
     def measure(self, behaviour: Behaviour, method: Method, seed: int) -> None:
         """Makes a cell, and measures it."""
-        caa = next((other for other in self.methods.values() if other.fit == "caa"), None)
-        like = self.bench.folder(behaviour.name, caa, self.config["seeds"][0]) if caa is not None else None
-        folder = self.bench.make(behaviour, method, seed, like)
+        folder = self.make(behaviour, method, seed)
         self.bench.effect(behaviour, folder, method)
         self.bench.harm(folder, method)
         if seed == self.config["seeds"][0]:
@@ -141,7 +149,7 @@ class Study:
             found = load_culture(country, self.data / file, entry["questions"], entry["prompt"], self.config["pairs"])
             for name in entry["methods"]:
                 method = self.methods[name]
-                folder = self.bench.make(found.behaviour, method, seed)
+                folder = self.make(found.behaviour, method, seed)
                 for status, questions in found.questions.items():
                     base, prompt = folder.parents[2] / f"{status}-base.json", found.behaviour.prompts[1]
                     self.bench.choices(f"{status}.json", folder, method, questions, chat=True, base=base, prompt=prompt)
