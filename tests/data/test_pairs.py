@@ -171,3 +171,16 @@ def test_a_system_prompt_goes_before_each_prompt():
     assert texts[0]["prompt"] == "w9\n\nw1"
     with pytest.raises(DatasetError, match="has a system message already: 'w9'"):
         with_system_prompt(pairs, "w8")
+
+
+def test_whole_conversations_beside_a_prompt_are_cut_to_their_answers():
+    def said(role, text):
+        return {"role": role, "content": text}
+
+    answers = [said("assistant", "w3")], [said("assistant", "w4")]
+    rows = [{"prompt": "w1 w2", "chosen": [said("user", "w1 w2 "), *answers[0]], "rejected": answers[1]}]
+    pair = load_pairs(Dataset.from_list(rows))[0]
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([said("user", "w1 w2")], *answers)
+    rows[0]["chosen"][0]["content"] = "w9"
+    with pytest.raises(DatasetError, match="Row 0 has chosen starting with a message of the user"):
+        load_pairs(Dataset.from_list(rows))

@@ -207,3 +207,8 @@ def _wait_for(url, process, log):
         except OSError:
             time.sleep(0.5)
     raise AssertionError(log.read_text()[-2000:])
+
+
+def test_a_rubric_that_is_there_is_not_half_replaced():
+    with pytest.raises(ConfigError, match="'power-seeking' has a rubric of its own"):
+        Judge(None, "power-seeking", opposite="does nothing")

@@ -73,7 +73,7 @@ def test_scores_are_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is a column of the scores already"),
+        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is a column of the scores or their summary"),
         (lambda: Scores.concat([]), "no scores"),
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "do not go together"),
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "do not go together"),
@@ -199,3 +199,19 @@ def test_pictures_are_drawn(tmp_path):
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["dose.png", "loss.png", "matched.png"]
+
+
+def test_parts_that_cannot_be_told_apart_are_not_put_together():
+    table = pd.DataFrame({"multiplier": [0.0, 1.0], "example": [0, 0], "margin": [1.0, 2.0]})
+    scores = Scores(table, ("margin",))
+    with pytest.raises(ConfigError, match="measured twice at a strength"):
+        Scores.concat([scores, scores])
+    assert len(Scores.concat([scores.labelled(method="a"), scores.labelled(method="b")]).table) == 4
+    assert len(Scores.concat([scores.labelled(seed=0), scores.labelled(seed=1)]).summary()) == 2
+
+
+@pytest.mark.parametrize("name", ["examples", "margin_low", "margin", "answer"])
+def test_labels_do_not_hide_what_a_summary_says(name):
+    scores = Scores(pd.DataFrame({"multiplier": [0.0], "example": [0], "margin": [1.0]}), ("margin",))
+    with pytest.raises(ConfigError, match=f"'{name}' is a column"):
+        scores.labelled(**{name: 1})

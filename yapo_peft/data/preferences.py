@@ -33,7 +33,7 @@ def load_pairs(
     Args:
         source: As for `load_rows`.
         prompt: Column of the prompts, as texts or lists of messages; None if `chosen` and `rejected` start with them.
-        chosen: Column of the answers to prefer.
+        chosen: Column of the answers to prefer; of conversations that start with the prompt, what follows it is taken.
         rejected: Column of the other answers; None if there are none, as `generate_rejected` makes them.
         chat: Whether texts become messages of a user and an assistant, as a chat model wants them; False keeps them.
         keep: Other columns to keep.
@@ -46,7 +46,8 @@ def load_pairs(
 
     Raises:
         ConfigError: Neither `prompt` nor `rejected` is named, or `keep` names a column of the pairs.
-        DatasetError: A column is missing, holds neither texts nor messages, or no pair is left.
+        DatasetError: A column is missing, holds neither texts nor messages, an answer is a conversation that starts
+            otherwise than its prompt, or no pair is left.
     """
     if prompt is None and rejected is None:
         raise ConfigError("prompt=None, rejected=None: a prompt is what two answers both start with; name its column.")
@@ -68,6 +69,8 @@ def load_pairs(
     for index, row in enumerate(rows):
         row = dict(row)
         cells = {ours: _cell(row[theirs], ours, index, chat) for ours, theirs in columns.items()}
+        if chat:
+            cells = _without_prompts(cells, index)
         if not all(map(_says_something, cells.values())):
             empty.append(index)
         elif cells["chosen"] == cells.get("rejected"):
@@ -113,6 +116,22 @@ def _with_prompts(rows: Dataset, chosen: str, rejected: str) -> Dataset:
     both = rows.filter(lambda row: bool(row[chosen]) and bool(row[rejected]), desc="Leaving out empty answers")
     renamed = both.rename_columns({old: new for old, new in ((chosen, "chosen"), (rejected, "rejected")) if old != new})
     return renamed.map(extract_prompt, desc="Finding prompts")
+
+
+def _without_prompts(cells: dict[str, Any], index: int) -> dict[str, Any]:
+    """Messages whose answers do not say the prompt again, as those of whole conversations do."""
+    prompt, found = cells["prompt"], dict(cells)
+    for name in ("chosen", "rejected"):
+        answer = found.get(name) or []
+        start = [(message["role"], message["content"].strip()) for message in answer[: len(prompt)]]
+        if prompt and start == [(message["role"], message["content"].strip()) for message in prompt]:
+            found[name] = answer[len(prompt) :]
+        elif answer and answer[0]["role"] in ("user", "system"):
+            raise DatasetError(
+                f"Row {index} has {name} starting with a message of the {answer[0]['role']}, which is not its prompt: "
+                "give the answer alone, or the conversation with prompt=None."
+            )
+    return found
 
 
 def _cell(value: Any, column: str, index: int, chat: bool) -> Any:

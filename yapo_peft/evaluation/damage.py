@@ -90,6 +90,10 @@ class Repetition:
 
     n: int = 3
 
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n={self.n}: give one word at least.")
+
     def prompts(self, dataset: Any) -> list[Any]:
         """The prompts."""
         return prompts_of(dataset)

@@ -102,7 +102,12 @@ class Judge:
     usage: JudgeUsage = field(default_factory=JudgeUsage)
 
     def __post_init__(self) -> None:
-        if self.behaviour in RUBRICS and self.opposite is None:
+        if self.behaviour in RUBRICS and self.opposite is not None:
+            raise ConfigError(
+                f"opposite={self.opposite!r}: {self.behaviour!r} has a rubric of its own. Describe a behaviour in "
+                "words of your own, or leave opposite= out."
+            )
+        if self.behaviour in RUBRICS:
             self._shows, self._lacks = RUBRICS[self.behaviour]
         elif self.opposite is not None and self.behaviour.strip():
             self._shows, self._lacks = self.behaviour, self.opposite

@@ -42,9 +42,10 @@ class Scores:
 
         A `seed` tells repetitions of one measurement apart; all other labels tell measurements apart.
         """
-        taken = [name for name in labels if name in (*_OWN, *self.metrics)]
+        summarised = (f"{metric}_{end}" for metric in self.metrics for end in ("low", "high"))
+        taken = [name for name in labels if name in (*_OWN, *self.metrics, "examples", *summarised)]
         if taken:
-            raise ConfigError(f"{taken[0]!r} is a column of the scores already: give the label another name.")
+            raise ConfigError(f"{taken[0]!r} is a column of the scores or their summary: give the label another name.")
         return Scores(self.table.assign(**labels), self.metrics)
 
     @staticmethod
@@ -52,7 +53,8 @@ class Scores:
         """Several scores in one table.
 
         Raises:
-            ConfigError: They are of different metrics, or have different labels.
+            ConfigError: They are of different metrics, have different labels, or measure an example twice at a
+                strength.
         """
         if not parts:
             raise ConfigError("There are no scores to put together.")
@@ -63,7 +65,14 @@ class Scores:
                     f"Scores of {sorted(part.metrics)} with the labels {sorted(part.labels)} and of "
                     f"{sorted(first.metrics)} with {sorted(first.labels)} do not go together: compare like with like."
                 )
-        return Scores(pd.concat([part.table for part in parts], ignore_index=True), first.metrics)
+        table = pd.concat([part.table for part in parts], ignore_index=True)
+        keys = ["multiplier", "example", *first.labels]
+        if table.duplicated(keys).any():
+            raise ConfigError(
+                f"Some examples are measured twice at a strength, with the labels {first.labels}: tell the parts apart "
+                'with labelled(method="...") or labelled(seed=...).'
+            )
+        return Scores(table, first.metrics)
 
     def summary(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Means over examples, and over seeds where there are several, with bootstrap intervals.
