@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
-from ..interpret.texts import device_and_dtype, padded, unsteered_outputs
+from ..interpret.texts import device_and_dtype, padded, unsteered_outputs, window_of
 from ..methods.adapters import adapter_of, write
 from ..modes import evaluating
-from ..pairs import prompt_ids
+from ..pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
 from ..tuner.strength import mark_lowest, steered_layers
 from .streaming import RowStreamer, StopWhenSet
@@ -187,7 +187,7 @@ class Playground:
             raise ConfigError("The prompt is empty: say something to the model.")
         chat = getattr(self.tokenizer, "chat_template", None)
         ids = prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = window_of(self.model)
         if window is not None and len(ids) + max_new_tokens > window:
             raise ConfigError(
                 f"The prompt has {len(ids)} tokens, and the model's window of {window} has to hold {max_new_tokens} "
@@ -217,7 +217,7 @@ class Playground:
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),
                 max_new_tokens=max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                pad_token_id=padding_of(self.tokenizer),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
                 **sampling,

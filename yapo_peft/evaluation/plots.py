@@ -115,11 +115,6 @@ def plot_losses(
         ImportError: matplotlib is not installed.
     """
     _require_ending(path)
-    return _save(losses_figure(histories, title, metric=metric), path)
-
-
-def losses_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str, *, metric: str = "loss") -> Figure:
-    """As `plot_losses`, not saved yet."""
     figure = _figure(1)
     for colour, (name, history) in zip(_cycle(), histories.items(), strict=False):
         points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
@@ -129,7 +124,7 @@ def losses_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: s
         figure.axes[0].plot(*zip(*points, strict=True), color=colour, label=name)
     figure.axes[0].set(xlabel="step", ylabel=metric)
     figure.suptitle(title)
-    return _legend(figure)
+    return _save(_legend(figure), path)
 
 
 def _require_ending(path: str | Path) -> None:

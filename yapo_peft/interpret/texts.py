@@ -35,7 +35,7 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         DatasetError: It is something else.
     """
     if isinstance(text, dict):
-        text = _of_row(cast(dict[str, Any], text))
+        text = content_of_row(cast(dict[str, Any], text))
     if isinstance(text, str):
         return cast(list[int], tokenizer(text)["input_ids"])
     if isinstance(text, list) and text and isinstance(text[0], dict):
@@ -51,7 +51,12 @@ def answer_start(text: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) 
     return common_prefix(prompt_ids(text["prompt"], tokenizer), ids)
 
 
-def _of_row(row: dict[str, Any]) -> Any:
+def content_of_row(row: dict[str, Any]) -> Any:
+    """The text or messages of a row.
+
+    Raises:
+        DatasetError: It has no column of either.
+    """
     found = next((row[name] for name in ("text", "messages") if row.get(name)), None)
     if found is None and row.get("prompt"):
         found = row["prompt"] + (row.get("chosen") or row.get("completion") or type(row["prompt"])())

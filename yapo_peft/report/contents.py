@@ -18,7 +18,7 @@ from ..evaluation import Damage, MultipleChoice, Preference, Scores, sweep
 from ..generation import answer
 from ..interpret import Attribution, attribute, contexts, explain
 from ..interpret.checks import require_counts, require_strength
-from ..interpret.texts import base_of, require_texts, tokenizer_of
+from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
 from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..pairs import prompt_ids
@@ -118,7 +118,7 @@ def collect_report(
     Preference().batches(pairs, tokenizer, 1)  # so that a pair that cannot be read is an error before any work
     texts = list(pairs if text is None else text)
     preference = sweep(model, pairs, tokenizer, multipliers, adapter_name=name, batch_size=batch_size)
-    running = [_running(row, tokenizer) for row in texts]
+    running = [_running(row) for row in texts]
     damage = sweep(
         model,
         running,
@@ -201,11 +201,9 @@ def _worth_listing(features: pd.DataFrame, top: int) -> dict[int, list[int]]:
     return found
 
 
-def _running(row: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def _running(row: Any) -> str:
     """A row as running text."""
-    if isinstance(row, str):
-        return row
-    parts = row.get("text") or row.get("messages") or row["prompt"] + row["chosen"]
+    parts = row if isinstance(row, str) else content_of_row(row)
     return parts if isinstance(parts, str) else " ".join(str(message["content"]) for message in parts)
 
 
