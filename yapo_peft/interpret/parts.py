@@ -10,7 +10,7 @@ from torch import Tensor
 from ..sae.weights import SAEWeights
 from ..tuner import YaPOLayer
 from ..tuner.positions import tokens_to_steer
-from ..tuner.steering import Strength
+from ..tuner.steering import Strength, moved_features
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Parts:
         """
         on, scale = self.on(h)
         wanted = _per_row(strength, h) * self.entries
-        moved = wanted.expand_as(on) if self.sae is None else torch.where(on + wanted <= 0, -on, wanted)
+        moved = wanted.expand_as(on) if self.sae is None else moved_features(on, wanted)
         if scale is not None:
             moved = moved * scale
         mask = self.steered_tokens(h)

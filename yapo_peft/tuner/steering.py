@@ -30,6 +30,12 @@ def dense_shift(h: Tensor, vector: Tensor, strength: Strength) -> tuple[Tensor, 
     return shift.expand_as(h), moved.expand_as(h)[..., 0]
 
 
+def moved_features(features: Tensor, wanted: Tensor) -> Tensor:
+    """`ReLU(features + wanted) - features`: what was wanted of each feature, or what cuts it to zero."""
+    # Asked this way round, so that NaN in a code does not pass for a feature that is cut.
+    return torch.where(features + wanted <= 0, -features, wanted)
+
+
 def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: Strength) -> tuple[Tensor, Tensor]:
     """What steering adds to the output of a block.
 
@@ -53,9 +59,7 @@ def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, strength: Strength)
     if isinstance(strength, Tensor):
         strength = strength.to(code).view(-1, 1, 1)
     wanted = strength * code
-    features = features.to(wanted.dtype)
-    # Asked this way round, so that NaN in a code does not pass for a feature that is cut.
-    moved = torch.where(features + wanted <= 0, -features, wanted)
+    moved = moved_features(features.to(wanted.dtype), wanted)
     shift = moved.to(sae.W_dec.dtype) @ sae.W_dec
     if scale is not None:
         shift = shift * scale
