@@ -131,11 +131,20 @@ def test_the_command_reports_on_a_saved_adapter(pairs, tokenizer, tmp_path, caps
     assert "<h1>mine</h1>" in page
     assert "of 4 pairs" in page
     assert str(tmp_path) not in page
+    assert "## Features" not in (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    assert main([*arguments, "--card"]) == 0
+    card = (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    assert "## Features" in card
+    assert "(dose-response.png)" in card
+    assert (tmp_path / "mine" / "dose-response.png").stat().st_size > 1000
+    assert main([*arguments, "--card", "--pairs", "3"]) == 0
+    (tmp_path / "mine" / "README.md").unlink()
     for bad, message in (
         (["--pairs", "0"], "--pairs 0: give one at least"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--dataset", "nowhere.csv"], "There is no file 'nowhere.csv'"),
         (["--out", str(tmp_path)], "give a name that ends in '.html'"),
+        (["--card"], "There is no"),
         (["--dtype", "foo"], "dtype='foo': give 'auto'"),
     ):
         assert main([*arguments, *bad]) == 2

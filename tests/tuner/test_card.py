@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 from peft import get_peft_model
@@ -6,6 +8,7 @@ from tiny import make_model, make_sae, random_code, set_code
 import yapo_peft
 from yapo_peft import ConfigError, YaPOConfig, model_card
 from yapo_peft.interpret import explain
+from yapo_peft.tuner.card import add_findings
 
 
 def steered(**options):
@@ -101,3 +104,25 @@ def test_top_features_and_a_picture_are_in_the_card(tokenizer):
     table.at[2, "label"] = table.at[2, "link"] = float("nan")
     assert "nan" not in model_card(model, features=table).content
     assert "## Features" not in model_card(model).content
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_findings_go_into_a_card_that_is_there(tokenizer, at_end):
+    model = steered()
+    set_code(model, random_code(0.5))
+    table = explain(model, tokenizer=tokenizer, tokens=2)
+    written = "# Mine\n\nMy words.\n" + ("" if at_end else "\n## Versions\n\n- all\n\n## Thanks\n\nTo you.\n")
+    card = ModelCard(f"---\ntags:\n- mine\nlicense: mit\n---\n\n{written}")
+    once = add_findings(card, features=table, picture="doses.png")
+    assert once.data.tags == ["mine"]
+    assert re.findall("^## (.*)", once.text, re.MULTILINE) == ["What it does", "Features"] + (
+        [] if at_end else ["Versions", "Thanks"]
+    )
+    again = add_findings(once, features=table.tail(1), picture="others.png")
+    assert "My words." in again.text
+    assert "doses.png" not in again.text
+    assert again.text.count("## Features") == 1
+    assert again.text.count("| constant |") + again.text.count("| input-dependent |") == 1
+    assert "To you." in again.text or at_end
+    assert add_findings(again, features=table, picture="doses.png").content == once.content
+    assert "What it does" not in card.text

@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--dtype", default="auto", help="of the model's weights, such as bfloat16")
     parser.add_argument("--no_labels", action="store_true", help="do not ask Neuronpedia for labels")
+    parser.add_argument("--card", action="store_true", help="put the first features and a picture into its card, too")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write")
     return parser
 
@@ -42,14 +43,16 @@ def report(arguments: list[str]) -> int:
 
     from ..data import load_choices, load_pairs
     from ..errors import ConfigError
-    from ..report import write_report
+    from ..report import collect_report, save_page, write_short_form
     from ..report.contents import MULTIPLIERS, training_history
-    from ..report.page import require_page
+    from ..report.page import require_card, require_page
     from ..scripts.loading import load_model
 
     if options.pairs < 1:
         raise ConfigError(f"--pairs {options.pairs}: give one at least.")
     require_page(options.out)
+    if options.card:
+        require_card(options.adapter)
     text = None if options.text is None else _paragraphs(options.text.read_text(encoding="utf-8"))
     pairs = load_pairs(options.dataset, prompt=options.prompt, chosen=options.chosen, rejected=options.rejected)
     model, tokenizer = load_model(options.adapter, options.dtype)
@@ -57,9 +60,8 @@ def report(arguments: list[str]) -> int:
         pairs = load_pairs(
             options.dataset, prompt=options.prompt, chosen=options.chosen, rejected=options.rejected, chat=False
         )
-    path = write_report(
+    contents = collect_report(
         model.to(infer_device()),
-        options.out,
         pairs.select(range(min(options.pairs, len(pairs)))).to_list(),
         tokenizer,
         title=Path(options.adapter).name,
@@ -74,7 +76,9 @@ def report(arguments: list[str]) -> int:
         labels=not options.no_labels,
         batch_size=options.batch_size,
     )
-    print(f"The report is in {path}.")
+    print(f"The report is in {save_page(contents, options.out)}.")
+    if options.card:
+        print(f"Its short form is in {write_short_form(contents, options.adapter)}.")
     return 0
 
 

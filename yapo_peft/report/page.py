@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ConfigError
+from ..evaluation import plot_dose_response
 from ..files import replacing
+from ..tuner.card import add_findings
 from . import pictures
 from .contents import ReportContents, collect_report
+
+PICTURE = "dose-response.png"
 
 
 def write_report(
@@ -35,13 +40,55 @@ def write_report(
         ConfigError: As `collect_report`, or the path does not end in ".html".
         ImportError: matplotlib or jinja2 is not installed.
     """
-    path = Path(path)
-    require_page(path)
-    page = render_report(collect_report(model, dataset, *args, **options))
+    require_page(Path(path))
+    return save_page(collect_report(model, dataset, *args, **options), path)
+
+
+def save_page(contents: ReportContents, path: str | Path) -> Path:
+    """As `write_report`, of what `collect_report` returned."""
+    path, page = Path(path), render_report(contents)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
+
+
+def write_short_form(contents: ReportContents, folder: str | Path) -> Path:
+    """Puts the first features and a picture of the dose-response into the card of a saved adapter.
+
+    What else its `README.md` says stays. `model.push_to_hub`, `yapo push` and `hf upload` send both files along.
+
+    Args:
+        contents: What `collect_report` returned.
+        folder: A folder that `save_pretrained` or a trainer wrote.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        ConfigError: There is no adapter with a card in the folder.
+        ImportError: matplotlib is not installed.
+    """
+    file = require_card(folder)
+    picture = plot_dose_response(
+        contents.preference, file.with_name(PICTURE), contents.title, metrics=["accuracy", "margin"]
+    )
+    card = add_findings(ModelCard.load(file), features=contents.features, picture=picture.name)
+    with replacing(file) as partial:
+        card.save(partial)
+    return file
+
+
+def require_card(folder: str | Path) -> Path:
+    """The card of a saved adapter.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    file = Path(folder) / "README.md"
+    if not file.is_file():
+        raise ConfigError(f"There is no {file}: give the folder of a saved adapter, which has a card.")
+    return file
 
 
 def require_page(path: Path) -> None:

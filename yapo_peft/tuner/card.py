@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -118,13 +119,32 @@ def card_of(
     if metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
         sections.append("## Evaluation\n\n| metric | value |\n|---|---|\n" + "\n".join(rows))
-    if picture is not None:
-        sections.append(f"## What it does\n\n![{_PICTURE}]({picture})")
-    if features is not None and len(features):
-        sections.append(f"## Features\n\n{_features(features)}")
+    sections += _found(features, picture)
     libraries = [name for name in _LIBRARIES if name != "sae-lens" or config.space == "sae"]
     sections.append("## Versions\n\n" + "\n".join(f"- {name} {version(name)}" for name in libraries))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def add_findings(card: ModelCard, *, features: Any = None, picture: str | None = None) -> ModelCard:
+    """Puts a table of features and a picture into a card, in place of those that it had; the rest of it stays.
+
+    Args:
+        card: The card of an adapter.
+        features: The table that `yapo_peft.interpret.explain` returned; its first rows are listed.
+        picture: Name of a picture beside the card.
+
+    Returns:
+        Another card.
+    """
+    card = ModelCard(card.content)
+    for section in _found(features, picture):
+        title = re.escape(section.split("\n", 1)[0])
+        own = re.search(rf"^{title} *\n.*?(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+        last = re.search(r"^## Versions", card.text, re.MULTILINE)
+        start = own.start() if own else last.start() if last else len(card.text)
+        end = own.end() if own else start
+        card.text = f"{card.text[:start].rstrip()}\n\n{section}\n\n{card.text[end:].lstrip()}".rstrip() + "\n"
+    return card
 
 
 def save_card(config: YaPOConfig, folder: Path) -> None:
@@ -158,6 +178,16 @@ def _layers(config: YaPOConfig) -> str:
         hashed = str(identity.get("content_hash", ""))[:12]
         lines.append(f"| {layer} | {name} | {identity.get('d_sae')} | {identity.get('architecture')} | `{hashed}` |")
     return "\n".join([*lines, "", steered])
+
+
+def _found(features: Any, picture: str | None) -> list[str]:
+    """The sections of what was measured and read."""
+    sections: list[str] = []
+    if picture is not None:
+        sections.append(f"## What it does\n\n![{_PICTURE}]({picture})")
+    if features is not None and len(features):
+        sections.append(f"## Features\n\n{_features(features)}")
+    return sections
 
 
 def _features(table: Any) -> str:
