@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := yapo_peft tests examples benchmarks
+SOURCES := yapo_peft yapo_cli tests examples benchmarks
 
 .PHONY: demo test lint types wheel support format clean
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from tiny import VOCABULARY, inference_sae, make_sae, preference_rows
 from transformers import PreTrainedTokenizerFast
 
-import yapo_peft  # noqa: F401  registers the method
+import yapo_peft
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def pairs() -> Dataset:
     """Eight conversational preference pairs."""
     return Dataset.from_list(preference_rows())
+
+
+@pytest.fixture
+def saved_adapter(tmp_path: Path, tokenizer) -> Path:
+    """Folder of a self-contained sparse adapter at block 2; its model and tokenizer are in `tmp_path / "base"`."""
+    from peft import get_peft_model
+    from tiny import make_model, random_code, set_code
+
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = get_peft_model(make_model(), yapo_peft.YaPOConfig(layers=2, sae=make_sae(), self_contained=True))
+    set_code(model, random_code(scale=2.0))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"

@@ -26,6 +26,7 @@ AREAS = (
     "Many processes",
     "Devices",
     "Hub",
+    "Commands",
 )
 HEAD = """\
 # What works, and what does not

@@ -160,8 +160,8 @@ def test_two_processes_share_the_work(tmp_path, tokenizer):
     rows = [{"q": row["prompt"][0]["content"], "a": row["chosen"][0]["content"]} for row in PROMPTS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = (
-        f"--model {tmp_path / 'model'} --dataset {tmp_path / 'rows.jsonl'} --prompt q --chosen a --max_new_tokens 6 "
-        "--batch_size 2 --shard_size 4"
+        f"--model {tmp_path / 'model'} --dataset {tmp_path / 'rows.jsonl'} --prompt q --chosen a --max-new-tokens 6 "
+        "--batch-size 2 --shard-size 4"
     ).split()
     launch = [
         sys.executable,
@@ -173,7 +173,7 @@ def test_two_processes_share_the_work(tmp_path, tokenizer):
         "--num_machines",
         "1",
     ]
-    module = ["-m", "yapo_peft.scripts.rejected", *arguments, "--output_dir"]
+    module = ["-m", "yapo_cli", "data", "reject", *arguments, "--output-dir"]
     for name, command in (
         ("one", [sys.executable]),
         ("two", [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"]),

@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny import make_model, make_sae, random_code, set_code
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from tiny import make_model, make_sae
 
+from yapo_cli import main
 from yapo_peft import ConfigError, Scores, UnsupportedOperationError, YaPOConfig, steering
-from yapo_peft.cli import main
 from yapo_peft.evaluation import evaluate_tasks, sweep_tasks
 
 DOCUMENTS = [{"q": f"w{3 * i} w{i + 1}", "o": [f"w{i + 5} w3", f"w{i + 9} w7"], "a": i % 2} for i in range(8)]
@@ -88,19 +88,13 @@ def test_an_adapter_that_steers_some_tokens_is_refused(tokenizer, task):
         evaluate_tasks(model, tokenizer, [task])
 
 
-def test_the_command_measures_a_saved_adapter(model, tokenizer, task, tmp_path, capsys, monkeypatch):
-    base = tmp_path / "base"
-    make_model().save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), self_contained=True))
-    set_code(model, random_code(scale=2.0))
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(tmp_path / "adapter")
+def test_the_command_measures_a_saved_adapter(saved_adapter, tokenizer, task, tmp_path, capsys):
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "own.yaml").write_text(json.dumps(task))
     arguments = [
-        "lm-eval", str(tmp_path / "adapter"), "--tasks", "own_choices", "--include_path", str(tmp_path / "tasks"),
-        "--multipliers", "0", "1", "--out", str(tmp_path / "scores.json"),
+        "eval", str(saved_adapter), "--tasks", "own_choices", "--include-path", str(tmp_path / "tasks"),
+        "--multipliers", "0,1", "--out", str(tmp_path / "scores.json"),
     ]  # fmt: skip
     assert main(arguments) == 0
     assert "own_choices" in capsys.readouterr().out

@@ -117,28 +117,34 @@ def texts():
     ]
 
 
-def values_of(texts, tokenizer, sae, layer, features):
+def values_of(model, texts, tokenizer, sae, layer, features):
     """How far features are on at each token of each text, one text at a time."""
-    base = make_model()
     found = []
     for text in texts:
-        hidden = base(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[layer + 1]
-        found.append(sae.encode(hidden.detach())[0].detach()[:, features])
+        with steering(model, 0.0):
+            hidden, _ = hidden_of(model, tokenizer(text, return_tensors="pt"), layer)
+        found.append(sae.encode(hidden).detach()[:, features])
     return found
 
 
 @pytest.mark.feature("Reading", "`contexts`: the passages in which features are on the most")
-@pytest.mark.parametrize("skip_first", [True, False])
+@pytest.mark.parametrize("skip_sinks", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_the_strongest_passages_are_found(skip_first, batch_size, texts, tokenizer):
+def test_the_strongest_passages_are_found(skip_sinks, batch_size, texts, tokenizer):
     model, saes = steered(layers=(2,))
     features = [5, 1, 17, 40]
+    sink = texts[0].split()[2]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(sink)] *= 100
     found = contexts(
-        model, features, iter(texts), tokenizer, top=3, window=1, skip_first=skip_first, batch_size=batch_size
+        model, features, iter(texts), tokenizer, top=3, window=1, skip_sinks=skip_sinks, batch_size=batch_size
     )
-    values = values_of(texts, tokenizer, saes[0], 2, features)
+    values = values_of(model, texts, tokenizer, saes[0], 2, features)
+    if skip_sinks:
+        for own, text in zip(values, texts, strict=True):
+            own[[place == 0 or word == sink for place, word in enumerate(text.split())]] = 0
     for column, feature in enumerate(features):
-        peaks = [(float(own[int(skip_first) :, column].max()), -index) for index, own in enumerate(values)]
+        peaks = [(float(own[:, column].max()), -index) for index, own in enumerate(values)]
         best = sorted((peak for peak in peaks if peak[0] > 0), reverse=True)[:3]
         rows = found[found["feature"] == feature]
         assert rows["rank"].tolist() == list(range(1, len(best) + 1))

@@ -159,7 +159,7 @@ def test_a_missing_split_is_named(workplace):
     ],
 )
 def test_the_command_names_bad_options_before_it_launches_anything(capsys, options, message):
-    from yapo_peft.cli import main
+    from yapo_cli import main
 
     assert main(["train", "--model_name_or_path", "m", "--output_dir", "x", "--bf16", "False", *options]) == 2
     assert capsys.readouterr().err.startswith(message)

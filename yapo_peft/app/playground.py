@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import re
-import shutil
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ..methods.adapters import adapter_of, write
 from ..modes import evaluating
 from ..pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
+from ..tuner.saving import save_adapter
 from ..tuner.strength import mark_lowest, steered_layers
 from .streaming import RowStreamer, StopWhenSet
 
@@ -166,21 +166,13 @@ class Playground:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             raise ConfigError(f"{name!r} is no name for an adapter here: use letters, digits, - and _.")
         target = self.folder / name
-        if target.exists():
-            raise ConfigError(f"{str(target)!r} is there already: give another name.")
         _, config, _ = adapter_of(self.model, adapter)
-        partial = target.with_name(f"{name}.partial")
         with self._lock, self._changed_codes(dials):
             before, config.multiplier = config.multiplier, float(dials.strengths.get(adapter, config.multiplier))
             try:
-                self.model.save_pretrained(str(partial), selected_adapters=[adapter])
+                return save_adapter(self.model, target, adapter)
             finally:
                 config.multiplier = before
-        # PEFT saves all adapters but the one called "default" in a folder of their own.
-        inner = partial / adapter
-        (inner if inner.is_dir() else partial).rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        return target
 
     def _ids(self, prompt: str, max_new_tokens: int) -> list[int]:
         if not prompt.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ _AXES = {
     "top_changed": "tokens after which another one is the likeliest (%)",
     "score": "mean score of the judge",
 }
+_MISSING = "Pictures need matplotlib: pip install 'yapo-peft[plots]'."
 _SHARES = ("accuracy", "repeated", "answered", "top_changed")
 
 
@@ -62,9 +64,7 @@ def dose_response_figure(
     unknown = [name for name in metrics if name not in scores.metrics]
     if unknown or not metrics:
         raise ConfigError(f"metrics={metrics!r}: choose from {', '.join(map(repr, scores.metrics))}.")
-    strengths = len(set(scores.table["multiplier"]))
-    if strengths < 2:
-        raise ConfigError(f"A dose-response needs at least two strengths, got {strengths}.")
+    _require_strengths(len(set(scores.table["multiplier"])))
     summary = scores.summary(**bootstrap)
     figure = _figure(len(metrics))
     for axes, metric in zip(figure.axes, metrics, strict=True):
@@ -127,17 +127,38 @@ def plot_losses(
     return _save(_legend(figure), path)
 
 
+def require_picture(path: str | Path, strengths: int) -> None:
+    """Raises before any work if a dose-response could not be drawn.
+
+    Args:
+        path: The file.
+        strengths: How many there will be.
+
+    Raises:
+        ConfigError: There are fewer than two strengths, or the path has no ending.
+        ImportError: matplotlib is not installed.
+    """
+    _require_ending(path)
+    _require_strengths(strengths)
+    if find_spec("matplotlib") is None:
+        raise ImportError(_MISSING)
+
+
 def _require_ending(path: str | Path) -> None:
-    """Raises before any work if a figure could not be saved."""
     if not Path(path).suffix:
         raise ConfigError(f"path={str(path)!r} has no ending, which chooses the format: give one such as '.png'.")
+
+
+def _require_strengths(strengths: int) -> None:
+    if strengths < 2:
+        raise ConfigError(f"A dose-response needs at least two strengths, got {strengths}.")
 
 
 def _figure(panels: int) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'yapo-peft[plots]'.") from error
+        raise ImportError(_MISSING) from error
     figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
     figure.subplots(1, panels)
     for axes in figure.axes:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +28,8 @@ from .checks import features_by_layer, require_counts
 from .texts import base_of, device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs
 
 _SAVED_EVERY = 50
+# On SmolLM2 the second token of a text can be 10 to 20 times as long as the median, and the first 140 times.
+_SINK = 5
 
 
 @dataclass(order=True)
@@ -50,7 +52,7 @@ def contexts(
     adapter_name: str | None = None,
     top: int = 5,
     window: int = 12,
-    skip_first: bool = True,
+    skip_sinks: bool = True,
     batch_size: int = 8,
     max_length: int = 512,
     resume: str | Path | None = None,
@@ -68,8 +70,9 @@ def contexts(
         adapter_name: The adapter; the active one if None.
         top: Passages of each feature.
         window: Tokens before and after the one where the feature is on the most.
-        skip_first: Whether to leave out the first token of each text, where many models have activations of an extreme
-            norm that say nothing of the text.
+        skip_sinks: Whether to leave out attention sinks: the first token of each text, and those whose activations are
+            more than five times as long as the median of its other tokens. They say nothing of the text, and SAEs are
+            not trained on them.
         batch_size: Texts per forward pass.
         max_length: Tokens of a text that are read.
         resume: A file that keeps what was found. A run that was stopped goes on there, with the same texts in the
@@ -78,7 +81,7 @@ def contexts(
     Returns:
         A row per feature and passage, the strongest first: `layer`, `feature`, `rank`, `peak` (how far it is on),
         `text` (index of the text), `position` (of the peak, in tokens of the text), and `tokens` and `values`, the
-        passage's tokens as texts and how far the feature is on at each. A feature that is never on has no row.
+        passage's tokens as texts and how far the feature is on at each, 0 at those left out. A feature that is never on has no row.
 
     Raises:
         ConfigError: There is no such adapter or feature, an argument has a value that cannot work, or `resume` is a
@@ -99,7 +102,7 @@ def contexts(
     record = {
         "features": {str(layer): found for layer, found in wanted.items()},
         "saes": {str(layer): sae.identity.content_hash for layer, sae in saes.items()},
-        "options": [top, window, skip_first, max_length],
+        "options": [top, window, skip_sinks, max_length],
         "model": _sample_of(model, layers),
     }
     search = _Search.resumed(None if resume is None else Path(resume), record, wanted)
@@ -111,16 +114,29 @@ def contexts(
         require_texts(texts)
         batches = text_batches(search.after_those_done(texts), tokenizer, batch_size, max_length, model)
         for count, batch in enumerate(tqdm(batches, desc="Reading texts", unit="batch"), 1):
-            if any(len(tokens) > skip_first for tokens in batch):
+            if any(batch):
                 outputs = unsteered_outputs(model, layers, padded(batch, tokenizer, device))
                 for layer in layers:
-                    values, _ = parts[layer.index].encode(outputs[layer.index])
-                    search.add(layer.index, batch, values.float(), top, window, int(skip_first))
+                    h = outputs[layer.index]
+                    values = parts[layer.index].encode(h)[0].float()
+                    if skip_sinks:
+                        values = values.masked_fill(_sinks(h, [len(tokens) for tokens in batch])[..., None], 0)
+                    search.add(layer.index, batch, values, top, window)
             search.done += len(batch)
             if count % _SAVED_EVERY == 0:
                 search.save()
     search.save()
     return search.table(tokenizer)
+
+
+def _sinks(h: Tensor, lengths: list[int]) -> Tensor:
+    """Which tokens of texts of these lengths are attention sinks, `(batch, seq)`, by a block's output."""
+    norms = h.float().norm(dim=-1)
+    others = [row[1:length] if length > 1 else row[:1] for row, length in zip(norms, lengths, strict=True)]
+    usual = torch.stack([row.median() for row in others])
+    sinks = norms > _SINK * usual[:, None]
+    sinks[:, 0] = True
+    return sinks
 
 
 def _sample_of(model: nn.Module, layers: list[YaPOLayer]) -> str:
@@ -180,20 +196,20 @@ class _Search:
             self._read.update(repr(text).encode())
             yield text
 
-    def add(self, layer: int, batch: list[list[int]], values: torch.Tensor, top: int, window: int, first: int) -> None:
+    def add(self, layer: int, batch: list[list[int]], values: Tensor, top: int, window: int) -> None:
         """Looks at the features of one block, `(batch, seq, n)`."""
         for row, tokens in enumerate(batch):
-            own = values[row, first : len(tokens)]
-            if not len(own):
+            if not tokens:
                 continue
+            own = values[row, : len(tokens)]
             peaks, at = own.max(dim=0)
             for column, (feature, peak) in enumerate(zip(self._wanted[layer], peaks.tolist(), strict=True)):
                 best = self.best[layer, feature]
                 if peak <= 0 or (len(best) == top and peak <= best[0].peak):
                     continue
-                position = int(at[column]) + first
+                position = int(at[column])
                 start, end = max(0, position - window), position + window + 1
-                shown = values[row, start : min(end, len(tokens)), column].tolist()
+                shown = own[start:end, column].tolist()
                 passage = _Passage(peak, -(self.done + row), position, tokens[start:end], shown)
                 (heapq.heappush if len(best) < top else heapq.heapreplace)(best, passage)
 

@@ -2,6 +2,7 @@
 
 from .caa import fit_caa
 from .contrast import AnswerStatistics, Contrast, FeatureStatistics, measure_contrast
+from .migrate import import_vectors
 from .prune import prune
 from .random_vector import fit_random
 from .sas import fit_sas
@@ -13,6 +14,7 @@ __all__ = [
     "fit_caa",
     "fit_random",
     "fit_sas",
+    "import_vectors",
     "measure_contrast",
     "prune",
 ]

@@ -1,9 +1,20 @@
 """The frozen sparse autoencoder: its weights, its identity, and where it comes from."""
 
+from .directory import ListedSAE, find_saes
 from .frozen import FrozenSAE
 from .identity import SAEIdentity
 from .loader import load_sae, neuronpedia_id, register_sae
 from .part import SAEPart
 from .weights import SAEWeights
 
-__all__ = ["FrozenSAE", "SAEIdentity", "SAEPart", "SAEWeights", "load_sae", "neuronpedia_id", "register_sae"]
+__all__ = [
+    "FrozenSAE",
+    "ListedSAE",
+    "SAEIdentity",
+    "SAEPart",
+    "SAEWeights",
+    "find_saes",
+    "load_sae",
+    "neuronpedia_id",
+    "register_sae",
+]

@@ -15,6 +15,7 @@ from .weights import Activation, SAEWeights
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 _ACTIVATIONS: dict[str, Activation] = {
     "standard": "relu",
@@ -99,13 +100,38 @@ def register_sae(sae: SAE[Any]) -> str:
     return frozen.identity.content_hash
 
 
+def saes_directory() -> dict[str, PretrainedSAELookup]:
+    """sae-lens' directory, by the name of the release."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return get_pretrained_saes_directory()
+
+
+def require_listed(release: str, sae_id: str) -> PretrainedSAELookup:
+    """A release of sae-lens' directory that has an SAE.
+
+    Raises:
+        SAENotFoundError: It has not, or there is no such release.
+    """
+    directory = saes_directory()
+    if release not in directory:
+        raise SAENotFoundError(
+            f"sae-lens knows no release {release!r}, and it is no 'owner/name' of a Hub repository. `yapo sae list` "
+            "and yapo_peft.sae.find_saes list those of a model."
+        )
+    if sae_id not in directory[release].saes_map:
+        known = sorted(directory[release].saes_map)
+        raise SAENotFoundError(
+            f"Release {release!r} has no SAE {sae_id!r}. It has {len(known)}, such as {', '.join(known[:5])}."
+        )
+    return directory[release]
+
+
 def neuronpedia_id(release: str | None, sae_id: str | None) -> str | None:
     """Where Neuronpedia has an SAE of a release, as "model/source"; None where sae-lens' directory does not say."""
     if release is None or sae_id is None:
         return None
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    found = get_pretrained_saes_directory().get(release)
+    found = saes_directory().get(release)
     return (found.neuronpedia_id.get(sae_id) or None) if found is not None else None
 
 
@@ -131,19 +157,9 @@ def _from_folder(path: str) -> SAE[Any]:
 
 def _from_release(release: str, sae_id: str) -> SAE[Any]:
     from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    directory = get_pretrained_saes_directory()
-    if release in directory and sae_id not in directory[release].saes_map:
-        known = sorted(directory[release].saes_map)
-        raise SAENotFoundError(
-            f"Release {release!r} has no SAE {sae_id!r}. It has {len(known)}, such as {', '.join(known[:5])}."
-        )
-    if release not in directory and "/" not in release:
-        raise SAENotFoundError(
-            f"sae-lens knows no release {release!r}, and it is no 'owner/name' of a Hub repository. The known ones are "
-            "listed by sae_lens.loading.pretrained_saes_directory.get_pretrained_saes_directory()."
-        )
+    if "/" not in release or release in saes_directory():
+        require_listed(release, sae_id)
     try:
         return SAE.from_pretrained(release, sae_id, device="cpu")
     except (OSError, ValueError) as error:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import typer
 
-def train(arguments: list[str]) -> int:
+
+def train(context: typer.Context) -> None:
+    """Learn an adapter from preference pairs: `trl dpo`, with options for the adapter. See `yapo train --help`."""
+    raise typer.Exit(launch(list(context.args)))
+
+
+def launch(arguments: list[str]) -> int:
     """Launches the training script.
 
     Options that the script does not know go to `accelerate launch`, such as `--num_processes 2`; `--accelerate_config`
@@ -20,16 +27,16 @@ def train(arguments: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from ..scripts.yapo import make_parser
+    from yapo_peft.scripts.yapo import make_parser
 
     *_, steering, from_config, from_command_line = make_parser("yapo train").parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     steering.config()  # so that a bad option is an error here, and not one of every process
-    launch = resolve_accelerate_config_argument(from_config + from_command_line)
+    launcher = resolve_accelerate_config_argument(from_config + from_command_line)
     script = _without(arguments, from_command_line)
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "--module", "yapo_peft.scripts.yapo", *script]))
+        launch_command(launch_command_parser().parse_args([*launcher, "--module", "yapo_peft.scripts.yapo", *script]))
     except CalledProcessError as error:
         # The script has said what is wrong; how it was started says nothing more.
         return error.returncode

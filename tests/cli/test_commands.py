@@ -1,0 +1,228 @@
+"""Each command on a saved adapter, beside the library that it stands for."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from datasets import load_dataset
+from peft import AutoPeftModelForCausalLM
+from tiny import D_MODEL, inference_sae, make_sae
+
+from yapo_cli import main
+from yapo_peft import Scores, steering, sweep
+from yapo_peft.generation import answer
+from yapo_peft.interpret import explain
+from yapo_peft.methods import fit_caa, measure_contrast, prune
+from yapo_peft.pairs import prompt_ids
+from yapo_peft.tuner.strength import steered_layers
+
+SHORT = ("--max-new-tokens", 4, "--json")
+
+
+def codes(model_or_folder, adapter_name="default"):
+    model = model_or_folder
+    if not isinstance(model, torch.nn.Module):
+        model = AutoPeftModelForCausalLM.from_pretrained(model)
+    return [layer.code(adapter_name).detach() for layer in steered_layers(model)]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command, and returns its status, what it printed, and what it complained of."""
+
+    def called(*arguments):
+        status = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return called
+
+
+@pytest.fixture
+def pairs_file(pairs, tmp_path):
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    return tmp_path / "pairs.jsonl"
+
+
+def as_messages(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.feature("Commands", "`yapo generate`: a batch of prompts at several strengths, or a conversation")
+def test_generate_answers_as_the_library_does(run, saved_adapter, tokenizer, tmp_path):
+    (tmp_path / "more.txt").write_text("w9\n\nw7 w8\n")
+    options = ("--max-new-tokens", 6, "--multipliers", "-2,0,1.5", "--batch-size", 4, "--json")
+    status, printed, _ = run("generate", saved_adapter, "w1 w2 w3", "--file", tmp_path / "more.txt", *options)
+    assert status == 0
+    rows = json.loads(printed)
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    assert [row["prompt"] for row in rows[::3]] == ["w1 w2 w3", "w9", "w7 w8"]
+    for row in rows:
+        ids = prompt_ids(as_messages(row["prompt"]), tokenizer)
+        with steering(model, row["multiplier"]):
+            ((said, finished),) = answer(model, tokenizer, [ids], max_new_tokens=6, do_sample=False)
+        assert (row["answer"], row["finished"]) == (said, finished)
+    assert len({row["answer"] for row in rows[:3]}) > 1
+    status, printed, _ = run("generate", saved_adapter, "w1 w2 w3", *options[:-1])
+    assert f"  -2  {rows[0]['answer']}\n  +0  {rows[1]['answer']}\n" in printed
+
+
+def test_sampling_can_be_repeated(run, saved_adapter):
+    options = ("generate", saved_adapter, "w1", "--max-new-tokens", 8, "--temperature", 5, "--json", "--seed")
+    once, again, other = (run(*options, seed)[1] for seed in (1, 1, 2))
+    assert once == again != other
+
+
+def test_plain_prompts_have_no_chat_template(run, saved_adapter, tokenizer):
+    _, printed, _ = run("generate", saved_adapter, "w1 w2", "--plain", "--multipliers", 0, *SHORT)
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    with steering(model, 0.0):
+        ((said, _),) = answer(model, tokenizer, [prompt_ids("w1 w2", tokenizer)], max_new_tokens=4, do_sample=False)
+    assert json.loads(printed)[0]["answer"] == said
+
+
+def test_a_conversation_remembers_and_changes_its_strength(run, saved_adapter, tokenizer, monkeypatch):
+    lines = iter(["w1 w2", "/strength 2", "w3", "/strength x", "/help", "/reset", "w1 w2", "/quit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    status, printed, _ = run("generate", saved_adapter, "--chat", "--multipliers", "-1", "--max-new-tokens", 4)
+    assert status == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    expected, messages = [], []
+    for strength, said in ((-1, "w1 w2"), (2, "w3"), (2, None)):
+        messages = as_messages("w1 w2") if said is None else [*messages, *as_messages(said)]
+        with steering(model, float(strength)):
+            ids = prompt_ids(messages, tokenizer)
+            ((text, _),) = answer(model, tokenizer, [ids], max_new_tokens=4, do_sample=False)
+        messages = [*messages, {"role": "assistant", "content": text}]
+        expected.append(f"[{strength:+d}] {text}")
+    spoken = [line.strip() for line in printed.splitlines() if line.startswith("[")]
+    assert spoken == [line.strip() for line in expected]
+    assert "write numbers with commas" in printed
+    assert "/reset" in printed
+
+
+@pytest.mark.feature("Commands", "`yapo sweep`: preference, choice or damage over strengths")
+@pytest.mark.parametrize("measure", ["preference", "choice", "damage"])
+def test_sweep_measures_as_the_library_does(run, saved_adapter, pairs_file, tmp_path, measure):
+    questions = [{"question": "w1 w2", "options": ["w3", "w4"], "answer": 1}] * 3
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 w6 " * 100)
+    files = {"preference": pairs_file, "choice": tmp_path / "questions.json", "damage": tmp_path / "text.txt"}
+    options = ("--measure", measure, "--multipliers", "-1,0,1", "--limit", 2, "--json")
+    outputs = ("--out", tmp_path / "scores.json", "--picture", tmp_path / "doses.png")
+    status, printed, complained = run("sweep", saved_adapter, "--dataset", files[measure], *options, *outputs)
+    assert status == 0, complained
+    rows = json.loads(printed)
+    assert [row["multiplier"] for row in rows] == [-1, 0, 1]
+    assert {row["examples"] for row in rows} == {2}
+    scores = Scores.load(tmp_path / "scores.json")
+    assert rows == json.loads(scores.summary().to_json(orient="records"))
+    assert (tmp_path / "doses.png").stat().st_size > 1000
+
+
+def test_sweep_reads_pairs_as_the_trainer_does(run, saved_adapter, tokenizer, pairs, pairs_file):
+    _, printed, _ = run("sweep", saved_adapter, "--dataset", pairs_file, "--multipliers", "2,0", "--json")
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    expected = sweep(model, pairs, tokenizer, (2.0, 0.0)).summary()
+    assert pd.DataFrame(json.loads(printed))["margin"].tolist() == pytest.approx(expected["margin"].tolist(), rel=1e-5)
+
+
+@pytest.mark.feature("Commands", "`yapo explain`: the features of an adapter as a table or JSON")
+def test_explain_says_what_the_library_does(run, saved_adapter, tokenizer, pairs, pairs_file):
+    options = ("--top", 3, "--multiplier", -2, "--dataset", pairs_file, "--json")
+    status, printed, _ = run("explain", saved_adapter, *options)
+    assert status == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    table = explain(model, tokenizer=tokenizer, top=3, multiplier=-2.0, texts=pairs.to_list(), labels=False)
+    assert [row["feature"] for row in json.loads(printed)] == table["feature"].tolist()
+    assert [row["promotes"] for row in json.loads(printed)] == table["promotes"].tolist()
+    status, printed, _ = run("explain", saved_adapter, "--top", 1, "--tokens", 2)
+    assert len(printed.splitlines()) == 2
+    assert "label" not in printed
+
+
+@pytest.mark.feature("Commands", "`yapo fit`, `yapo prune`, `yapo combine`: adapters from pairs or adapters")
+def test_fit_prune_and_combine_save_what_the_library_makes(run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path):
+    base = tmp_path / "base"
+    status, printed, _ = run(
+        "fit", "caa", "--model", base, "--layers", "1,2", "--dataset", pairs_file, "--out", tmp_path / "caa"
+    )
+    assert status == 0
+    assert str(tmp_path / "caa") in printed
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "caa").eval()
+    found = codes(model)
+    fit_caa(model, measure_contrast(model, pairs, tokenizer))
+    for saved, made in zip(found, codes(model), strict=True):
+        assert len(saved) == D_MODEL
+        torch.testing.assert_close(saved, made)
+
+    inference_sae(make_sae(), tmp_path / "sae")
+    options = ("--layers", 2, "--sae-path", tmp_path / "sae", "--dataset", pairs_file, "--tau", 0.9)
+    assert run("fit", "sas", "--model", base, *options, "--out", tmp_path / "sas")[0] == 0
+    assert codes(tmp_path / "sas")[0].any()
+
+    assert run("prune", saved_adapter, "--features", 5, "--rescale", "--out", tmp_path / "few")[0] == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter)
+    whole = codes(model)[0].clone()
+    prune(model, 5, rescale=True)
+    assert torch.equal(codes(tmp_path / "few")[0], codes(model)[0])
+
+    weights = ("--weights", "1,-0.5", "--out", tmp_path / "both")
+    status, _, complained = run("combine", saved_adapter, tmp_path / "few", *weights)
+    assert status == 0, complained
+    torch.testing.assert_close(codes(tmp_path / "both")[0], whole - 0.5 * codes(tmp_path / "few")[0])
+    assert sorted(file.name for file in (tmp_path / "both").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.feature("Commands", "`yapo data reject`: on-policy rejected answers, on one process or several")
+def test_data_reject_makes_pairs(run, saved_adapter, pairs, tmp_path):
+    rows = [{"q": row["prompt"][0]["content"], "a": row["chosen"][0]["content"]} for row in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--prompt", "q", "--chosen", "a", "--max-new-tokens", 4, "--temperature", 0)
+    status, printed, complained = run(
+        "data", "reject", "--model", tmp_path / "base", "--dataset", tmp_path / "rows.jsonl", *options,
+        "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, complained
+    files = [str(file) for file in (tmp_path / "out").glob("pairs-*.parquet")]
+    made = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert f"{len(made)} pairs are in" in printed
+    assert set(made.column_names) >= {"prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "{adapter}"), "give prompts or --file"),
+        (("generate", "{adapter}", "w1", "--chat"), "give prompts or --file"),
+        (("generate", "{adapter}", "w1", "--multipliers", "1,two"), "'1,two': write numbers with commas"),
+        (("generate", "{adapter}", "w1", "--multipliers", "nan"), "each number has to be finite"),
+        (("generate", "{base}", "w1"), "is a model without a steering adapter"),
+        (("generate", "{adapter}", "--chat", "--json"), "leave --json and --plain"),
+        (("sweep", "{adapter}", "--dataset", "nowhere.csv"), "There is no file 'nowhere.csv'"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses"), "has no ending"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--chosen", "best"), "no column 'best'"),
+        (("prune", "{adapter}", "--features", "5", "--out", "{adapter}"), "there is something already"),
+        (("combine", "{adapter}", "{adapter}", "--weights", "1", "--out", "new"), "1 numbers for 2 adapters"),
+        (("fit", "caa", "--model", "{base}", "--layers", "two", "--dataset", "{pairs}", "--out", "x"), "whole numbers"),
+        (("fit", "sas", "--model", "{base}", "--layers", "2", "--dataset", "{pairs}", "--out", "x"), "sae"),
+        (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': give 'auto'"),
+        (("push", "{base}", "me/mine"), "There is no adapter in"),
+        (("train", "--output_dir", "x", "--bf16", "False"), "There is no layer to steer"),
+        (("swep",), "No such command 'swep'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_status_2(run, saved_adapter, pairs_file, tmp_path, arguments, message):
+    places = {"adapter": saved_adapter, "base": tmp_path / "base", "pairs": pairs_file}
+    status, _, complained = run(*(argument.format(**places) for argument in arguments))
+    assert status == 2
+    assert message in " ".join(complained.replace("│", " ").split())
+
+
+def test_an_adapter_that_is_there_is_kept(run, saved_adapter):
+    before = (saved_adapter / "adapter_model.safetensors").read_bytes()
+    assert run("prune", saved_adapter, "--features", 5, "--out", saved_adapter)[0] == 2
+    assert (saved_adapter / "adapter_model.safetensors").read_bytes() == before

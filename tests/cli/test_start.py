@@ -1,0 +1,64 @@
+"""What the command costs before it does anything, and what it says of this machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from yapo_cli import main
+from yapo_cli.main import app
+
+
+def every_command(command=None, path=()):
+    command = get_command(app) if command is None else command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from every_command(inner, (*path, name))
+    if not getattr(command, "commands", {}):
+        yield path, command
+
+
+@pytest.mark.feature("Commands", "`yapo --help` and shell completion without importing torch")
+@pytest.mark.parametrize("arguments", [("--help",), ("generate", "--help"), ("fit", "sas", "--help"), ("--version",)])
+def test_help_leaves_heavy_packages_alone(arguments):
+    code = (
+        "import sys; from yapo_cli import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'peft', 'yapo_peft', 'pandas', 'numpy'} & set(sys.modules); "
+        "sys.exit(status or len(heavy))"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+COMMANDS = dict(every_command())
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids="-".join)
+def test_every_option_that_is_not_its_name_has_a_help(path):
+    command = COMMANDS[path]
+    assert command.help
+    obvious = {"max_new_tokens", "num_fewshot", "apply_chat_template", "port", "help"}
+    assert [option.name for option in command.params if option.name not in obvious and not option.help] == []
+
+
+def test_completion_knows_the_commands():
+    environment = {"_YAPO_COMPLETE": "complete_bash", "COMP_WORDS": "yapo ge", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "yapo_cli"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["generate"]
+
+
+@pytest.mark.feature("Commands", "`yapo doctor`: versions, devices, and what is missing for what")
+def test_doctor_says_what_there_is(capsys, monkeypatch):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"]["fits"]
+    assert found["devices"][-1]["device"] == "cpu"
+    assert found["hub"]["offline"]
+    monkeypatch.setattr("yapo_cli.doctor.find_spec", lambda name: None)
+    real = __import__("importlib.metadata").metadata.version
+    monkeypatch.setattr("yapo_cli.doctor.version", lambda name: "0.1" if name == "peft" else real(name))
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "pip install -U 'peft<0.22,>=0.21.2'" in printed
+    assert "pip install 'yapo-peft[app]'" in printed

@@ -1,0 +1,110 @@
+"""`yapo doctor`: what is installed, what it runs on, and what is missing for what."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from typing import Any
+
+import typer
+
+from .options import AsJson
+
+# What each part beyond the core needs, and how to get it.
+_PARTS = {
+    "pictures": (("matplotlib",), "pip install 'yapo-peft[plots]'"),
+    "yapo report": (("matplotlib", "jinja2"), "pip install 'yapo-peft[report]'"),
+    "yapo eval": (("lm_eval",), "pip install 'yapo-peft[eval]'"),
+    "yapo app": (("gradio",), "pip install 'yapo-peft[app]'"),
+    "quantised base models": (("bitsandbytes",), "pip install bitsandbytes"),
+    "DeepSpeed": (("deepspeed",), "pip install deepspeed"),
+}
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say which versions and devices there are, and what is missing for what.
+
+    Exit status 1 if a package of the core is missing or out of range.
+    """
+    from .output import print_json
+
+    packages, devices = _packages(), _devices()
+    parts = {name: {"ready": all(map(find_spec, modules)), "otherwise": fix} for name, (modules, fix) in _PARTS.items()}
+    hub = {
+        "offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        "logged in": _is_logged_in(),
+        "cache": os.environ.get("HF_HOME", "~/.cache/huggingface"),
+    }
+    found = {"python": sys.version.split()[0], "packages": packages, "devices": devices, "parts": parts, "hub": hub}
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    if not all(package["fits"] for package in packages.values()):
+        raise typer.Exit(1)
+
+
+def _packages() -> dict[str, dict[str, Any]]:
+    """Each package of the core: its version, the range that is wanted, and whether they fit."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, dict[str, Any]] = {"yapo-peft": {"version": version("yapo-peft"), "wanted": "", "fits": True}}
+    for line in requires("yapo-peft") or []:
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = version(wanted.name)
+        except PackageNotFoundError:
+            there = None
+        fits = there is not None and wanted.specifier.contains(there, prereleases=True)
+        found[wanted.name] = {"version": there, "wanted": str(wanted.specifier), "fits": fits}
+    return found
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "bfloat16": torch.cuda.is_bf16_supported(),
+            }
+        )
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple", "memory": None, "bfloat16": True})
+    return [*found, {"device": "cpu", "name": f"{torch.get_num_threads()} threads", "memory": None, "bfloat16": True}]
+
+
+def _is_logged_in() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def _print(found: dict[str, Any]) -> None:
+    typer.echo(f"Python {found['python']}")
+    for name, package in found["packages"].items():
+        mark = "ok" if package["fits"] else f"needs {package['wanted']}: pip install -U '{name}{package['wanted']}'"
+        typer.echo(f"  {name:14} {package['version'] or 'missing':12} {mark}")
+    typer.echo("Devices, the first of which is used")
+    for device in found["devices"]:
+        memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
+        typer.echo(f"  {device['device']:14} {device['name']}{memory}")
+    typer.echo("Parts")
+    for name, part in found["parts"].items():
+        typer.echo(f"  {name:22} {'ready' if part['ready'] else part['otherwise']}")
+    hub = found["hub"]
+    state = (
+        "offline"
+        if hub["offline"]
+        else "online, " + ("logged in" if hub["logged in"] else "not logged in: hf auth login")
+    )
+    typer.echo(f"Hub: {state}; cache {hub['cache']}")

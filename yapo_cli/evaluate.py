@@ -1,0 +1,66 @@
+"""`yapo eval`: any task of the Language Model Evaluation Harness, at several strengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers
+
+_STRENGTHS = Numbers((0.0, 1.0))
+
+
+def evaluate(
+    adapter: Adapter,
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, with commas between them, such as mmlu.")],
+    multipliers: Multipliers = _STRENGTHS,
+    include_path: Annotated[str | None, typer.Option(help="Folder of tasks of your own.")] = None,
+    metric: Annotated[str, typer.Option(help="Metric of each document, such as acc, acc_norm, exact_match.")] = "acc",
+    filter: Annotated[
+        str | None, typer.Option(help="Which way to read an answer, for tasks that have several.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
+    limit: Annotated[float | None, typer.Option(help="Documents per task, or a share of them.")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
+    batch_size: BatchSize = 8,
+    dtype: DType = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for each document's metric; `Scores.load` reads it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run tasks of lm-eval at several strengths, with 95 % intervals.
+
+    `yapo eval my-adapter --tasks mmlu --multipliers 0,1 --num-fewshot 5`
+    """
+    import pandas as pd
+
+    from yapo_peft.evaluation import Scores, sweep_tasks
+    from yapo_peft.evaluation.lm_eval import task_manager
+
+    from .loading import load_adapter, load_tokenizer
+    from .output import print_table
+
+    extra: dict[str, Any] = {} if include_path is None else {"task_manager": task_manager(include_path)}
+    scores = sweep_tasks(
+        load_adapter(adapter, dtype),
+        load_tokenizer(adapter),
+        tasks.split(","),
+        multipliers,
+        metric=metric,
+        filter=filter,
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        **extra,
+    )
+    if out is not None:
+        scores.save(out)
+    table = scores.summary()
+    if len(set(scores.table["task"])) > 1:
+        whole = Scores(scores.table.assign(task="all", example=range(len(scores.table))), scores.metrics)
+        table = pd.concat([table, whole.summary()])
+    print_table(table, as_json)

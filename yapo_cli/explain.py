@@ -1,0 +1,65 @@
+"""`yapo explain`: the features of an adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import (
+    Adapter,
+    AsJson,
+    BatchSize,
+    Chosen,
+    DType,
+    Limit,
+    Prompt,
+    Rejected,
+    Split,
+    read_pairs,
+)
+
+
+def explain(
+    adapter: Adapter,
+    multiplier: Annotated[float, typer.Option(help="Strength at which they are read.")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="Features of each block, those of the longest reach.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to list for each.")] = 8,
+    labels: Annotated[bool, typer.Option(help="Ask Neuronpedia for labels.")] = True,
+    dataset: Annotated[str | None, typer.Option(help="Pairs, to say at which share of their tokens each acts.")] = None,
+    prompt: Prompt = "prompt",
+    chosen: Chosen = "chosen",
+    rejected: Rejected = "rejected",
+    split: Split = "train",
+    limit: Limit = 32,
+    batch_size: BatchSize = 8,
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """List the features that an adapter moves, with the tokens that each promotes and suppresses.
+
+    `yapo explain my-adapter --top 10`
+    """
+    from yapo_peft.interpret import explain as explained
+
+    from .loading import load_adapter, load_tokenizer
+    from .output import print_table
+
+    tokenizer = load_tokenizer(adapter)
+    texts = None
+    if dataset is not None:
+        texts = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit).to_list()
+    table = explained(
+        load_adapter(adapter, dtype),
+        tokenizer=tokenizer,
+        multiplier=multiplier,
+        top=top,
+        tokens=tokens,
+        texts=texts,
+        labels=labels,
+        batch_size=batch_size,
+    )
+    if not as_json:
+        table = table.dropna(axis="columns", how="all")
+        table = table.assign(**{name: [" ".join(row) for row in table[name]] for name in ("promotes", "suppresses")})
+    print_table(table, as_json)

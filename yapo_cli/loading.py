@@ -1,0 +1,127 @@
+"""Models by name, with or without an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .options import whole_numbers
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, or of an adapter's model.
+
+    Raises:
+        OSError: There is no such model or adapter.
+    """
+    from transformers import AutoTokenizer
+
+    base = _base_of(name)
+    if base is not None:
+        try:
+            # A trainer saves it with the adapter, with the chat template that was trained on.
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError):
+            pass
+    return AutoTokenizer.from_pretrained(base or name)
+
+
+def load_model(name: str, dtype: str = "auto") -> Any:
+    """A model, or a model with an adapter, in eval mode on the device at hand.
+
+    Args:
+        name: Name or path of either; an adapter says which model it is for.
+        dtype: Of the model's weights, such as "bfloat16"; "auto" as they are saved.
+
+    Raises:
+        ConfigError: There is no such dtype.
+        OSError: There is no such model or adapter.
+    """
+    import torch
+    from accelerate import PartialState
+    from peft import AutoPeftModelForCausalLM
+    from peft.utils import infer_device
+    from transformers import AutoModelForCausalLM
+
+    from yapo_peft import ConfigError
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype={dtype!r}: give 'auto', or a type of torch such as 'bfloat16'.")
+    loader = AutoModelForCausalLM if _base_of(name) is None else AutoPeftModelForCausalLM
+    # One of several processes has its own device.
+    device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()
+    model: Any = loader.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval()
+
+
+def load_adapter(name: str, dtype: str = "auto") -> Any:
+    """As `load_model`, of an adapter of this method.
+
+    Raises:
+        ConfigError: It is a model without one.
+    """
+    from yapo_peft import ConfigError, YaPOConfig
+
+    model = load_model(name, dtype)
+    if not any(isinstance(config, YaPOConfig) for config in getattr(model, "peft_config", {}).values()):
+        raise ConfigError(f"{name!r} is a model without a steering adapter: name an adapter.")
+    return model
+
+
+def _base_of(name: str) -> str | None:
+    """The model that an adapter is for; None if the name is a model's."""
+    from peft import PeftConfig
+
+    import yapo_peft  # registers the method
+
+    try:
+        return PeftConfig.from_pretrained(name).base_model_name_or_path
+    except yapo_peft.YaPOError:
+        raise
+    except ValueError:  # PEFT's way to say that there is no adapter
+        return None
+
+
+def attach_adapter(
+    name: str,
+    dtype: str,
+    *,
+    space: str,
+    layers: str,
+    sae_release: str | None = None,
+    sae_id: Sequence[str] | None = None,
+    sae_path: Sequence[str] | None = None,
+    positions: str = "all",
+) -> Any:
+    """A model with a new adapter that does nothing yet.
+
+    Raises:
+        ConfigError: The options do not say which SAE each block has, or say it of a dense adapter.
+    """
+    from peft import get_peft_model
+
+    from yapo_peft import YaPOConfig
+
+    config = YaPOConfig(
+        layers=whole_numbers(layers, "--layers"),
+        space=space,  # pyright: ignore[reportArgumentType]
+        sae_release=sae_release,
+        sae_id=list(sae_id) if sae_id else None,
+        sae_path=list(sae_path) if sae_path else None,
+        positions=positions,
+    )
+    return get_peft_model(load_model(name, dtype), config)
+
+
+def require_new(folder: Path) -> None:
+    """Raises before any work if an adapter could not be saved.
+
+    Raises:
+        ConfigError: There is something at its place.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        from yapo_peft import ConfigError
+
+        raise ConfigError(f"--out {folder}: there is something already; name another folder.")

@@ -1,0 +1,100 @@
+"""The command and its subcommands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from . import (
+    combine,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    fit,
+    generate,
+    migrate,
+    playground,
+    prune,
+    push,
+    report,
+    sae,
+    sweep,
+    train,
+)
+
+_MAKE, _USE, _MEASURE, _HERE = "Make an adapter", "Use it", "Measure and read it", "This machine"
+
+app = typer.Typer(
+    name="yapo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Sparse activation steering of language models: make, use, measure and share adapters.",
+    epilog="Exit status: 0 done, 1 failed, 2 refused (an option or an input that cannot work).",
+)
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command("train", rich_help_panel=_MAKE, add_help_option=False, context_settings=_PASSED_ON)(train.train)
+app.add_typer(fit.app, name="fit", rich_help_panel=_MAKE)
+app.command("prune", rich_help_panel=_MAKE)(prune.prune)
+app.command("combine", rich_help_panel=_MAKE)(combine.combine)
+app.command("migrate", rich_help_panel=_MAKE)(migrate.migrate)
+app.add_typer(data.app, name="data", rich_help_panel=_MAKE)
+app.command("generate", rich_help_panel=_USE)(generate.generate)
+app.command("app", rich_help_panel=_USE)(playground.playground)
+app.command("push", rich_help_panel=_USE)(push.push)
+app.command("sweep", rich_help_panel=_MEASURE)(sweep.sweep)
+app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
+app.command("explain", rich_help_panel=_MEASURE)(explain.explain)
+app.command("report", rich_help_panel=_MEASURE)(report.report)
+app.add_typer(sae.app, name="sae", rich_help_panel=_HERE)
+app.command("doctor", rich_help_panel=_HERE)(doctor.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("yapo-peft"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None: ...
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        argv: Arguments after the program's name; those of this process if None.
+
+    Returns:
+        The exit status: 0 for done, 1 for failed, 2 for an option or an input that cannot work.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        app(args=argv, prog_name="yapo")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        command = next((argument for argument in argv if not argument.startswith("-")), "")
+        print(f"yapo {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error says all that a user needs: what was wrong, and what to do."""
+    errors = sys.modules.get("yapo_peft.errors")
+    # An import that this project asks for says which extra to install, and names no module.
+    is_missing_extra = isinstance(error, ImportError) and error.name is None
+    return (
+        isinstance(error, OSError) or is_missing_extra or (errors is not None and isinstance(error, errors.YaPOError))
+    )

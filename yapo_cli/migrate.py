@@ -1,0 +1,48 @@
+"""`yapo migrate`: adapters of the vectors that other code saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DType, Model, NewFolder, SaeId, SaePath, SaeRelease
+
+
+def migrate(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="vec_ep20_layer15.pt and the like, one for each block.")
+    ],
+    model: Model,
+    out: NewFolder,
+    sae_release: SaeRelease = None,
+    sae_id: SaeId = None,
+    sae_path: SaePath = None,
+    dtype: DType = "auto",
+) -> None:
+    """Make an adapter of the vectors that the published code of YaPO or BiPO saved, entry by entry.
+
+    With an SAE they are YaPO's, without one BiPO's.
+
+    `yapo migrate vec_ep20_layer15.pt --model google/gemma-2-2b-it --sae-release gemma-scope-2b-pt-res
+    --sae-id layer_15/width_65k/average_l0_68 --out polite-gemma`
+    """
+    from yapo_peft.methods import import_vectors
+    from yapo_peft.methods.migrate import block_of
+    from yapo_peft.tuner.saving import save_adapter
+
+    from .loading import attach_adapter, require_new
+
+    require_new(out)
+    steered = attach_adapter(
+        model,
+        dtype,
+        space="dense" if sae_release is None and not sae_path else "sae",
+        layers=",".join(str(block_of(file)) for file in files),
+        sae_release=sae_release,
+        sae_id=sae_id,
+        sae_path=sae_path,
+    )
+    import_vectors(steered, files)
+    typer.echo(f"The adapter is in {save_adapter(steered, out)}.")

@@ -1,0 +1,32 @@
+"""`yapo app`: a playground on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DType
+
+
+def playground(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of one model.")],
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    strongest: Annotated[float, typer.Option(help="Ends of the strength sliders.")] = 4.0,
+    save_to: Annotated[Path, typer.Option(help="Folder for adapters that are saved.")] = Path("out/app"),
+    dtype: DType = "auto",
+) -> None:
+    """Open a page on this machine to dial adapters and single features, and read answers side by side."""
+    from yapo_peft.app import Playground, build_page
+
+    from .loading import load_adapter, load_tokenizer
+
+    first, *others = adapters
+    opened = Playground(load_adapter(first, dtype), load_tokenizer(first), save_to)
+    for source in others:
+        opened.load(source)
+    page = build_page(opened, strongest)
+    page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True)
+    print(f"The playground is at http://127.0.0.1:{port} until you press Ctrl-C.", flush=True)
+    page.block_thread()

@@ -1,0 +1,33 @@
+"""`yapo prune`: fewer features."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import Adapter, DType, NewFolder
+
+
+def prune(
+    adapter: Adapter,
+    features: Annotated[int, typer.Option(min=1, help="How many to keep, of all blocks together.")],
+    out: NewFolder,
+    rescale: Annotated[
+        bool, typer.Option("--rescale", help="Stretch them, so that strength 1 means about the same.")
+    ] = False,
+    dtype: DType = "auto",
+) -> None:
+    """Keep the features of a sparse adapter that move activations the furthest.
+
+    `yapo prune my-adapter --features 64 --rescale --out my-adapter-64`
+    """
+    from yapo_peft.methods import prune as pruned
+    from yapo_peft.tuner.saving import save_adapter
+
+    from .loading import load_adapter, require_new
+
+    require_new(out)
+    model = load_adapter(adapter, dtype)
+    pruned(model, features, rescale=rescale)
+    typer.echo(f"The adapter is in {save_adapter(model, out)}.")

@@ -1,0 +1,92 @@
+"""`yapo report`: one page about an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    Adapter,
+    BatchSize,
+    Chosen,
+    Dataset,
+    DType,
+    Multipliers,
+    Numbers,
+    Prompt,
+    Rejected,
+    Split,
+    read_pairs,
+)
+
+_STRENGTHS = Numbers((-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))
+
+
+def report(
+    adapter: Adapter,
+    dataset: Dataset,
+    prompt: Prompt = "prompt",
+    chosen: Chosen = "chosen",
+    rejected: Rejected = "rejected",
+    split: Split = "train",
+    pairs: Annotated[int, typer.Option(min=1, help="How many pairs to read, from the start.")] = 32,
+    text: Annotated[
+        Path | None, typer.Option(help="File of running text, for damage and contexts; the pairs if missing.")
+    ] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="JSON of question, options and answer, to check knowledge with.")
+    ] = None,
+    multipliers: Multipliers = _STRENGTHS,
+    multiplier: Annotated[float, typer.Option(help="Strength at which features are read.")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="Features to list for each block.")] = 20,
+    attributed: Annotated[int, typer.Option(min=0, help="Features to leave out one by one; 0 for none.")] = 16,
+    answers: Annotated[int, typer.Option(min=0, help="Prompts to answer.")] = 3,
+    labels: Annotated[bool, typer.Option(help="Ask Neuronpedia for labels.")] = True,
+    batch_size: BatchSize = 8,
+    dtype: DType = "auto",
+    card: Annotated[
+        bool, typer.Option("--card", help="Put the first features and a picture into its card, too.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+) -> None:
+    """Measure an adapter and write one HTML page: dose-response, side effects, features, attribution, answers.
+
+    The page needs no network to be read.
+    """
+    from yapo_peft.data import load_choices
+    from yapo_peft.report import collect_report, save_page, write_short_form
+    from yapo_peft.report.contents import training_history
+    from yapo_peft.report.page import require_card, require_page
+
+    from .loading import load_adapter, load_tokenizer
+
+    require_page(out)
+    if card:
+        require_card(adapter)
+    tokenizer = load_tokenizer(adapter)
+    contents = collect_report(
+        dataset=read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, pairs).to_list(),
+        text=None if text is None else _paragraphs(text.read_text(encoding="utf-8")),
+        questions=None if questions is None else load_choices(questions),
+        model=load_adapter(adapter, dtype),
+        tokenizer=tokenizer,
+        title=Path(adapter).name,
+        history=training_history(adapter),
+        multipliers=multipliers,
+        multiplier=multiplier,
+        top=top,
+        attributed=attributed,
+        prompts=answers,
+        labels=labels,
+        batch_size=batch_size,
+    )
+    typer.echo(f"The report is in {save_page(contents, out)}.")
+    if card:
+        typer.echo(f"Its short form is in {write_short_form(contents, adapter)}.")
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The parts of a text between its empty lines, so that each is one text."""
+    return [part.strip() for part in text.split("\n\n") if part.strip()] or [text]

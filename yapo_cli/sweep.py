@@ -1,0 +1,83 @@
+"""`yapo sweep`: a measure over strengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .options import (
+    Adapter,
+    AsJson,
+    BatchSize,
+    Chosen,
+    DType,
+    Limit,
+    Multipliers,
+    Numbers,
+    Prompt,
+    Rejected,
+    Split,
+    read_pairs,
+)
+
+Measure = Literal["preference", "choice", "damage"]
+
+_STRENGTHS = Numbers((-2.0, -1.0, 0.0, 1.0, 2.0))
+
+
+def sweep(
+    adapter: Adapter,
+    dataset: Annotated[
+        str,
+        typer.Option(help="What the measure reads: pairs, questions with options and an answer, or a file of text."),
+    ],
+    measure: Annotated[
+        Measure, typer.Option(help="Margin and accuracy on pairs, accuracy on questions, or KL on text.")
+    ] = "preference",
+    multipliers: Multipliers = _STRENGTHS,
+    prompt: Prompt = "prompt",
+    chosen: Chosen = "chosen",
+    rejected: Rejected = "rejected",
+    split: Split = "train",
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    dtype: DType = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for each example's metrics; `Scores.load` reads it.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture to draw, such as doses.png.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an adapter over a range of strengths, with 95 % intervals.
+
+    `yapo sweep my-adapter --dataset test.csv --prompt question --chosen matching --rejected not_matching`
+    """
+    from yapo_peft import plot_dose_response
+    from yapo_peft import sweep as measured
+    from yapo_peft.data import load_choices
+    from yapo_peft.evaluation import Damage, MultipleChoice
+    from yapo_peft.evaluation.plots import require_picture
+
+    from .loading import load_adapter, load_tokenizer
+    from .output import print_table
+
+    if picture is not None:
+        require_picture(picture, len(set(multipliers)))
+    tokenizer = load_tokenizer(adapter)
+    if measure == "damage":
+        rows = [Path(dataset).read_text(encoding="utf-8")]
+    elif measure == "choice":
+        rows = load_choices(dataset, split=split)
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    else:
+        rows = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit)
+    model = load_adapter(adapter, dtype)
+    what = {"preference": None, "choice": MultipleChoice("text", "characters"), "damage": Damage(max_blocks=limit)}
+    scores = measured(model, rows, tokenizer, multipliers, measure=what[measure], batch_size=batch_size)
+    if out is not None:
+        scores.save(out)
+    if picture is not None:
+        plot_dose_response(scores, picture, f"{Path(adapter).name}: {measure}")
+    print_table(scores.summary(), as_json)
