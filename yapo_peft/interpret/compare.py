@@ -129,12 +129,11 @@ def read_vector(
         features: How many features to explain each vector with.
 
     Returns:
-        A row per block and feature, `layer` and `feature`, those of the largest `weight` first:
-
-        - `weight`: the feature's coefficient in `vector ~ sum of weight * decoder row` with few features, by orthogonal
-          matching pursuit.
-        - `encoder`: by how much the vector moves the feature's pre-activation, its product with the encoder's column.
-        - `explained`: the share of the vector's squared length that all listed features of the block explain together.
+        A row per block and feature, `layer` and `feature`, those of the largest `weight` first: `weight` is the
+        feature's coefficient in `vector ~ sum of weight * decoder row` with few features, by orthogonal matching
+        pursuit; `encoder`, by how much the vector moves the feature's pre-activation, its product with the encoder's
+        column; `explained`, the share of the vector's squared length that all listed features of the block explain
+        together.
 
     Raises:
         ConfigError: An adapter is missing, of the wrong space, or steers no block that the other does.
