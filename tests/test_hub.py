@@ -15,7 +15,7 @@ from yapo_peft._version import __version__
 pytestmark = pytest.mark.slow
 
 
-def as_user(hub, home: Path, *command: str) -> subprocess.CompletedProcess:
+def as_user(hub, home: Path, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Runs Python in a process of its own, as somebody with a cache of their own."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
@@ -26,7 +26,9 @@ def as_user(hub, home: Path, *command: str) -> subprocess.CompletedProcess:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")

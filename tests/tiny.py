@@ -25,18 +25,21 @@ _SHAPE = {
 }
 
 
-def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def make_model(
+    architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, depth: int = DEPTH
+) -> nn.Module:
     """A tiny causal language model with random weights, in eval mode."""
     torch.manual_seed(seed)
+    shape = {**_SHAPE, "num_hidden_layers": depth}
     if architecture == "llama":
-        config = LlamaConfig(**_SHAPE)
+        config = LlamaConfig(**shape)
     elif architecture == "gemma2":
-        config = Gemma2Config(**_SHAPE, query_pre_attn_scalar=8, sliding_window=16)
+        config = Gemma2Config(**shape, query_pre_attn_scalar=8, sliding_window=16)
     elif architecture == "gemma3":
-        config = Gemma3TextConfig(**_SHAPE, query_pre_attn_scalar=8, sliding_window=16)
+        config = Gemma3TextConfig(**shape, query_pre_attn_scalar=8, sliding_window=16)
     else:
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=D_MODEL, n_layer=DEPTH, n_head=4, n_positions=128,
+            vocab_size=VOCABULARY, n_embd=D_MODEL, n_layer=depth, n_head=4, n_positions=128,
             bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -17,7 +17,7 @@ def clipping() -> Figure:
     figure = Figure(figsize=(7.6, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2)
     on = np.linspace(0, 3, 301)
-    for value, colour, label in ((1, BLUE, "m·v = +1: raised"), (-1, RED, "m·v = −1: lowered")):
+    for value, colour, label in ((1, BLUE, "m·v = +1: raised"), (-1, RED, "m·v = -1: lowered")):
         steered = np.maximum(on + value, 0)
         left.plot(on, steered, color=colour, label=label)
         right.plot(on, steered - on, color=colour)
@@ -45,19 +45,24 @@ def training() -> Figure:
 
     box(0.1, 2, 1.7, "prompt +\nchosen, rejected")
     box(2.4, 2, 1.6, "blocks below\n(frozen, once)")
-    for y, text, colour in ((3.7, "code × (+1)", BLUE), (2, "code × 0", GREY), (0.3, "code × (−1)", RED)):
+    for y, text, colour in ((3.7, "code x (+1)", BLUE), (2, "code x 0", GREY), (0.3, "code x (-1)", RED)):
         box(4.6, y, 1.4, text, colour)
         arrow((4.1, 2.45), (4.5, y + 0.45), colour)
         box(6.6, y, 1.4, "blocks above\n(frozen)", colour)
         arrow((6.1, y + 0.45), (6.5, y + 0.45), colour)
         arrow((8.1, y + 0.45), (8.5, y + 0.45), colour)
     arrow((1.9, 2.45), (2.3, 2.45))
-    for y, text, colour in ((4.15, "raise the chosen", BLUE), (2.45, "the reference", GREY), (0.75, "raise the rejected", RED)):
+    for y, text, colour in (
+        (4.15, "raise the chosen", BLUE),
+        (2.45, "the reference", GREY),
+        (0.75, "raise the rejected", RED),
+    ):
         axes.text(8.6, y, text, va="center", fontsize=8.5, color=colour)
     return figure
 
 
 def main() -> None:
+    """Draws all of them beside this file."""
     matplotlib.rcParams["svg.hashsalt"] = "yapo"  # the same picture, the same file
     matplotlib.rcParams["svg.fonttype"] = "none"
     for draw in (clipping, training):

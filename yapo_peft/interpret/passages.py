@@ -81,7 +81,8 @@ def contexts(
     Returns:
         A row per feature and passage, the strongest first: `layer`, `feature`, `rank`, `peak` (how far it is on),
         `text` (index of the text), `position` (of the peak, in tokens of the text), and `tokens` and `values`, the
-        passage's tokens as texts and how far the feature is on at each, 0 at those left out. A feature that is never on has no row.
+        passage's tokens as texts and how far the feature is on at each, 0 at those left out. A feature that is never on
+        has no row.
 
     Raises:
         ConfigError: There is no such adapter or feature, an argument has a value that cannot work, or `resume` is a
