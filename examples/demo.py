@@ -6,13 +6,14 @@ make demo
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from embedded import SETS, load_model_and_tokenizer, preferences, sae_folder, sae_layer
+from embedded import ASSETS, SETS, load_model_and_tokenizer, preferences, sae_folder, sae_layer
 from generate import answers
 from peft import get_peft_model
 from rich.console import Console
@@ -90,11 +91,13 @@ def main() -> None:
     if again != shown[1.0][0].strip():
         sys.exit("The loaded adapter answers differently: please report this.")
     console.print("The same answer, word for word.")
+    test = os.path.relpath(ASSETS / "preferences" / options.set / "test.jsonl")
+    console.print(f"\nA page about it: yapo report {adapter} --dataset {test}", soft_wrap=True)
 
 
 def train(model, tokenizer, options: argparse.Namespace) -> None:
     args = YaPOTrainingConfig(
-        output_dir=str(options.out / "training"),
+        output_dir=str(options.out),
         max_steps=options.steps,
         learning_rate=options.learning_rate,
         learning_rate_unit="raw",
@@ -106,7 +109,9 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
         dataloader_pin_memory=False,
     )
     train_dataset = preferences(options.set, "train")
-    YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer).train()
+    trainer = YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_state()  # for the losses in a report
 
 
 def save(model, folder: Path) -> None:
