@@ -130,6 +130,12 @@ def test_the_command_reports_on_a_saved_adapter(pairs, saved_adapter, tmp_path, 
     assert "## Features" in card
     assert "(dose-response.png)" in card
     assert (saved_adapter / "dose-response.png").stat().st_size > 1000
+    rows = [
+        line.split(" | ") for line in card.splitlines() if " | constant | " in line or " | input-dependent | " in line
+    ]
+    left_out = [float(row[3]) for row in rows if row[3]]
+    assert len(left_out) == 2
+    assert [abs(value) for value in left_out] == sorted(map(abs, left_out), reverse=True)
     (saved_adapter / "README.md").unlink()
     for bad, message in (
         (["--text", "nowhere.txt"], "nowhere.txt"),

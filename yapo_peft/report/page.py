@@ -73,7 +73,7 @@ def write_short_form(contents: ReportContents, folder: str | Path) -> Path:
     picture = plot_dose_response(
         contents.preference, file.with_name(PICTURE), contents.title, metrics=["accuracy", "margin"]
     )
-    card = add_findings(ModelCard.load(file), features=contents.features, picture=picture.name)
+    card = add_findings(ModelCard.load(file), features=_by_contribution(contents), picture=picture.name)
     with replacing(file) as partial:
         card.save(partial)
     return file
@@ -149,14 +149,7 @@ def _strengths(contents: ReportContents) -> list[dict[str, Any]]:
 
 def _features(contents: ReportContents) -> list[dict[str, Any]]:
     """A row per feature: what it is, what it contributes, and where it is on."""
-    table = contents.features.copy()
-    for column in ("left_out", "integrated"):
-        table[column] = float("nan")
-        if contents.attribution is not None:
-            found = contents.attribution.features
-            known = {_key(row): row[column] for row in found.to_dict("records")}
-            table[column] = [known.get(_key(row), float("nan")) for row in table.to_dict("records")]
-    rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    rows = [{str(key): value for key, value in row.items()} for row in _by_contribution(contents).to_dict("records")]
     passages: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
     for passage in contents.passages.to_dict("records"):
         peak = max(passage["values"], default=0.0) or 1.0
@@ -167,6 +160,18 @@ def _features(contents: ReportContents) -> list[dict[str, Any]]:
         passages.setdefault(_key(passage), []).append({"peak": passage["peak"], "tokens": marked})
     said = [{name: row[name] if isinstance(row[name], str) else None for name in ("label", "link")} for row in rows]
     return [{**row, **own, "passages": passages.get(_key(row), [])} for row, own in zip(rows, said, strict=True)]
+
+
+def _by_contribution(contents: ReportContents) -> pd.DataFrame:
+    """The features with what they contribute, `left_out` and `integrated`; those of the largest contribution first."""
+    table = contents.features.assign(left_out=float("nan"), integrated=float("nan"))
+    if contents.attribution is None:
+        return table
+    known = {_key(row): row for row in contents.attribution.features.to_dict("records")}
+    for column in ("left_out", "integrated"):
+        table[column] = [known.get(_key(row), {}).get(column, float("nan")) for row in table.to_dict("records")]
+    contribution = table["left_out"].fillna(table["integrated"]).abs()
+    return table.loc[contribution.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
 
 def _key(row: dict[Any, Any]) -> tuple[int, int | None]:

@@ -192,7 +192,10 @@ def _found(features: Any, picture: str | None) -> list[str]:
 
 def _features(table: Any) -> str:
     """The first rows of what `explain` returned."""
-    lines = ["| block | feature | value | effect | promotes | suppresses | label |", "|---|---|---|---|---|---|---|"]
+    # A report knows what each contributes to preferences, too.
+    is_attributed = "left_out" in table and bool(table["left_out"].notna().any())
+    columns = ["block", "feature", "value", *(["nats"] if is_attributed else []), "effect", "promotes", "suppresses"]
+    lines = [f"| {' | '.join([*columns, 'label'])} |", "|---" * (len(columns) + 1) + "|"]
     for row in table.head(_FEATURES).to_dict("records"):
         # Of a dense adapter there is none.
         name = str(row["feature"]) if isinstance(row["feature"], int) else "vector"
@@ -200,7 +203,12 @@ def _features(table: Any) -> str:
         linked = f"[{name}]({link})" if link else name
         tokens = [" ".join(_code(token) for token in row[column]) for column in ("promotes", "suppresses")]
         cells = [str(row["layer"]), linked, f"{row['value']:+.3g}", row["effect"], *tokens, _cell(label)]
+        if is_attributed:
+            # Not all of them were left out.
+            cells.insert(3, f"{row['left_out']:+.3g}" if row["left_out"] == row["left_out"] else "")
         lines.append(f"| {' | '.join(cells)} |")
+    if is_attributed:
+        lines.append("\n`nats`: by how much the effect on the preference margin falls without the feature.")
     return "\n".join(lines)
 
 

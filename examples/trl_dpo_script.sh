@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# A call of `trl dpo`, unchanged but for the command's name and the two options of the adapter.
+# It trains on the embedded model; further options are passed on: examples/trl_dpo_script.sh --max_steps 5
+set -euo pipefail
+cd "$(dirname "$0")"
+MODEL=${MODEL:-$(python -c "from embedded import model_folder; print(model_folder())")}
+OUT=${OUT:-../out/trl}
+yapo train \
+    --model_name_or_path "$MODEL" \
+    --dataset_name assets/preferences/enthusiasm \
+    --learning_rate 0.01 \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 4 \
+    --eval_strategy steps \
+    --eval_steps 30 \
+    --logging_steps 10 \
+    --warmup_steps 10 \
+    --report_to none \
+    --bf16 false \
+    --output_dir "$OUT" \
+    --layers 14 \
+    --sae_path assets/sae \
+    "$@"
