@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := yapo_peft yapo_cli tests examples benchmarks
 
-.PHONY: demo test lint types wheel support format clean
+.PHONY: demo test test-lowest lint types docs wheel support format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,9 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 wheel: $(VENV)/.ready
 	rm -rf dist
@@ -45,4 +48,4 @@ $(VENV)/.deepspeed: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest build dist out site *.egg-info
