@@ -9,6 +9,8 @@ import torch
 from tiny import inference_sae, make_model, make_sae, preference_rows, random_code, random_ids, set_code
 
 import yapo_peft
+from yapo_cli import main as yapo
+from yapo_peft.sae.directory import _bytes_on_hub
 
 LAYER = 2
 
@@ -48,7 +50,9 @@ def push(folder: Path) -> None:
     model.set_adapter("other")
     expected["subfolder"] = answers(3, "other")
     model.push_to_hub("tester/adapter")
-    expected["trained"] = _train(folder)
+    expected["trained"] = expected["by the command"] = _train(folder)
+    assert yapo(["push", str(folder / "out"), "tester/pushed", "--private"]) == 0
+    expected["bytes of the SAE"] = _bytes_on_hub("tester/saes", "layer_2")
     torch.save(expected, folder / "expected.pt")
 
 
@@ -97,6 +101,7 @@ def download(folder: Path) -> None:
         "revision": ("tester/adapter", {"revision": "next"}),
         "subfolder": ("tester/adapter", {"subfolder": "other"}),
         "trained": ("tester/trained", {}),
+        "by the command": ("tester/pushed", {}),
         "refused": ("tester/private", {"token": False}),
         "private": ("tester/private", {}),
         "unknown": ("tester/adapter", {"revision": "v2"}),

@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def about(self, _: bytes, repo_id: str, revision: str | None):
         name, files = self.commit(repo_id, revision or "main")
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
         return _json({"id": repo_id, "sha": name, "siblings": siblings, "tags": [], "private": False})
 
     def tree(self, _: bytes, repo_id: str, revision: str):

@@ -70,12 +70,15 @@ def got(folder):
         ("subfolder", "subfolder"),
         ("private", "default"),
         ("trained", "trained"),
+        ("by the command", "by the command"),
     ],
 )
 def test_what_is_pushed_steers_alike_where_it_is_loaded(got, expected, name, pushed):
     assert isinstance(got[name], torch.Tensor), got[name]
     assert torch.equal(got[name], expected[pushed].expand_as(got[name]))
-    others = {key: value for key, value in expected.items() if key != pushed}
+    others = {key: value for key, value in expected.items() if isinstance(value, torch.Tensor)}
+    others = {key: value for key, value in others.items() if not torch.equal(value, expected[pushed])}
+    assert len(others) >= 3
     assert not any(torch.equal(got[name][0], value) for value in others.values())
 
 
@@ -113,3 +116,17 @@ def test_the_cards_snippet_runs_and_does_not_without_its_first_line(folder, hub)
     forgotten = re.sub(r"import yapo_peft.*\n", "", snippet)
     run = as_user(hub, folder / "reader", "-c", forgotten)
     assert "KeyError: 'YAPO'" in run.stderr
+
+
+@pytest.mark.feature("Hub", "`yapo push`: an adapter with its card, and nothing that training left beside it")
+def test_the_command_pushes_what_a_user_needs(folder, hub, expected):
+    files = hub.files("tester/pushed")
+    assert set(files) >= {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert not [name for name in files if "checkpoint" in name or name.endswith(".bin")]
+    card = files["README.md"].decode()
+    assert '.from_pretrained("tester/pushed")' in card
+    assert "folder/of/this/adapter" not in card
+    assert hub.repositories["tester/pushed"].private
+    assert expected["bytes of the SAE"] == sum(
+        len(content) for name, content in hub.files("tester/saes").items() if name.startswith("layer_2/")
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +48,8 @@ def push(
         print(f"yapo push: others cannot load it as it is: {name}", file=sys.stderr)
     api = HfApi()
     repo_id = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    card.text = card.text.replace('"folder/of/this/adapter"', f'"{repo_id}"')
+    # The snippet loads it from where it is now.
+    card.text = re.sub(r'(AutoPeftModelForCausalLM\.from_pretrained\()"[^"]*"', rf'\1"{repo_id}"', card.text)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     api.upload_folder(

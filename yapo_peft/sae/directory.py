@@ -173,14 +173,10 @@ def describe_sae(release: str, sae_id: str) -> dict[str, Any]:
 def _bytes_on_hub(repo_id: str, path: str) -> int | None:
     """Sizes of what is at a path of a repository, added up; None if the Hub cannot be asked."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.hf_api import RepoFile, RepoFolder
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    api = HfApi()
     try:
-        found = api.get_paths_info(repo_id, path)
-        if any(isinstance(entry, RepoFolder) for entry in found):
-            found = list(api.list_repo_tree(repo_id, path, recursive=True))
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
+        files = HfApi().model_info(repo_id, files_metadata=True).siblings or []
+    except (OSError, OfflineModeIsEnabled):
         return None
-    return sum(entry.size for entry in found if isinstance(entry, RepoFile)) or None
+    return sum(file.size or 0 for file in files if f"{file.rfilename}/".startswith(f"{path}/")) or None
