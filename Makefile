@@ -1,6 +1,7 @@
 # make demo and make test set up their own environment; nothing else is needed first.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= $(VENV)-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := yapo_peft yapo_cli tests examples benchmarks
@@ -12,6 +13,17 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready $(VENV)/.deepspeed
 	$(BIN)/python -m pytest
+
+# The core with the lowest versions that it supports, in an environment of its own.
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest -m "not slow" tests/tuner tests/sae tests/methods tests/trainer tests/cli \
+		tests/test_peft_contract.py tests/test_package.py
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
+		--editable . hypothesis pytest
+	touch $@
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check $(SOURCES)
@@ -48,4 +60,4 @@ $(VENV)/.deepspeed: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest build dist out site *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist out site *.egg-info
