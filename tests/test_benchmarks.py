@@ -20,3 +20,11 @@ def test_a_benchmark_runs(name, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(out.read_text())[name]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_start_runs():
+    command = [sys.executable, str(BENCHMARKS / "startup.py"), "--rounds", "1"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "import yapo_peft / import peft: " in printed
+    assert "yapo --help / " in printed

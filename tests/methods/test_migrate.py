@@ -15,7 +15,7 @@ def steered(space, layers=(2,)):
     return get_peft_model(make_model(), YaPOConfig(layers=list(layers), space=space, **saes)).eval()
 
 
-@pytest.mark.feature("Adapters", "`import_vectors`, `yapo migrate`: `vec_ep*.pt` of the published code, entry by entry")
+@pytest.mark.feature("Methods", "`import_vectors`, `yapo migrate`: `vec_ep*.pt` of the published code, entry by entry")
 @pytest.mark.parametrize("space", ["sae", "dense"])
 @pytest.mark.parametrize("kind", ["tensor", "parameter", "row", "bfloat16"])
 def test_every_entry_is_taken(tmp_path, space, kind):
