@@ -170,8 +170,9 @@ def _by_contribution(contents: ReportContents) -> pd.DataFrame:
     known = {_key(row): row for row in contents.attribution.features.to_dict("records")}
     for column in ("left_out", "integrated"):
         table[column] = [known.get(_key(row), {}).get(column, float("nan")) for row in table.to_dict("records")]
-    contribution = table["left_out"].fillna(table["integrated"]).abs()
-    return table.loc[contribution.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+    contribution = pd.DataFrame({"nats": table["left_out"].fillna(table["integrated"]).abs()})
+    order = contribution.sort_values("nats", ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
 
 
 def _key(row: dict[Any, Any]) -> tuple[int, int | None]:
