@@ -26,6 +26,7 @@ AREAS = (
     "Many processes",
     "Devices",
     "Hub",
+    "Exports",
     "Commands",
 )
 HEAD = """\

@@ -13,6 +13,7 @@ from . import (
     doctor,
     evaluate,
     explain,
+    export,
     fit,
     generate,
     migrate,
@@ -44,6 +45,7 @@ app.command("migrate", rich_help_panel=_MAKE)(migrate.migrate)
 app.add_typer(data.app, name="data", rich_help_panel=_MAKE)
 app.command("generate", rich_help_panel=_USE)(generate.generate)
 app.command("app", rich_help_panel=_USE)(playground.playground)
+app.command("export", rich_help_panel=_USE)(export.export)
 app.command("push", rich_help_panel=_USE)(push.push)
 app.command("sweep", rich_help_panel=_MEASURE)(sweep.sweep)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)

@@ -69,3 +69,9 @@ def read_pairs(
     chat = bool(getattr(tokenizer, "chat_template", None))
     pairs = load_pairs(source, prompt=prompt, chosen=chosen, rejected=rejected, chat=chat, split=split)
     return pairs if limit is None else pairs.select(range(min(limit, len(pairs))))
+
+
+def paragraphs(file: Path) -> list[str]:
+    """The parts of a file of text between its empty lines."""
+    text = file.read_text(encoding="utf-8")
+    return [part.strip() for part in text.split("\n\n") if part.strip()] or [text]

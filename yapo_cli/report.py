@@ -18,6 +18,7 @@ from .options import (
     Prompt,
     Rejected,
     Split,
+    paragraphs,
     read_pairs,
 )
 
@@ -68,7 +69,7 @@ def report(
     tokenizer = load_tokenizer(adapter)
     contents = collect_report(
         dataset=read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, pairs).to_list(),
-        text=None if text is None else _paragraphs(text.read_text(encoding="utf-8")),
+        text=None if text is None else paragraphs(text),
         questions=None if questions is None else load_choices(questions),
         model=load_adapter(adapter, dtype),
         tokenizer=tokenizer,
@@ -85,8 +86,3 @@ def report(
     typer.echo(f"The report is in {save_page(contents, out)}.")
     if card:
         typer.echo(f"Its short form is in {write_short_form(contents, adapter)}.")
-
-
-def _paragraphs(text: str) -> list[str]:
-    """The parts of a text between its empty lines, so that each is one text."""
-    return [part.strip() for part in text.split("\n\n") if part.strip()] or [text]

@@ -7,10 +7,13 @@ import pytest
 import torch
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from tiny import D_MODEL, inference_sae, make_sae
+from transformers import AutoTokenizer
 
 from yapo_cli import main
 from yapo_peft import Scores, steering, sweep
+from yapo_peft.export import constant_steering
 from yapo_peft.generation import answer
 from yapo_peft.interpret import explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
@@ -175,6 +178,26 @@ def test_fit_prune_and_combine_save_what_the_library_makes(run, saved_adapter, t
     assert sorted(file.name for file in (tmp_path / "both").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.feature("Commands", "`yapo export`: files of other programs, and how exact they are there")
+def test_export_says_how_exact_it_is(run, saved_adapter, tmp_path):
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8")
+    options = ("--format", "safetensors", "--multiplier", 0.5, "--text", tmp_path / "text.txt", "--json")
+    status, printed, complained = run("export", saved_adapter, tmp_path / "v.safetensors", *options, "--max-kl", 100)
+    assert status == 0, complained
+    found = json.loads(printed)
+    assert not found["exact"]
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    texts = ["w1 w2 w3 w4", "w5 w6 w7 w8"]
+    expected = constant_steering(model, 0.5, texts, AutoTokenizer.from_pretrained(tmp_path / "base"))
+    assert found["kl"] == pytest.approx(expected.kl)
+    assert torch.equal(load_file(tmp_path / "v.safetensors")["block.2"], expected.vectors[2])
+    status, _, complained = run("export", saved_adapter, tmp_path / "w.safetensors", *options, "--max-kl", 1e-9)
+    assert status == 2
+    assert "above max_kl=1e-09" in complained
+    status, printed, _ = run("export", saved_adapter, tmp_path / "vec", "--format", "vec")
+    assert "Exact at multiplier 1, with the same SAE." in printed
 
 
 @pytest.mark.feature("Commands", "`yapo data reject`: on-policy rejected answers, on one process or several")

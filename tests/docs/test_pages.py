@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 REFERENCE = "\n".join(file.read_text(encoding="utf-8") for file in (DOCS / "reference").glob("*.md"))
 
 
-@pytest.mark.parametrize("name", ["methods", "data", "evaluation", "interpret", "report", "app"])
+@pytest.mark.parametrize("name", ["methods", "data", "evaluation", "interpret", "report", "app", "export"])
 def test_the_reference_has_every_public_name(name):
     """A package's page has its names but those of a file of the same name, which need a line of their own."""
     package = import_module(f"yapo_peft.{name}")
