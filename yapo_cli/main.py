@@ -25,6 +25,7 @@ from . import (
     sweep,
     train,
 )
+from .output import only_json
 
 _MAKE, _USE, _MEASURE, _HERE = "Make an adapter", "Use it", "Measure and read it", "This machine"
 
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        app(args=argv, prog_name="yapo")
+        with only_json("--json" in argv):
+            app(args=argv, prog_name="yapo")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:

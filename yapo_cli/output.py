@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@contextmanager
+def only_json(wanted: bool) -> Generator[None]:
+    """Within it, if wanted, standard output has JSON alone: what libraries print goes to standard error."""
+    global _stdout
+    if not wanted:
+        yield
+        return
+    _stdout = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout = None
+
+
+_stdout: TextIO | None = None
 
 
 def print_table(table: pd.DataFrame, as_json: bool, said: str | None = None) -> None:
@@ -23,4 +44,4 @@ def print_table(table: pd.DataFrame, as_json: bool, said: str | None = None) -> 
 
 def print_json(value: Any) -> None:
     """Prints a value as JSON."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False), file=_stdout or sys.stdout)

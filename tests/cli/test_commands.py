@@ -35,6 +35,7 @@ def run(capsys):
     """Runs the command, and returns its status, what it printed, and what it complained of."""
 
     def called(*arguments):
+        capsys.readouterr()  # what was printed before
         status = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
@@ -69,6 +70,21 @@ def test_generate_answers_as_the_library_does(run, saved_adapter, tokenizer, tmp
     assert len({row["answer"] for row in rows[:3]}) > 1
     status, printed, _ = run("generate", saved_adapter, "w1 w2 w3", *options[:-1])
     assert f"  -2  {rows[0]['answer']}\n  +0  {rows[1]['answer']}\n" in printed
+
+
+def test_json_is_alone_on_standard_output(run, saved_adapter, monkeypatch):
+    """DeepSpeed, for one, prints there when it is imported."""
+    real = AutoPeftModelForCausalLM.from_pretrained
+
+    def noisy(*arguments, **options):
+        print("a library says something")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(AutoPeftModelForCausalLM, "from_pretrained", noisy)
+    status, printed, complained = run("generate", saved_adapter, "w1", "--max-new-tokens", 2, "--json")
+    assert status == 0
+    assert len(json.loads(printed)) == 3
+    assert "a library says something" in complained
 
 
 def test_sampling_can_be_repeated(run, saved_adapter):
