@@ -35,9 +35,11 @@ def combine(
     """
     if len(weights) != len(adapters):
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
+    if majority_sign != "total" and kind != "ties":
+        raise typer.BadParameter(f"--majority-sign is for --type ties; --type {kind} elects no sign.")
     from yapo_peft.tuner.saving import save_adapter
 
-    from .loading import load_adapter, require_new
+    from .loading import load_adapter, require_effect, require_new
 
     require_new(out)
     first, *others = adapters
@@ -48,4 +50,5 @@ def combine(
     model.base_model.add_weighted_adapter(
         names, list(weights), _COMBINED, combination_type=kind, density=density, majority_sign_method=majority_sign
     )
+    require_effect(model, _COMBINED)
     typer.echo(f"The adapter is in {save_adapter(model, out, _COMBINED)}.")

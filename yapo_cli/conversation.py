@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -22,6 +23,8 @@ def converse(
     talks = {strength: list(start) for strength in strengths}
     if sys.stdin.isatty():
         typer.echo(_HELP)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while (said := _read()) is not None:
         if not said:
             continue
@@ -32,7 +35,7 @@ def converse(
         elif said.startswith("/strength"):
             talks = _changed(talks, said.removeprefix("/strength").strip())
         elif said.startswith("/"):
-            typer.echo(_HELP)
+            typer.echo(_HELP if said == "/help" else f"There is no {said.split()[0]}.\n{_HELP}")
         else:
             for strength, messages in talks.items():
                 messages.append({"role": "user", "content": said})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BatchSize, Chosen, DType, Model, Prompt, Split
+from .options import BatchSize, Chosen, DType, Limit, Model, Prompt, Split
 
 app = typer.Typer(no_args_is_help=True, help="Make preference pairs.")
 
@@ -26,6 +26,7 @@ def reject(
     prompt: Prompt = "prompt",
     chosen: Chosen = "chosen",
     split: Split = "train",
+    limit: Limit = None,
     plain: Annotated[bool, typer.Option("--plain", help="Texts without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     batch_size: BatchSize = 8,
@@ -34,7 +35,9 @@ def reject(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Sample at this one; 0 for the likeliest answers.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample; without both, as the model's config says.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample; without both, as the model's config says.")
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="NAME", help="Dataset repository to push the pairs to.")
     ] = None,
@@ -52,6 +55,8 @@ def reject(
     from .loading import load_model, load_tokenizer
 
     rows = load_pairs(dataset, prompt=prompt, chosen=chosen, rejected=None, chat=not plain, split=split)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
     sampling: dict[str, Any] = {
         name: value for name, value in {"temperature": temperature, "top_p": top_p}.items() if value is not None
     }

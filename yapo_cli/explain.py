@@ -59,6 +59,8 @@ def explain(
         labels=labels,
         batch_size=batch_size,
     )
+    if not as_json and not len(table):
+        return typer.echo("This adapter moves no feature.")
     if not as_json:
         table = table.dropna(axis="columns", how="all")
         table = table.assign(**{name: [" ".join(row) for row in table[name]] for name in ("promotes", "suppresses")})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers
+from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers, read_text
 
 _STRENGTHS = Numbers((-1.0, 0.0, 1.0))
 
@@ -35,6 +35,8 @@ def generate(
     `yapo generate my-adapter "How are you?" --multipliers=-1,0,1`
     """
     said = [*(prompts or []), *(_lines(file) if file is not None else [])]
+    if repetition_penalty <= 0:
+        raise typer.BadParameter(f"--repetition-penalty {repetition_penalty:g}: give a number above 0; 1 is none.")
     if chat == bool(said):
         raise typer.BadParameter("give prompts or --file, or else --chat.")
     if chat and (as_json or plain):
@@ -96,7 +98,10 @@ def _answered(
 
 
 def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [line for line in read_text(file).splitlines() if line.strip()]
+    if not found:
+        raise typer.BadParameter(f"--file {file} has no prompt: write one to a line.")
+    return found
 
 
 def _user(text: str) -> dict[str, str]:

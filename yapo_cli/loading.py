@@ -47,8 +47,9 @@ def load_model(name: str, dtype: str = "auto") -> Any:
 
     from yapo_peft import ConfigError
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"dtype={dtype!r}: give 'auto', or a type of torch such as 'bfloat16'.")
+    named = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r}: give 'auto', or a floating-point type of torch such as 'bfloat16'.")
     loader = AutoModelForCausalLM if _base_of(name) is None else AutoPeftModelForCausalLM
     # One of several processes has its own device.
     device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()
@@ -76,12 +77,33 @@ def _base_of(name: str) -> str | None:
 
     import yapo_peft  # registers the method
 
+    _require_place(name)
     try:
         return PeftConfig.from_pretrained(name).base_model_name_or_path
     except yapo_peft.YaPOError:
         raise
-    except ValueError:  # PEFT's way to say that there is no adapter
+    except ValueError as error:  # PEFT's way to say that there is no adapter
+        if (Path(name) / "adapter_config.json").is_file():
+            raise yapo_peft.AdapterFileError(f"{name}/adapter_config.json cannot be read: {error}") from error
         return None
+
+
+def _require_place(name: str) -> None:
+    """Raises unless a path is the folder of a model or an adapter; a name of the Hub is left to it.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    from yapo_peft import ConfigError
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
+            inner = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+            hint = f" There is one in {inner[0]}." if inner else ""
+            raise ConfigError(f"There is neither an adapter nor a model in the folder {name!r}.{hint}")
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"There is no folder {name!r}.")
 
 
 def attach_adapter(
@@ -113,6 +135,19 @@ def attach_adapter(
         positions=positions,
     )
     return get_peft_model(load_model(name, dtype), config)
+
+
+def require_effect(model: Any, adapter_name: str = "default") -> None:
+    """Raises if an adapter would be saved that does nothing.
+
+    Raises:
+        ConfigError: All entries of its codes are zero.
+    """
+    from yapo_peft import ConfigError
+    from yapo_peft.methods.adapters import adapter_of
+
+    if not any(bool(layer.code(adapter_name).any()) for layer in adapter_of(model, adapter_name)[2]):
+        raise ConfigError("Nothing is left: all entries of the adapter are zero, so that it would do nothing.")
 
 
 def require_new(folder: Path) -> None:

@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not _is_users(error):
             raise
-        command = next((argument for argument in argv if not argument.startswith("-")), "")
+        words = [argument for argument in argv if not argument.startswith("-")]
+        command = " ".join(words[: 2 if words[0] in ("fit", "data", "sae") else 1])
         print(f"yapo {command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -32,7 +32,7 @@ def migrate(
     from yapo_peft.methods.migrate import block_of
     from yapo_peft.tuner.saving import save_adapter
 
-    from .loading import attach_adapter, require_new
+    from .loading import attach_adapter, require_effect, require_new
 
     require_new(out)
     steered = attach_adapter(
@@ -45,4 +45,5 @@ def migrate(
         sae_path=sae_path,
     )
     import_vectors(steered, files)
+    require_effect(steered)
     typer.echo(f"The adapter is in {save_adapter(steered, out)}.")

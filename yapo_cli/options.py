@@ -42,7 +42,7 @@ Multipliers = Annotated[
 DType = Annotated[str, typer.Option("--dtype", help="Type of the model's weights, such as bfloat16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
-NewFolder = Annotated[Path, typer.Option("--out", help="Folder of the new adapter; one that is there is kept.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="Folder of the new adapter; refused if it has something in it.")]
 
 Dataset = Annotated[
     str, typer.Option(help="Preference pairs: a CSV, JSON or Parquet file, a saved folder, a Hub name.")
@@ -51,7 +51,10 @@ Prompt = Annotated[str, typer.Option(help="Column of the prompts.")]
 Chosen = Annotated[str, typer.Option(help="Column of the answers to prefer.")]
 Rejected = Annotated[str, typer.Option(help="Column of the other answers.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub dataset or a saved folder.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="How many rows to read, from the start; all if missing.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many rows to read, from the start (blocks of 256 tokens, of text); all if missing."),
+]
 
 Layers = Annotated[str, typer.Option(metavar="NUMBERS", help="Blocks to steer, such as 14 or 14,15; -1 is the last.")]
 SaeRelease = Annotated[str | None, typer.Option(help="Release in sae-lens' directory; see `yapo sae list`.")]
@@ -71,7 +74,18 @@ def read_pairs(
     return pairs if limit is None else pairs.select(range(min(limit, len(pairs))))
 
 
+DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+
+
+def read_text(file: Path) -> str:
+    """What a file of text says."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is no text in UTF-8 (byte {error.start}): convert it.") from None
+
+
 def paragraphs(file: Path) -> list[str]:
     """The parts of a file of text between its empty lines."""
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     return [part.strip() for part in text.split("\n\n") if part.strip()] or [text]

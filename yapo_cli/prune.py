@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,18 @@ def prune(
     from yapo_peft.methods import prune as pruned
     from yapo_peft.tuner.saving import save_adapter
 
-    from .loading import load_adapter, require_new
+    from .loading import load_adapter, require_effect, require_new
 
     require_new(out)
     model = load_adapter(adapter, dtype)
+    before = _entries(model)
     pruned(model, features, rescale=rescale)
+    require_effect(model)
+    typer.echo(f"{_entries(model)} of {before} features are kept.")
     typer.echo(f"The adapter is in {save_adapter(model, out)}.")
+
+
+def _entries(model: Any) -> int:
+    from yapo_peft.methods.adapters import adapter_of
+
+    return sum(int(layer.code("default").count_nonzero()) for layer in adapter_of(model, "default")[2])

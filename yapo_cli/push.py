@@ -34,6 +34,8 @@ def push(
     `yapo report ADAPTER --card ...` puts features and a picture into the card before.
     """
     from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     from yapo_peft import ConfigError, YaPOConfig
     from yapo_peft.report.page import require_card
@@ -43,6 +45,10 @@ def push(
     config = YaPOConfig.from_pretrained(str(folder))
     if not isinstance(config, YaPOConfig):
         raise ConfigError(f"{folder} holds an adapter of another method: push that with its own library.")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"{repository!r} is no name of a repository: write it as owner/name.") from error
     card = ModelCard.load(require_card(folder))
     for name in _local(config):
         print(f"yapo push: others cannot load it as it is: {name}", file=sys.stderr)

@@ -64,6 +64,8 @@ def inspect(
     """
     from .output import print_json
 
+    if sae_id is not None and Path(sae).is_dir():
+        raise typer.BadParameter(f"{sae} is a folder, which holds one SAE: leave the id out.")
     facts = _of_folder(sae) if sae_id is None else _of_release(sae, sae_id)
     if as_json:
         return print_json(facts)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from .options import (
+    DATA_FILES,
     Adapter,
     AsJson,
     BatchSize,
@@ -20,6 +21,7 @@ from .options import (
     Rejected,
     Split,
     read_pairs,
+    read_text,
 )
 
 Measure = Literal["preference", "choice", "damage"]
@@ -63,11 +65,19 @@ def sweep(
     from .loading import load_adapter, load_tokenizer
     from .output import print_table
 
+    if measure != "preference" and (prompt, chosen, rejected) != ("prompt", "chosen", "rejected"):
+        raise typer.BadParameter(
+            f"--prompt, --chosen and --rejected name columns of pairs; --measure {measure} has none."
+        )
+    if measure == "damage" and Path(dataset).suffix in DATA_FILES:
+        raise typer.BadParameter(f"--dataset {dataset}: damage is measured on running text; give a file of plain text.")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(f"--out {out} is a folder: name a file.")
     if picture is not None:
         require_picture(picture, len(set(multipliers)))
     tokenizer = load_tokenizer(adapter)
     if measure == "damage":
-        rows = [Path(dataset).read_text(encoding="utf-8")]
+        rows = [read_text(Path(dataset))]
     elif measure == "choice":
         rows = load_choices(dataset, split=split)
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
@@ -76,8 +86,8 @@ def sweep(
     model = load_adapter(adapter, dtype)
     what = {"preference": None, "choice": MultipleChoice("text", "characters"), "damage": Damage(max_blocks=limit)}
     scores = measured(model, rows, tokenizer, multipliers, measure=what[measure], batch_size=batch_size)
+    print_table(scores.summary(), as_json)
     if out is not None:
         scores.save(out)
     if picture is not None:
         plot_dose_response(scores, picture, f"{Path(adapter).name}: {measure}")
-    print_table(scores.summary(), as_json)

@@ -28,7 +28,7 @@ def test_every_entry_is_taken(tmp_path, space, kind):
     }[kind]
     torch.save(saved, tmp_path / "vec_ep20_layer2.pt")
     model = steered(space)
-    import_vectors(model, [tmp_path / "vec_ep20_layer2.pt"])
+    import_vectors(model, tmp_path / "vec_ep20_layer2.pt")
     (layer,) = steered_layers(model)
     assert torch.equal(layer.code("default"), saved.detach().float().squeeze())
 
@@ -76,6 +76,8 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         with pytest.raises(AdapterFileError, match=message):
             import_vectors(model, [first, second])
     first.write_text("no tensor")
-    with pytest.raises(AdapterFileError, match="is no tensor that torch saved"):
-        import_vectors(model, [first, second])
+    for content in ("no tensor", "hello", ""):
+        first.write_text(content)
+        with pytest.raises(AdapterFileError, match="is no tensor that torch saved"):
+            import_vectors(model, [first, second])
     assert not any(layer.code("default").any() for layer in steered_layers(model))

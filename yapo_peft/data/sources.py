@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 
 from ..errors import DatasetError
 
@@ -103,7 +105,12 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise DatasetError(f"{str(path)!r} has no rows.") from error
+        if isinstance(error, ArrowInvalid):
+            raise DatasetError(f"{str(path)!r} is no {path.suffix[1:]} file: {error}") from error
         raise
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise DatasetError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {cause}") from error
 
 
 def _split_of(saved: DatasetDict, split: str, path: Path) -> Dataset:

@@ -142,6 +142,11 @@ def require_picture(path: str | Path, strengths: int) -> None:
     _require_strengths(strengths)
     if find_spec("matplotlib") is None:
         raise ImportError(_MISSING)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in known:
+        raise ConfigError(f"path={str(path)!r}: pictures end in one of {', '.join(f'.{kind}' for kind in known)}.")
 
 
 def _require_ending(path: str | Path) -> None:

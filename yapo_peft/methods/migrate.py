@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from .adapters import adapter_of, write
 _NAME = re.compile(r"layer_?(\d+)\D*\.pt")
 
 
-def import_vectors(model: nn.Module, files: Iterable[str | Path], adapter_name: str | None = None) -> None:
+def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], adapter_name: str | None = None) -> None:
     """Gives an adapter the vectors of `vec_ep{epoch}_layer{block}.pt` files, entry by entry.
 
     The same block is steered by the same amount as there: both count blocks from 0 and steer what a block puts out, at
@@ -27,7 +26,7 @@ def import_vectors(model: nn.Module, files: Iterable[str | Path], adapter_name: 
     Args:
         model: A model with an adapter at these blocks: for YaPO's a sparse one, with the SAE of the training; for
             BiPO's a dense one.
-        files: One for each block of the adapter.
+        files: One for each block of the adapter, or the only one.
         adapter_name: The adapter; the active one if None.
 
     Raises:
@@ -36,6 +35,8 @@ def import_vectors(model: nn.Module, files: Iterable[str | Path], adapter_name: 
 
     Source: `vec_ep{epoch}_layer{block}.pt` as written by the code of arXiv 2406.00045 and 2601.08441.
     """
+    if isinstance(files, str | Path):
+        files = [files]
     name, config, layers = adapter_of(model, adapter_name)
     by_block = {block_of(file): Path(file) for file in files}
     blocks = [layer.index for layer in layers]
@@ -68,7 +69,7 @@ def _read(file: Path, layer: YaPOLayer, adapter_name: str, space: str) -> Tensor
     try:
         # Tensors alone: a file of someone else could hold code otherwise.
         vector = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # what it raises of a file that is something else has no common kind
         raise AdapterFileError(f"{str(file)!r} is no tensor that torch saved: {error}") from error
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         raise AdapterFileError(f"{str(file)!r} holds a {type(vector).__name__}, and not one vector of floating point.")
