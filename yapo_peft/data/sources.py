@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
 
 from ..errors import DatasetError
 
@@ -102,15 +101,10 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
         options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
     try:
         return cast(Dataset, load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options))
-    except ValueError as error:
+    except (ValueError, DatasetGenerationError) as error:
         if "corresponds to no data" in str(error):
             raise DatasetError(f"{str(path)!r} has no rows.") from error
-        if isinstance(error, ArrowInvalid):
-            raise DatasetError(f"{str(path)!r} is no {path.suffix[1:]} file: {error}") from error
-        raise
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise DatasetError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {cause}") from error
+        raise DatasetError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 
 def _split_of(saved: DatasetDict, split: str, path: Path) -> Dataset:
