@@ -44,7 +44,6 @@ def generate(
             "--chat prints answers as they are written, by the chat template: leave --json and --plain."
         )
     from yapo_peft import ConfigError
-    from yapo_peft.generation import answer
     from yapo_peft.pairs import prompt_ids
 
     from .loading import load_adapter, load_tokenizer
@@ -71,7 +70,7 @@ def generate(
     ]
     found: list[dict[str, Any]] = []
     for place in range(0, len(rows), batch_size):
-        found += _answered(model, tokenizer, rows[place : place + batch_size], answer, seed + place, options)
+        found += _answered(model, tokenizer, rows[place : place + batch_size], seed + place, options)
     if as_json:
         return print_json(found)
     for text in said:
@@ -81,12 +80,11 @@ def generate(
         del found[: len(multipliers)]
 
 
-def _answered(
-    model: Any, tokenizer: Any, rows: list[Any], answer: Any, seed: int, options: Any
-) -> list[dict[str, Any]]:
+def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, options: Any) -> list[dict[str, Any]]:
     import torch
 
     from yapo_peft import steering
+    from yapo_peft.generation import answer
 
     texts, multipliers, ids = zip(*rows, strict=True)
     with steering(model, torch.tensor(multipliers)):

@@ -156,7 +156,8 @@ def require_new(folder: Path) -> None:
     Raises:
         ConfigError: There is something at its place.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        from yapo_peft import ConfigError
+    from yapo_peft import ConfigError
+    from yapo_peft.tuner.saving import is_taken
 
+    if is_taken(folder):
         raise ConfigError(f"--out {folder}: there is something already; name another folder.")

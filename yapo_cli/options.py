@@ -74,9 +74,6 @@ def read_pairs(
     return pairs if limit is None else pairs.select(range(min(limit, len(pairs))))
 
 
-DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
-
-
 def read_text(file: Path) -> str:
     """What a file of text says."""
     try:

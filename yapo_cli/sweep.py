@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from .options import (
-    DATA_FILES,
     Adapter,
     AsJson,
     BatchSize,
@@ -59,6 +58,7 @@ def sweep(
     from yapo_peft import plot_dose_response
     from yapo_peft import sweep as measured
     from yapo_peft.data import load_choices
+    from yapo_peft.data.sources import BUILDERS
     from yapo_peft.evaluation import Damage, MultipleChoice
     from yapo_peft.evaluation.plots import require_picture
 
@@ -69,7 +69,7 @@ def sweep(
         raise typer.BadParameter(
             f"--prompt, --chosen and --rejected name columns of pairs; --measure {measure} has none."
         )
-    if measure == "damage" and Path(dataset).suffix in DATA_FILES:
+    if measure == "damage" and Path(dataset).suffix in BUILDERS:
         raise typer.BadParameter(f"--dataset {dataset}: damage is measured on running text; give a file of plain text.")
     if out is not None and out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder: name a file.")

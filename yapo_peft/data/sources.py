@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import DatasetError
 
 # The builders of `datasets` for local files, by the ending of their names.
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any) -> Dataset:
@@ -41,7 +41,7 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         saved = load_from_disk(str(path))
         return _split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved
-    if path.suffix in _BUILDERS or path.is_file():
+    if path.suffix in BUILDERS or path.is_file():
         return _load_file(path, options)
     return cast(Dataset, load_dataset(str(source), split=split, **options))
 
@@ -92,15 +92,15 @@ def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
 
 
 def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
-    if path.suffix not in _BUILDERS:
-        raise DatasetError(f"{str(path)!r} is of no kind that is read here: {', '.join(_BUILDERS)}.")
+    if path.suffix not in BUILDERS:
+        raise DatasetError(f"{str(path)!r} is of no kind that is read here: {', '.join(BUILDERS)}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    if _BUILDERS[path.suffix] == "csv":
+    if BUILDERS[path.suffix] == "csv":
         # "None" and "NA" can be answers.
         options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
     try:
-        return cast(Dataset, load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options))
+        return cast(Dataset, load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options))
     except (ValueError, DatasetGenerationError) as error:
         if "corresponds to no data" in str(error):
             raise DatasetError(f"{str(path)!r} has no rows.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..interpret.checks import require_strength
+from ..interpret.parts import Parts
 from ..interpret.texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of
 from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..tuner import YaPOLayer, steering
-from ..tuner.blocks import hidden_states, with_hidden_states
+from ..tuner.merging import full_shift, token_dependence
+from ..tuner.observe import changed_outputs
 from ..tuner.strength import require_enabled
 
 
@@ -92,51 +94,26 @@ def constant_steering(
     name, config, layers = adapter_of(model, adapter_name)
     require_strength(multiplier)
     require_enabled(model)
-    reason = _reason(layers, name, config.positions, multiplier)
+    reason = next((found for layer in layers if (found := token_dependence(layer, name, multiplier))), None)
     entries = torch.cat([layer.code(name).detach().cpu() for layer in layers])
     lowered = 0.0
     if config.space == "sae" and entries.any():
         lowered = float((multiplier * entries < 0).sum()) / int(entries.count_nonzero())
     if reason is None:
-        vectors = {layer.index: _raised(layer, name, multiplier).cpu() for layer in layers}
+        vectors = {layer.index: full_shift(layer, name, multiplier).cpu() for layer in layers}
         return ConstantSteering(multiplier, vectors, None, lowered, None, None, 0)
     if texts is None:
         raise ConfigError(f"At multiplier={multiplier:g} no constant is exact, as {reason}: give texts= to fit one on.")
     require_texts(texts)
     tokenizer = tokenizer_of(model, tokenizer)
     batches = [batch for batch in text_batches(texts, tokenizer, batch_size, max_length, model) if any(batch)]
-    device, _ = device_and_dtype(model)
+    device, dtype = device_and_dtype(model)
     with torch.no_grad(), evaluating(model):
-        vectors, clipped = _fitted(model, layers, name, multiplier, batches, tokenizer, device)
+        vectors, clipped = _fitted(model, layers, name, multiplier, batches, tokenizer, device, dtype)
         kl, tokens = _kl(model, layers, name, multiplier, vectors, batches, tokenizer, device)
     return ConstantSteering(
         multiplier, {index: vector.cpu() for index, vector in vectors.items()}, reason, lowered, clipped, kl, tokens
     )
-
-
-def _reason(layers: Sequence[YaPOLayer], name: str, positions: str, multiplier: float) -> str | None:
-    """Why no constant is the same as an adapter, if so."""
-    if positions != "all":
-        return f"it steers only the tokens of positions={positions!r}"
-    for layer in layers:
-        sae = layer.yapo_sae[name]
-        if sae is None:
-            continue
-        if sae.normalization != "none":
-            return f"its SAE scales each token by itself ({sae.normalization!r})"
-        cut = int((multiplier * layer.code(name).detach() < 0).sum())
-        if cut:
-            return f"it lowers {cut} features of block {layer.index}, each by no more than it is on at a token"
-    return None
-
-
-def _raised(layer: YaPOLayer, name: str, multiplier: float) -> Tensor:
-    """What the raised entries of a code add, `(d_model,)`; a dense vector as a whole."""
-    wanted, sae = multiplier * layer.code(name).detach().float(), layer.yapo_sae[name]
-    if sae is None:
-        return wanted
-    raised = (wanted > 0).nonzero().squeeze(-1)
-    return wanted[raised] @ sae.decoder_rows(raised, wanted.device, torch.float32)
 
 
 def _fitted(
@@ -147,21 +124,32 @@ def _fitted(
     batches: list[list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[dict[int, Tensor], float | None]:
     """The mean shift at each block, and the share of what is lowered that there was nothing to take from."""
     total: dict[int, Tensor] = {}
     count, asked, given = 0, 0.0, 0.0
-    lowering = {layer.index: _Lowered(layer, name, multiplier, device) for layer in layers if layer.yapo_sae[name]}
+    lowering = {layer.index: _lowered(layer, name, multiplier, device, dtype) for layer in layers}
+    outputs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def kept(before: Tensor, after: Tensor) -> Tensor:
+            outputs[index] = before, after
+            return after
+
+        return kept
+
     for batch in tqdm(batches, desc="Fitting a constant", unit="batch"):
         inputs = padded(batch, tokenizer, device)
         counted = inputs["attention_mask"].bool()
         counted[:, 0] = False
-        with steering(model, multiplier, name), _shifts(layers) as shifts:
+        with steering(model, multiplier, name), changed_outputs((layer, keep(layer.index)) for layer in layers):
             model.get_base_model().base_model(**inputs, use_cache=False)
-        for index, (before, shift) in shifts.items():
-            total[index] = total.get(index, 0) + shift[counted].float().sum(dim=0)
-            if index in lowering:
-                wanted, taken = lowering[index].of(before[counted])
+        for index, (before, after) in outputs.items():
+            total[index] = total.get(index, 0) + (after - before)[counted].float().sum(dim=0)
+            part = lowering[index]
+            if part is not None:
+                wanted, taken = _asked_and_given(part, multiplier, before[counted])
                 asked, given = asked + wanted, given + taken
         count += int(counted.sum())
     if not count:
@@ -169,22 +157,18 @@ def _fitted(
     return {index: vector / count for index, vector in total.items()}, (1 - given / asked if asked else None)
 
 
-class _Lowered:
-    """The features that a code lowers at a block."""
+def _lowered(layer: YaPOLayer, name: str, multiplier: float, device: torch.device, dtype: torch.dtype) -> Parts | None:
+    """The features that a code lowers at a block; None if there are none."""
+    part = Parts.of(layer, name, device, dtype)
+    lowered = part.only((multiplier * part.entries < 0).nonzero().squeeze(-1))
+    return lowered if part.sae is not None and len(lowered) else None
 
-    def __init__(self, layer: YaPOLayer, name: str, multiplier: float, device: torch.device) -> None:
-        wanted, sae = multiplier * layer.code(name).detach().to(device), layer.yapo_sae[name]
-        assert sae is not None
-        features = (wanted < 0).nonzero().squeeze(-1)
-        self._wanted = -wanted[features]
-        self._lengths = sae.decoder_rows(features, device, torch.float32).norm(dim=1)
-        self._select = lambda dtype: sae.select(features, device, dtype)
 
-    def of(self, h: Tensor) -> tuple[float, float]:
-        """How far they are asked to move tokens, `(n, d_model)`, and how far they can; in lengths, summed."""
-        on = self._select(h.dtype).encode(h[None])[0][0].float()
-        taken = torch.minimum(on, self._wanted) * self._lengths
-        return float((self._wanted * self._lengths).sum()) * len(h), float(taken.sum())
+def _asked_and_given(part: Parts, multiplier: float, h: Tensor) -> tuple[float, float]:
+    """How far lowered features are asked to move tokens, `(n, d_model)`, and how far they can; in lengths, summed."""
+    wanted, lengths = -multiplier * part.entries, part.rows.norm(dim=1)
+    taken = torch.minimum(part.on(h[None])[0][0], wanted) * lengths
+    return float((wanted * lengths).sum()) * len(h), float(taken.sum())
 
 
 def _kl(
@@ -213,49 +197,11 @@ def _kl(
 
 
 @contextmanager
-def _shifts(layers: Sequence[YaPOLayer]) -> Generator[dict[int, tuple[Tensor, Tensor]]]:
-    """Within it, what each block put out before steering, and what steering added, are kept."""
-    before: dict[int, Tensor] = {}
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            before[index] = hidden_states(output)
-
-        return hook
-
-    def compare(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[index] = before[index], hidden_states(output) - before[index]
-
-        return hook
-
-    hooks = [(layer, keep(layer.index), True) for layer in layers]
-    hooks += [(layer, compare(layer.index), False) for layer in layers]
-    with _hooked(hooks):
-        yield found
-
-
-@contextmanager
 def adding(layers: Sequence[YaPOLayer], vectors: dict[int, Tensor]) -> Generator[None]:
     """Within it, each block puts out its vector on top, at every token."""
 
-    def add(vector: Tensor) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            h = hidden_states(output)
-            return with_hidden_states(output, h + vector.to(h.device, h.dtype))
+    def add(vector: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda before, after: after + vector.to(after.device, after.dtype)
 
-        return hook
-
-    with _hooked([(layer, add(vectors[layer.index]), False) for layer in layers]):
+    with changed_outputs((layer, add(vectors[layer.index])) for layer in layers):
         yield
-
-
-@contextmanager
-def _hooked(hooks: list[tuple[YaPOLayer, Any, bool]]) -> Generator[None]:
-    handles = [layer.block.register_forward_hook(hook, prepend=first) for layer, hook, first in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -20,7 +20,7 @@ from ..evaluation.preference import Preference
 from ..methods.adapters import adapter_of
 from ..modes import evaluating
 from ..tuner import steering
-from ..tuner.blocks import hidden_states, with_hidden_states
+from ..tuner.observe import changed_outputs
 from ..tuner.strength import require_enabled
 from .checks import require_counts, require_strength
 from .parts import Parts
@@ -181,10 +181,7 @@ class _Runs:
 @contextmanager
 def _changed(changes: Iterable[_Change]) -> Generator[None]:
     """Within it, steered blocks put out what is made of their output."""
-    with _observed(
-        [part for part, _ in changes],
-        {part.layer.index: change for part, change in changes},
-    ):
+    with changed_outputs((part.layer, change) for part, change in changes):
         yield
 
 
@@ -205,34 +202,8 @@ def _traced(parts: list[Parts]) -> Generator[dict[int, tuple[Tensor, Tensor, Ten
 
         return keep
 
-    with _observed(parts, {part.layer.index: trace(part) for part in parts}):
+    with changed_outputs((part.layer, trace(part)) for part in parts):
         yield found
-
-
-@contextmanager
-def _observed(parts: list[Parts], changes: dict[int, Callable[[Tensor, Tensor], Tensor]]) -> Generator[None]:
-    """Hooks around the one that steers."""
-    before: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            before[index] = hidden_states(output)
-
-        return hook
-
-    def change(index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return with_hidden_states(output, changes[index](before.pop(index), hidden_states(output)))
-
-        return hook
-
-    handles = [part.layer.block.register_forward_hook(keep(part.layer.index), prepend=True) for part in parts]
-    handles += [part.layer.block.register_forward_hook(change(part.layer.index)) for part in parts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _without(part: Parts, column: int, strength: float) -> _Change:

@@ -75,21 +75,35 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
     strength: Strength = layer.multiplier[adapter_name]
     if isinstance(strength, Tensor):
         raise _refusal(adapter_name, "its strength differs by row (set one with set_multiplier)")
+    reason = token_dependence(layer, adapter_name, strength)
+    if reason is not None:
+        raise _refusal(adapter_name, reason)
+    return full_shift(layer, adapter_name, strength)
+
+
+def token_dependence(layer: YaPOLayer, adapter_name: str, strength: float) -> str | None:
+    """Why what an adapter adds to the output of a block depends on the token; None if it does not."""
     if layer.positions[adapter_name] != "all":
-        raise _refusal(adapter_name, f"it steers only the tokens of positions={layer.positions[adapter_name]!r}")
-    code = layer.code(adapter_name).detach()
-    sae = layer.yapo_sae[adapter_name]
+        return f"it steers only the tokens of positions={layer.positions[adapter_name]!r}"
+    code, sae = layer.code(adapter_name).detach(), layer.yapo_sae[adapter_name]
+    if sae is None:
+        return None
+    if sae.normalization != "none":
+        return f"its SAE scales each token by itself ({sae.normalization!r})"
+    cut = int((strength * code < 0).sum())
+    if not cut:
+        return None
+    return (
+        f"at strength {strength:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
+        f"{layer.index}, and a feature is lowered by no more than it is active"
+    )
+
+
+def full_shift(layer: YaPOLayer, adapter_name: str, strength: float) -> Tensor:
+    """What an adapter adds to the output of a block where no feature is cut, `(d_model,)` in float32."""
+    code, sae = layer.code(adapter_name).detach(), layer.yapo_sae[adapter_name]
     if sae is None:
         return strength * code
-    if sae.normalization != "none":
-        raise _refusal(adapter_name, f"its SAE scales each token by itself ({sae.normalization!r})")
-    cut = int((strength * code < 0).sum())
-    if cut:
-        raise _refusal(
-            adapter_name,
-            f"at strength {strength:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
-            f"{layer.index}, and a feature is lowered by no more than it is active",
-        )
     support = code.nonzero().squeeze(-1)
     return (strength * code[support]) @ sae.decoder_rows(support, code.device, torch.float32)
 

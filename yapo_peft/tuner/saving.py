@@ -10,6 +10,11 @@ from typing import Any
 from ..errors import ConfigError
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether there is something at the place of a new folder, other than an empty one."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> Path:
     """Saves one adapter of a `PeftModel` into a folder of its own, whatever it is called in the model.
 
@@ -25,7 +30,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
         ConfigError: The folder is there already, or there is no such adapter.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigError(f"{str(folder)!r} is there already: give another name.")
     if adapter_name not in model.peft_config:
         raise ConfigError(f"adapter_name={adapter_name!r}: there is {', '.join(map(repr, model.peft_config))}.")
