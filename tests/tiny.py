@@ -6,9 +6,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 
+from yapo_peft.tuner.layer import REPEATS_HOOKS
+
 D_MODEL, D_SAE, DEPTH, VOCABULARY = 32, 96, 4, 128
 ARCHITECTURES = ("llama", "gemma2", "gemma3", "gpt2")
 SAE_KINDS = ("standard", "jumprelu", "topk", "batchtopk", "gated")
+
+# What transformers 5.20 renamed.
+CHECKPOINTING = "gradient_checkpointing" if REPEATS_HOOKS else "activation_checkpointing"
 
 _SHAPE = {
     "vocab_size": VOCABULARY,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from tiny import make_model, make_sae, preference_rows, trained_codes
+from tiny import CHECKPOINTING, make_model, make_sae, preference_rows, trained_codes
 from trl import DPOConfig
 
 from yapo_peft import (
@@ -159,7 +159,7 @@ def test_bad_arguments_are_refused(tmp_path, pairs, tokenizer, change, error, me
     if change.get("frozen"):
         model.requires_grad_(False)
     config = change.get("args", YaPOTrainingConfig)
-    args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, activation_checkpointing=False)
+    args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, **{CHECKPOINTING: False})
     options = {"ref_model": change["ref_model"]} if "ref_model" in change else {}
     if "peft_config" in change:
         model, options["peft_config"] = make_model(), LoraConfig()

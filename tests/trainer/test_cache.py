@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from yapo_peft import YaPOConfig
 from yapo_peft.trainer import cache
+from yapo_peft.tuner.layer import REPEATS_HOOKS
 from yapo_peft.tuner.strength import steered_layers
 
 
@@ -69,6 +70,8 @@ OPTIONS = {
 )
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cached_activations_train_as_the_whole_model(train, name):
+    if name == "checkpointing" and REPEATS_HOOKS:
+        pytest.skip("this version of transformers repeats hooks, which is refused")
     options = {"code": random_code(0.3, scale=0.5), "max_steps": 6} | OPTIONS[name]
     assert_trained_alike(train(True, **options), train(False, **options))
 

@@ -16,6 +16,7 @@ from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import steering
 from ..tuner.blocks import decoder_blocks
 from ..tuner.codes_on_disk import whole
+from ..tuner.layer import require_single_hooks
 from ..tuner.strength import steered_layers
 from .adapters import no_reference_adapter, require_adapter, require_same_adapters
 from .cache import COLUMN, ActivationCache, CollateWithRows
@@ -104,6 +105,8 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         if kwargs.get("ref_model") is not None:
             raise UnsupportedOperationError("ref_model cannot be set: the reference is the same model, unsteered.")
         require_adapter(model, peft_config)
+        if args is not None and args.gradient_checkpointing:
+            require_single_hooks()
         require_preferences(train_dataset, "train_dataset")
         require_preferences(eval_dataset, "eval_dataset")
         self._checked = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]

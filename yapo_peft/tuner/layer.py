@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import __version__ as transformers_version
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
@@ -20,11 +22,30 @@ from .sparse import ActiveFeatures, sparse_shift
 from .steering import Strength, dense_shift, steering_shift
 
 CHILD_NAME = "yapo"
+# Whether gradient checkpointing, as in transformers 5.19, calls the hooks of a block again in the backward pass.
+REPEATS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def is_code(name: str) -> bool:
     """Whether a tensor of a model, by its name, is a code."""
     return f".{CHILD_NAME}.yapo_code." in name
+
+
+def require_single_hooks(block: nn.Module | None = None) -> None:
+    """Raises where gradient checkpointing would steer a block twice, the second time at whatever strength holds then.
+
+    Args:
+        block: One that may be checkpointed; None where that is known.
+
+    Raises:
+        UnsupportedOperationError: It would, and the installed transformers is too old.
+    """
+    is_checkpointed = block is None or (block.training and getattr(block, "gradient_checkpointing", False))
+    if REPEATS_HOOKS and is_checkpointed:
+        raise UnsupportedOperationError(
+            f"Gradient checkpointing of transformers {transformers_version} runs the hooks of a block again in the "
+            "backward pass, where another strength may hold: use transformers 5.23 or later, or train without it."
+        )
 
 
 class Code(nn.Parameter):
@@ -247,6 +268,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
                 f"{type(module).__name__} puts out hidden states of shape {tuple(hidden.shape)}, not (batch, seq, "
                 "d_model): this architecture cannot be steered."
             )
+        if self.call.multipliers is not None or self.call.adapter_names is not None:
+            require_single_hooks(module)
         steered = self(hidden)
         return None if steered is hidden else with_hidden_states(output, steered)
 

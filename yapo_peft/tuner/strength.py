@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .call import as_rows
-from .layer import YaPOLayer
+from .layer import YaPOLayer, require_single_hooks
 from .steering import Strength
 
 
@@ -35,6 +36,9 @@ def steering(
     """
     layers = _layers_with(model, adapter_name)
     multiplier = _checked(multiplier)
+    if torch.is_grad_enabled():
+        for layer in layers:
+            require_single_hooks(layer.block)
     before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
     try:
         for layer in layers:
