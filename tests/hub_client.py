@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import inference_sae, make_model, make_sae, preference_rows, random_code, random_ids, set_code
+from tiny import D_MODEL, inference_sae, make_model, make_sae, preference_rows, random_code, random_ids, set_code
 
 import yapo_peft
 from yapo_cli import main as yapo
 from yapo_peft.sae.directory import _bytes_on_hub
+from yapo_vllm.adapters import AdapterFile
 
 LAYER = 2
 
@@ -118,6 +119,8 @@ def download(folder: Path) -> None:
             continue
         with torch.no_grad():
             got[name] = torch.stack([model.eval()(random_ids()).logits for model in models])
+    (part,) = AdapterFile(AdapterFile("tester/adapter").folder_in_cache()).parts(D_MODEL).values()
+    got["for vLLM"] = part.values
     torch.save(got, folder / "got.pt")
     Path(folder, "card.md").write_text(Path(hf_hub_download("tester/trained", "README.md")).read_text())
 

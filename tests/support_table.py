@@ -27,6 +27,7 @@ AREAS = (
     "Devices",
     "Hub",
     "Exports",
+    "vLLM",
     "Commands",
 )
 HEAD = """\

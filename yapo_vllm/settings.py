@@ -1,0 +1,91 @@
+"""What the environment says: which adapters to serve, and how much room there is for others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from yapo_peft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's settings.
+
+    Attributes:
+        adapters: Folder or Hub id of each adapter that is served from the start, by its name (`YAPO_ADAPTERS`).
+        layers: The blocks that adapters may steer, besides those that the first ones do (`YAPO_LAYERS`).
+        max_adapters: How many adapters are held at once (`YAPO_MAX_ADAPTERS`).
+        max_features: How many features of a block one adapter may move; None for as many as the largest of the first
+            adapters does (`YAPO_MAX_FEATURES`).
+    """
+
+    adapters: dict[str, str]
+    layers: tuple[int, ...]
+    max_adapters: int
+    max_features: int | None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is anything to steer with, now or later."""
+        return bool(self.adapters or self.layers)
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Reads them.
+
+        Raises:
+            ConfigError: One has a value that cannot work.
+        """
+        adapters: dict[str, str] = {}
+        for entry in _listed(environment, "YAPO_ADAPTERS"):
+            name, is_named, source = entry.partition("=")
+            source = source.strip() if is_named else name
+            name = name.strip() if is_named else PurePosixPath(source).name
+            if name in adapters:
+                raise ConfigError(f"YAPO_ADAPTERS names {name!r} twice: write another name before one, as name=folder.")
+            # Shells leave it alone behind a second equals sign.
+            adapters[require_name(name)] = os.path.expanduser(source)  # noqa: PTH111 (also of Hub ids)
+        layers = _listed(environment, "YAPO_LAYERS")
+        if not all(layer.isdecimal() and len(layer) < 9 for layer in layers):
+            given = environment["YAPO_LAYERS"][:200]
+            raise ConfigError(f"YAPO_LAYERS={given!r}: give indices of blocks, such as 12,15.")
+        max_adapters = _count(environment, "YAPO_MAX_ADAPTERS")
+        if max_adapters is not None and max_adapters < len(adapters):
+            raise ConfigError(f"YAPO_MAX_ADAPTERS={max_adapters}, but YAPO_ADAPTERS names {len(adapters)}.")
+        return cls(
+            adapters,
+            tuple(sorted({int(layer) for layer in layers})),
+            max(8, len(adapters)) if max_adapters is None else max_adapters,
+            _count(environment, "YAPO_MAX_FEATURES"),
+        )
+
+
+def require_name(name: object) -> str:
+    """A name that requests can use.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    is_plain = isinstance(name, str) and 0 < len(name) <= 128 and name.isprintable() and name == name.strip()
+    if not is_plain or any(mark in str(name) for mark in "=,[]{}"):
+        raise ConfigError(
+            "An adapter's name is a printable text of up to 128 characters, without '=', ',', brackets, or spaces "
+            f"around it, not {str(name)[:200]!r}."
+        )
+    return str(name)
+
+
+def _listed(environment: Mapping[str, str], name: str) -> list[str]:
+    return [entry.strip() for entry in environment.get(name, "").split(",") if entry.strip()]
+
+
+def _count(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name, "").strip()
+    if not value:
+        return None
+    if not value.isdecimal() or len(value) > 9 or not int(value):
+        raise ConfigError(f"{name}={value[:200]!r}: give a whole number from 1 up.")
+    return int(value)

@@ -1,0 +1,190 @@
+"""Steering in a worker: its blocks, its adapters, and which request of a step has which steering."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from yapo_peft import __version__
+from yapo_peft.errors import UnsupportedOperationError
+
+from .adapters import AdapterFile, BlockPart, Served, first_adapters, room_for_features, steered_layers
+from .block import BlockSteering, Room, Step
+from .op import steer_output_of
+from .plugin import KEY
+from .request import Steering, first_steered
+from .settings import Settings
+
+# vLLM shows what its own loggers say.
+logger = logging.getLogger("vllm.yapo")
+
+
+class WorkerSteering:
+    """What a worker has for steering, attached to its model runner after the model is loaded.
+
+    Args:
+        runner: The model runner, of the first or the second kind.
+        settings: The plugin's.
+
+    Raises:
+        UnsupportedOperationError: The engine is set up in a way that steering does not follow.
+    """
+
+    def __init__(self, runner: Any, settings: Settings) -> None:
+        config = runner.vllm_config
+        _require_plain(config)
+        text_config = config.model_config.hf_text_config
+        self._d_model, self._depth = config.model_config.get_hidden_size(), text_config.num_hidden_layers
+        first = first_adapters(settings, self._d_model, self._depth)
+        layers = steered_layers(settings, first, self._depth)
+        room = Room(runner.max_num_tokens, settings.max_adapters, room_for_features(settings, first))
+        self._room, self._step = room, Step(room, runner.device)
+        self._blocks: dict[int, BlockSteering] = {}
+        found = _decoder_blocks(runner.get_model(), self._depth)
+        context = config.compilation_config.static_forward_context
+        for layer in layers:
+            if not any(True for _ in found[layer].parameters()):  # a placeholder: another worker has the block
+                continue
+            name = f"yapo.{layer}"
+            block = BlockSteering(layer, self._step, room, self._d_model, runner.device, config.model_config.dtype)
+            context[name] = self._blocks[layer] = block
+            steer_output_of(found[layer], name, self._d_model)
+        # Graphs are cached on disk, and one without this operator would steer nothing.
+        config.additional_config["yapo"] = {"version": __version__, "layers": list(layers)}
+        self._adapters: dict[int, Served] = {}
+        self._requests: dict[str, tuple[Steering, int]] = {}
+        self._read: tuple[Served, dict[int, BlockPart]]
+        for adapter in first:
+            self.read(adapter.to_dict())
+            self.place()
+        logger.info("Steering blocks %s; adapters: %s", [*layers], ", ".join(a.name for a in first) or "none yet")
+
+    def read(self, fields: dict[str, Any]) -> None:
+        """Reads an adapter, and changes nothing yet.
+
+        Raises:
+            YaPOError: It cannot be read, or steered with.
+        """
+        adapter = Served.from_dict(fields)
+        file = AdapterFile(adapter.source)
+        parts = file.parts(self._d_model)
+        if file.describe(adapter.id, adapter.slot, adapter.name, self._d_model, self._depth) != adapter:
+            raise UnsupportedOperationError(f"{adapter.source!r} changed while it was being loaded: load it again.")
+        for layer, block in self._blocks.items():
+            block.prepare(parts.get(layer))
+        self._read = adapter, parts
+
+    def place(self) -> None:
+        """Puts the adapter that was read last into its slot, in the place of whatever is there."""
+        adapter, parts = self._read
+        for known in [known for known, other in self._adapters.items() if other.slot == adapter.slot]:
+            del self._adapters[known]
+        for layer, block in self._blocks.items():
+            block.put(adapter.slot, parts.get(layer))
+        self._adapters[adapter.id] = adapter
+
+    def follow(self, scheduled: Any) -> None:
+        """Learns from the scheduler's output which requests came and went."""
+        for request in scheduled.finished_req_ids:
+            self._requests.pop(request, None)
+        for request in scheduled.scheduled_new_reqs:
+            parameters = request.sampling_params
+            asked = (parameters.extra_args or {}).get(KEY) if parameters is not None else None
+            if asked:
+                # A request that goes on with a longer prompt comes again, and is steered from its new end on.
+                self._requests[request.req_id] = asked, request.prompt_len
+            else:
+                self._requests.pop(request.req_id, None)
+
+    def plan(self, requests: Sequence[str], counts: Sequence[int], positions: Tensor) -> None:
+        """Says which tokens of a step are steered, and how.
+
+        Args:
+            requests: In the order of their tokens.
+            counts: Number of tokens of each.
+            positions: Of each token within its request, `(n,)`.
+        """
+        steered = [(place, self._requests[name]) for place, name in enumerate(requests) if name in self._requests]
+        if not steered:
+            self._step.clear()
+            return
+        strengths = np.zeros((len(requests), self._room.slots), dtype=np.float32)
+        starts = np.zeros((len(requests), self._room.slots), dtype=np.int64)
+        layers: set[int] = set()
+        slots: set[int] = set()
+        for place, (steering, prompt_length) in steered:
+            for number, multiplier in steering:
+                adapter = self._adapters[number]
+                strengths[place, adapter.slot] = multiplier
+                starts[place, adapter.slot] = first_steered(adapter, prompt_length)
+                layers.update(adapter.layers)
+                slots.add(adapter.slot)
+        strength = torch.from_numpy(strengths.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
+        start = torch.from_numpy(starts.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
+        is_after = positions[: len(strength), None] >= start
+        self._step.set(strength.masked_fill(~is_after, 0), layers, slots)
+
+
+def attach(runner: Any, settings: Settings) -> WorkerSteering:
+    """Lets a model runner, whose model is loaded and not yet compiled, steer."""
+    steering = WorkerSteering(runner, settings)
+    execute = runner.execute_model
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        steering.follow(scheduler_output)
+        return execute(scheduler_output, *args, **kwargs)
+
+    runner.execute_model = execute_model
+    if hasattr(runner, "_prepare_inputs"):
+        prepare = runner._prepare_inputs
+
+        def prepare_inputs_first(scheduler_output: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(scheduler_output, counts, *args, **kwargs)
+            steering.plan(runner.input_batch.req_ids, counts, runner.positions)
+            return prepared
+
+        runner._prepare_inputs = prepare_inputs_first
+    else:
+        prepare = runner.prepare_inputs
+
+        def prepare_inputs_second(*args: Any, **kwargs: Any) -> Any:
+            batch = prepare(*args, **kwargs)
+            steering.plan(batch.req_ids, batch.num_scheduled_tokens, batch.positions)
+            return batch
+
+        runner.prepare_inputs = prepare_inputs_second
+    return steering
+
+
+def _decoder_blocks(model: Any, depth: int) -> nn.ModuleList:
+    get_language_model = getattr(model, "get_language_model", None)
+    decoder = get_language_model() if get_language_model is not None else model
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if len(lists) != 1:
+        raise UnsupportedOperationError(
+            f"{type(model).__name__} has {len(lists)} lists of {depth} blocks, where one was expected: this "
+            "architecture cannot be steered."
+        )
+    return lists[0]
+
+
+def _require_plain(config: Any) -> None:
+    """Raises where a worker sees other tokens, or parts of them, than the ones that requests have."""
+    parallel, compilation = config.parallel_config, config.compilation_config
+    settings = {
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "microbatches (enable_dbo, ubatch_size)": parallel.use_ubatching,
+        "sequence parallelism (pass_config.enable_sp)": bool(getattr(compilation.pass_config, "enable_sp", False)),
+        "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
+        "adaptive verification": bool(getattr(config.speculative_config, "enable_adaptive_verification", False)),
+        "an additional_config that is no dict": not isinstance(config.additional_config, dict),
+        "a pooling model": config.model_config.runner_type == "pooling",
+    }
+    found = [name for name, is_set in settings.items() if is_set]
+    if found:
+        raise UnsupportedOperationError(f"YaPO's steering does not work in vLLM with {found[0]}: serve without either.")
