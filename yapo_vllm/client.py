@@ -11,6 +11,7 @@ from yapo_peft.errors import ConfigError
 
 from .adapters import AdapterFile, Served
 from .frontend import Frontend
+from .plugin import frontend_of
 
 
 def list_adapters(engine: Any) -> dict[str, Served]:
@@ -26,14 +27,12 @@ def load_adapter(engine: Any, name: str, source: str) -> Served:
     """Serves an adapter from now on, in the place of one of the same name.
 
     If all slots are taken, the adapter that was not asked for the longest makes room, unless unfinished requests need
-    it.
+    it. A repository of the Hub is fetched here, before the engine hears of it.
 
     Args:
         engine: A `vllm.LLM`, or an `LLMEngine`.
         name: What requests call it.
         source: Its folder, as the workers see it, or Hub id.
-
-    A repository of the Hub is fetched here, before the engine hears of it.
 
     Raises:
         YaPOError: It cannot be read, does not fit, or all slots are in use.
@@ -98,4 +97,4 @@ def _took(engine: Any, served: list[dict[str, Any]]) -> dict[str, Served]:
 
 
 def _frontend(engine: Any) -> Frontend:
-    return getattr(engine, "llm_engine", engine).input_processor.yapo
+    return frontend_of(getattr(engine, "llm_engine", engine).input_processor)

@@ -51,7 +51,7 @@ def _know_adapters(original: Callable[..., None], processor: Any, *args: Any, **
     """Where requests are read: what is to be served is checked before a worker starts."""
     original(processor, *args, **kwargs)
     if _is_active():
-        _frontend_of(processor)
+        frontend_of(processor)
     for name, request in _HTTP.items():
         protocol = sys.modules.get(f"vllm.entrypoints.openai.{name}.protocol")
         if protocol is not None:
@@ -64,13 +64,13 @@ def _know_adapters(original: Callable[..., None], processor: Any, *args: Any, **
 
 def _read_steering(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(processor, *args, **kwargs)
-    return _frontend_of(processor).read(request) if _mentions(request.sampling_params) else request
+    return frontend_of(processor).read(request) if _mentions(request.sampling_params) else request
 
 
 def _check_early(processor: Any, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     parameters = original(request, *args, **kwargs)
     if _mentions(parameters) and (reader := processor()) is not None:
-        _frontend_of(reader).asked_for(parameters.extra_args)
+        frontend_of(reader).asked_for(parameters.extra_args)
     return parameters
 
 
@@ -82,7 +82,7 @@ def _search_beams(original: Callable[..., Any], request: Any, *args: Any, **kwar
     return original(request, *args, **kwargs)
 
 
-def _frontend_of(processor: Any) -> Any:
+def frontend_of(processor: Any) -> Any:
     """The adapters that requests can ask for."""
     if not hasattr(processor, "yapo"):
         from .frontend import Frontend

@@ -21,7 +21,7 @@ from served import (
 )
 from transformers import AutoModelForCausalLM
 
-from yapo_peft.errors import ConfigError
+from yapo_peft.errors import ConfigError, YaPOError
 from yapo_vllm import list_adapters, load_adapter, unload_adapter
 
 if HAS_VLLM:
@@ -209,7 +209,7 @@ def test_adapters_are_loaded_and_unloaded_at_run_time(llama, llm):
         ("more", f"{llama.sources['both']}-not", "No adapter can be read from"),
         ("a,b", llama.sources["both"], "name is a printable text"),
     ]:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(YaPOError, match=message):
             load_adapter(llm, name, source)
     with pytest.raises(ConfigError, match="no adapter 'more'"):
         unload_adapter(llm, "more")
@@ -257,6 +257,7 @@ def test_two_processes_that_share_each_block_steer_alike(llama):
 
 def test_a_server_that_was_not_started_to_steer_says_so(llama):
     with engine_of(llama.folder, {}, enforce_eager=True) as llm:
+        assert list_adapters(llm) == {}
         with pytest.raises(VLLMValidationError, match=r"no adapter 'both'\. Served: none"):
             answers(llm, [[5, 6]], [{"both": 1.0}])
         with pytest.raises(ConfigError, match="start it with YAPO_ADAPTERS"):
