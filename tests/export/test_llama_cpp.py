@@ -65,7 +65,9 @@ def llama_cpp(tmp_path_factory):
     return LlamaCpp(tmp_path_factory.mktemp("llama.cpp") / "model.gguf")
 
 
-@pytest.mark.feature("Exports", "GGUF control vectors in llama.cpp: its logits move as ours do")
+@pytest.mark.feature(
+    "Exports", "GGUF control vectors in llama.cpp: its logits move as ours do", needs="llama-cpp-python"
+)
 @pytest.mark.parametrize("multiplier", [1.0, -1.0])
 @pytest.mark.parametrize(("space", "layers"), [("sae", [sae_layer()]), ("dense", [1, 12, 29])])
 def test_llama_cpp_moves_as_the_adapter(llama_cpp, tmp_path, space, layers, multiplier):
