@@ -107,7 +107,9 @@ def test_adapters_that_cannot_be_served_are_refused(write_adapter, tmp_path):
         AdapterFile(folder)
 
 
-def test_another_sae_than_the_adapters_is_refused(write_adapter, tmp_path):
+def test_another_sae_than_the_adapters_is_refused(write_adapter, tmp_path, monkeypatch):
+    # Other tests hand SAEs in, which stay for the life of the process.
+    monkeypatch.setattr("yapo_peft.sae.loader._registered", {})
     folder, model = write_adapter()
     sae = Path(model.peft_config["default"].sae_path[0])
     write_adapter("other", kind="standard")
