@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,8 @@ from yapo_peft.errors import (
     UnsupportedOperationError,
     YaPOError,
 )
-from yapo_peft.sae import SAEIdentity, SAEWeights, load_sae
+from yapo_peft.sae import SAEIdentity, SAEPart, SAEWeights, load_sae
+from yapo_peft.sae.identity import hash_tensors
 from yapo_peft.sae.weights import Normalization
 from yapo_peft.tuner.codes_on_disk import unpack_codes
 from yapo_peft.tuner.parts_on_disk import is_of_part, unpack_part
@@ -192,79 +192,81 @@ class AdapterFile:
         if identity is None:
             return BlockPart(torch.ones(1), code[None].float(), None, "none")
         indices = code.nonzero().squeeze(-1)
+        load = partial(load_sae, **self.config.sae_source(self.config.layer_indices().index(layer)))
         if self.config.self_contained:
-            _, weights = unpack_part(layer, self._tensors, identity)
-            return BlockPart(code[indices], weights.W_dec.float(), _readable(weights), weights.normalization)
-        sae = load_sae(**self.config.sae_source(self.config.layer_indices().index(layer)))
-        sae.identity.require_same(identity.to_dict(), f"layer {layer}")
-        decoder = sae.decoder_rows(indices, torch.device("cpu"), torch.float32)
-        if sae.activation == "topk":
-            return BlockPart(code[indices], decoder, None, sae.normalization)
-        part = sae.select(indices, torch.device("cpu"), sae.dtype)
-        return BlockPart(code[indices], decoder, part, sae.normalization)
+            sae = SAEPart(identity, load)
+            sae.fill(*unpack_part(layer, self._tensors, identity))
+        else:
+            sae = load()
+            sae.identity.require_same(identity.to_dict(), f"layer {layer}")
+        cpu = torch.device("cpu")
+        part = None if sae.activation == "topk" else sae.select(indices, cpu, sae.dtype)
+        return BlockPart(code[indices], sae.decoder_rows(indices, cpu, torch.float32), part, sae.normalization)
 
     def _digest(self, codes: dict[int, Tensor]) -> str:
-        digest = hashlib.sha256(f"{self.config.positions}|{self.config.space}".encode())
-        for layer, code in sorted(codes.items()):
-            identity = self._identities[layer]
-            digest.update(f"|{layer}|{identity and identity.content_hash}|".encode())
-            digest.update(code.numpy().tobytes())
-        return digest.hexdigest()
+        saes = {layer: identity and identity.content_hash for layer, identity in sorted(self._identities.items())}
+        head = f"{self.config.positions}|{self.config.space}|{saes}"
+        return hash_tensors(head, ((str(layer), code) for layer, code in sorted(codes.items())))
 
 
-def _readable(weights: SAEWeights) -> SAEWeights | None:
-    return None if weights.activation == "topk" else weights
+@dataclass(frozen=True)
+class Prepared:
+    """What a server is started for; each of its processes finds the same.
 
-
-def first_adapters(settings: Settings, d_model: int, depth: int) -> list[Served]:
-    """The adapters that are served from the start; each process of a server gives them the same numbers.
-
-    Raises:
-        ConfigError: One of them does not work; the message names it.
+    Attributes:
+        d_model: Width of the model's activations.
+        depth: Number of its blocks.
+        adapters: Those that are served from the start.
+        layers: The blocks that can be steered.
+        features: How many features of a block an adapter may move.
     """
-    found = []
-    for place, (name, source) in enumerate(settings.adapters.items()):
-        try:
-            found.append(AdapterFile(source).describe(place + 1, place, name, d_model, depth))
-        except Exception as error:
-            raise ConfigError(f"YAPO_ADAPTERS: {name!r} cannot be served from {source!r}: {error}") from error
-    return found
 
+    d_model: int
+    depth: int
+    adapters: tuple[Served, ...]
+    layers: tuple[int, ...]
+    features: int
 
-def steered_layers(settings: Settings, first: Iterable[Served], depth: int) -> tuple[int, ...]:
-    """The blocks that can be steered.
+    @classmethod
+    def of(cls, settings: Settings, model_config: Any) -> Prepared:
+        """Reads the first adapters, and checks that all of it fits vLLM's model.
 
-    Raises:
-        ConfigError: The model has no such block.
-    """
-    layers = sorted({*settings.layers, *(layer for adapter in first for layer in adapter.layers)})
-    if layers and layers[-1] >= depth:
-        raise ConfigError(
-            f"YAPO_LAYERS names block {layers[-1]}, and the served model has {depth}: use 0 to {depth - 1}."
-        )
-    return tuple(layers)
+        Raises:
+            ConfigError: A setting, or an adapter that it names, does not work.
+        """
+        d_model, depth = model_config.get_hidden_size(), model_config.hf_text_config.num_hidden_layers
+        adapters: list[Served] = []
+        for place, (name, source) in enumerate(settings.adapters.items()):
+            try:
+                adapters.append(AdapterFile(source).describe(place + 1, place, name, d_model, depth))
+            except Exception as error:
+                raise ConfigError(f"YAPO_ADAPTERS: {name!r} cannot be served from {source!r}: {error}") from error
+        layers = sorted({*settings.layers, *(layer for adapter in adapters for layer in adapter.layers)})
+        if layers and layers[-1] >= depth:
+            raise ConfigError(
+                f"YAPO_LAYERS names block {layers[-1]}, and the served model has {depth}: use 0 to {depth - 1}."
+            )
+        features = settings.max_features
+        if features is None:
+            features = max([256, *(adapter.features for adapter in adapters)])
+        return cls(d_model, depth, tuple(adapters), tuple(layers), features)
 
+    def require_room(self, adapter: Served) -> None:
+        """Raises unless an adapter fits into what the server has prepared.
 
-def room_for_features(settings: Settings, first: Iterable[Served]) -> int:
-    """How many features of a block an adapter may move."""
-    largest = max((adapter.features for adapter in first), default=0)
-    return settings.max_features if settings.max_features is not None else max(largest, 256)
-
-
-def require_room(adapter: Served, layers: Iterable[int], features: int) -> None:
-    """Raises unless an adapter fits into what the server has prepared.
-
-    Raises:
-        UnsupportedOperationError: It does not.
-    """
-    other = sorted({*adapter.layers} - {*layers})
-    if other:
-        raise UnsupportedOperationError(
-            f"Adapter {adapter.name!r} steers block {other[0]}, and the server was started to steer {[*layers]}: start "
-            f"it with YAPO_LAYERS={','.join(str(layer) for layer in sorted({*layers, *adapter.layers}))}."
-        )
-    if adapter.features > features:
-        raise UnsupportedOperationError(
-            f"Adapter {adapter.name!r} moves {adapter.features} features of a block, and the server was started with "
-            f"room for {features}: prune it (yapo prune), or start with YAPO_MAX_FEATURES={adapter.features}."
-        )
+        Raises:
+            UnsupportedOperationError: It does not.
+        """
+        other = sorted({*adapter.layers} - {*self.layers})
+        if other:
+            wanted = ",".join(str(layer) for layer in sorted({*self.layers, *adapter.layers}))
+            raise UnsupportedOperationError(
+                f"Adapter {adapter.name!r} steers block {other[0]}, and the server was started to steer "
+                f"{[*self.layers]}: start it with YAPO_LAYERS={wanted}."
+            )
+        if adapter.features > self.features:
+            raise UnsupportedOperationError(
+                f"Adapter {adapter.name!r} moves {adapter.features} features of a block, and the server was started "
+                f"with room for {self.features}: prune it (yapo prune), or start with "
+                f"YAPO_MAX_FEATURES={adapter.features}."
+            )

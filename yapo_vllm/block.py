@@ -56,7 +56,8 @@ class Step:
         count = len(strength)
         self.strength[:count] = strength
         self.strength[count : self._count] = 0
-        torch.any(self.strength != 0, dim=1, keepdim=True, out=self.on)
+        self.on[:count] = strength.ne(0).any(dim=1, keepdim=True)
+        self.on[count : self._count] = False
         self._count, self.layers, self.slots = count, frozenset(layers), frozenset(slots)
 
     def clear(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from yapo_peft.errors import ConfigError, UnsupportedOperationError
 
-from .adapters import AdapterFile, Served, first_adapters, require_room, room_for_features, steered_layers
-from .plugin import KEY
+from .adapters import AdapterFile, Prepared, Served
+from .request import scheduled_steering
 from .settings import Settings, require_name
 
 # vLLM shows what its own loggers say.
@@ -32,12 +33,8 @@ class EngineAdapters:
         self._names: dict[str, int] = {}  # the least recently used first
         self._next_number = 1
         if self._settings.is_active:
-            config = engine.vllm_config.model_config
-            self._d_model, self._depth = config.get_hidden_size(), config.hf_text_config.num_hidden_layers
-            first = first_adapters(self._settings, self._d_model, self._depth)
-            self._layers = steered_layers(self._settings, first, self._depth)
-            self._features = room_for_features(self._settings, first)
-            for adapter in first:
+            self._prepared = Prepared.of(self._settings, engine.vllm_config.model_config)
+            for adapter in self._prepared.adapters:
                 self._add(adapter)
 
     def served(self) -> list[dict[str, Any]]:
@@ -58,10 +55,13 @@ class EngineAdapters:
                 "This server was not started to steer: start it with YAPO_ADAPTERS, or YAPO_LAYERS for the blocks that "
                 "adapters loaded later will steer."
             )
-        adapter = AdapterFile(source).describe(self._next_number, 0, require_name(name), self._d_model, self._depth)
-        require_room(adapter, self._layers, self._features)
+        prepared = self._prepared
+        adapter = AdapterFile(source).describe(
+            self._next_number, 0, require_name(name), prepared.d_model, prepared.depth
+        )
+        prepared.require_room(adapter)
         slot = self._free_slot(name)
-        adapter = Served.from_dict({**adapter.to_dict(), "slot": slot})
+        adapter = replace(adapter, slot=slot)
         # All workers have it before one of them gives up what is in the slot.
         self._engine.collective_rpc("yapo_read", args=(adapter.to_dict(),))
         for number in [number for number, other in self._by_number.items() if other.slot == slot]:
@@ -135,6 +135,4 @@ class EngineAdapters:
 
 def _numbers(request: Any) -> set[int]:
     """The adapters of a scheduled request."""
-    parameters = request.sampling_params
-    asked = (parameters.extra_args or {}).get(KEY) if parameters is not None else None
-    return {number for number, _ in asked or []}
+    return {number for number, _ in scheduled_steering(request)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from yapo_peft.errors import ConfigError
 
-from .adapters import Served, first_adapters, require_room, room_for_features, steered_layers
+from .adapters import Prepared, Served
 from .plugin import KEY
 from .request import cache_salt, steering_of
 from .settings import Settings
@@ -33,12 +33,10 @@ class Frontend:
         settings = Settings.of()
         if not settings.is_active:
             return cls({})
-        d_model, depth = model_config.get_hidden_size(), model_config.hf_text_config.num_hidden_layers
-        first = first_adapters(settings, d_model, depth)
-        layers, features = steered_layers(settings, first, depth), room_for_features(settings, first)
-        for adapter in first:
-            require_room(adapter, layers, features)
-        return cls({adapter.name: adapter for adapter in first})
+        prepared = Prepared.of(settings, model_config)
+        for adapter in prepared.adapters:
+            prepared.require_room(adapter)
+        return cls({adapter.name: adapter for adapter in prepared.adapters})
 
     def asked_for(self, arguments: Mapping[str, Any]) -> list[tuple[Served, float]] | None:
         """What extra arguments of a request ask for; None if they say nothing of steering.

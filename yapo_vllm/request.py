@@ -11,6 +11,7 @@ from typing import Any
 from yapo_peft.errors import ConfigError
 
 from .adapters import Served
+from .plugin import KEY
 
 Steering = list[tuple[int, float]]
 # What no trained code needs, and what could overflow half precision.
@@ -45,6 +46,12 @@ def steering_of(value: Any, adapters: Mapping[str, Served]) -> list[tuple[Served
             )
         found[name] = adapter, strength
     return sorted(((a, s) for a, s in found.values() if s), key=lambda pair: pair[0].id)
+
+
+def scheduled_steering(request: Any) -> Steering:
+    """The numbers and strengths of the adapters of a request of vLLM's that has been read; empty for none."""
+    parameters = request.sampling_params
+    return ((parameters.extra_args or {}).get(KEY) or []) if parameters is not None else []
 
 
 def cache_salt(steering: list[tuple[Served, float]], prompt_length: int, salt: str | None) -> str:

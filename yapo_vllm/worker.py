@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from yapo_peft import __version__
 from yapo_peft.errors import UnsupportedOperationError
 
-from .adapters import AdapterFile, BlockPart, Served, first_adapters, room_for_features, steered_layers
+from .adapters import AdapterFile, BlockPart, Prepared, Served
 from .block import BlockSteering, Room, Step
 from .op import steer_output_of
-from .plugin import KEY
-from .request import Steering, first_steered
+from .request import Steering, first_steered, scheduled_steering
 from .settings import Settings
 
 # vLLM shows what its own loggers say.
@@ -38,16 +37,14 @@ class WorkerSteering:
     def __init__(self, runner: Any, settings: Settings) -> None:
         config = runner.vllm_config
         _require_plain(config)
-        text_config = config.model_config.hf_text_config
-        self._d_model, self._depth = config.model_config.get_hidden_size(), text_config.num_hidden_layers
-        first = first_adapters(settings, self._d_model, self._depth)
-        layers = steered_layers(settings, first, self._depth)
-        room = Room(runner.max_num_tokens, settings.max_adapters, room_for_features(settings, first))
+        prepared = Prepared.of(settings, config.model_config)
+        self._d_model, self._depth = prepared.d_model, prepared.depth
+        room = Room(runner.max_num_tokens, settings.max_adapters, prepared.features)
         self._room, self._step = room, Step(room, runner.device)
         self._blocks: dict[int, BlockSteering] = {}
         found = _decoder_blocks(runner.get_model(), self._depth)
         context = config.compilation_config.static_forward_context
-        for layer in layers:
+        for layer in prepared.layers:
             if not any(True for _ in found[layer].parameters()):  # a placeholder: another worker has the block
                 continue
             name = f"yapo.{layer}"
@@ -55,14 +52,15 @@ class WorkerSteering:
             context[name] = self._blocks[layer] = block
             steer_output_of(found[layer], name, self._d_model)
         # Graphs are cached on disk, and one without this operator would steer nothing.
-        config.additional_config["yapo"] = {"version": __version__, "layers": list(layers)}
+        config.additional_config["yapo"] = {"version": __version__, "layers": list(prepared.layers)}
         self._adapters: dict[int, Served] = {}
         self._requests: dict[str, tuple[Steering, int]] = {}
         self._read: tuple[Served, dict[int, BlockPart]]
-        for adapter in first:
+        for adapter in prepared.adapters:
             self.read(adapter.to_dict())
             self.place()
-        logger.info("Steering blocks %s; adapters: %s", [*layers], ", ".join(a.name for a in first) or "none yet")
+        names = ", ".join(adapter.name for adapter in prepared.adapters)
+        logger.info("Steering blocks %s; adapters: %s", [*prepared.layers], names or "none yet")
 
     def read(self, fields: dict[str, Any]) -> None:
         """Reads an adapter, and changes nothing yet.
@@ -93,8 +91,7 @@ class WorkerSteering:
         for request in scheduled.finished_req_ids:
             self._requests.pop(request, None)
         for request in scheduled.scheduled_new_reqs:
-            parameters = request.sampling_params
-            asked = (parameters.extra_args or {}).get(KEY) if parameters is not None else None
+            asked = scheduled_steering(request)
             if asked:
                 # A request that goes on with a longer prompt comes again, and is steered from its new end on.
                 self._requests[request.req_id] = asked, request.prompt_len
