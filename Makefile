@@ -18,7 +18,7 @@ test: $(VENV)/.ready $(VENV)/.deepspeed
 
 # The core with the lowest versions that it supports, in an environment of its own.
 test-lowest: $(LOWEST)/.ready
-	$(LOWEST)/bin/python -m pytest -m "not slow" tests/tuner tests/sae tests/methods tests/trainer tests/cli \
+	$(LOWEST)/bin/python -m pytest -m "not slow" tests/steering tests/adapter_file tests/tuner tests/sae tests/methods tests/trainer tests/cli \
 		tests/test_peft_contract.py tests/test_package.py --ignore tests/trainer/test_trackers.py
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt

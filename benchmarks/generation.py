@@ -26,7 +26,7 @@ from published import Published, pairs_of, random_sae, report
 from training import hidden_states
 
 from yapo_peft import YaPOConfig, steering
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 SIDES = ("unsteered", "ours", "published")
 
@@ -54,10 +54,10 @@ def measure(options: argparse.Namespace, features: int, folder: Path) -> dict[st
     answers: dict[str, Any] = {}
     for _ in range(options.repeats + 1):
         for side in SIDES:
-            strength = 1.0 if side == "ours" else 0.0
+            multiplier = 1.0 if side == "ours" else 0.0
             published.multiplier = 1.0 if side == "published" else None
             started = time.perf_counter()
-            with torch.no_grad(), steering(model, strength):
+            with torch.no_grad(), steering(model, multiplier):
                 answers[side] = model.generate(**prompt, **settings)
             seconds[side].append((time.perf_counter() - started) / options.tokens)
     published.multiplier = None

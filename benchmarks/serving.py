@@ -3,8 +3,8 @@
 python benchmarks/serving.py --out serving.json        (where vLLM is installed: .venv-vllm of make test-vllm)
 
 One engine serves the embedded model; every round generates the same batch unsteered, with an adapter of 64 features,
-with one of half the SAE, with the second at another strength for each request, and with a dense vector. Ratios are of
-the medians over rounds. Then greedy answers to prompts of the embedded preference sets, at several strengths in one
+with one of half the SAE, with the second at another multiplier for each request, and with a dense vector. Ratios are of
+the medians over rounds. Then greedy answers to prompts of the embedded preference sets, at several multipliers in one
 batch, are scored by transformers: how far the log-probabilities of their tokens are apart, and how often it would have
 chosen the same token.
 """
@@ -32,7 +32,7 @@ def save_adapters(folder: Path, features: dict[str, int]) -> dict[str, str]:
     from peft import get_peft_model
 
     from yapo_peft import YaPOConfig
-    from yapo_peft.tuner.strength import steered_layers
+    from yapo_peft.tuner.multiplier import steered_layers
 
     torch.manual_seed(0)
     base, _ = load_model_and_tokenizer()
@@ -91,7 +91,7 @@ def measure(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
         "unsteered": lambda place: None,
         "64 features": lambda place: "few=1",
         "2304 features": lambda place: "many=1",
-        "2304 features, a strength each": lambda place: f"many={draw.uniform(-2, 2)}",
+        "2304 features, a multiplier each": lambda place: f"many={draw.uniform(-2, 2)}",
         "dense": lambda place: "dense=1",
     }
     found: dict[str, Any] = {}

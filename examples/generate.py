@@ -1,4 +1,4 @@
-"""Answers a prompt with a saved adapter, at several strengths.
+"""Answers a prompt with a saved adapter, at several multipliers.
 
 python examples/generate.py out/demo/adapter "How do I make a good cup of tea?" --multipliers -1 0 1
 """

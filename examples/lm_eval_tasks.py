@@ -1,4 +1,4 @@
-"""What steering does to knowledge: tasks of lm-eval at several strengths.
+"""What steering does to knowledge: tasks of lm-eval at several multipliers.
 
 python examples/lm_eval_tasks.py out/demo/adapter                           # 120 questions of this project, offline
 python examples/lm_eval_tasks.py polite-gemma --tasks mmlu --num-fewshot 5  # any task of lm-eval

@@ -44,7 +44,7 @@ def main() -> None:
     say("a row each: first, none, second", 3, adapter_names=["first", "__base__", "second"])
     model.base_model.set_adapter(["first", "second"])
     with steering(model, 0.5, "second"):
-        say("both at once, the second at half its strength")
+        say("both at once, the second at half its multiplier")
     model.add_weighted_adapter(["first", "second"], [1.0, -0.5], "combined", combination_type="linear")
     model.set_adapter("combined")
     say("one code: the first less half the second")

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, steering
 from yapo_peft.tuner.layer import REPEATS_HOOKS
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -297,7 +297,7 @@ def test_gradient_checkpointing(row, use_reentrant):
             return
         with steering(model, -1.0):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        # The strength of the forward pass counts, not the one that holds when the backward pass recomputes blocks.
+        # The multiplier of the forward pass counts, not the one that holds when the backward pass recomputes blocks.
         loss.backward()
         gradients.append(torch.cat([layer.yapo_code["default"].grad for layer in steered_layers(model)]))
     assert gradients[0].any()
@@ -406,15 +406,15 @@ def test_offloading(row, tmp_path, where, when):
     assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
-@pytest.mark.feature("Beyond PEFT", "A strength per row: `multipliers=` in forward and `generate`")
+@pytest.mark.feature("Beyond PEFT", "A multiplier per row: `multipliers=` in forward and `generate`")
 def test_multipliers(row):
-    model, ids, strengths = row.model(), random_ids(3), [-2.0, 0.0, 1.5]
-    together = run(model, ids, multipliers=torch.tensor(strengths))
-    answers = model.generate(ids, attention_mask=torch.ones_like(ids), multipliers=strengths, **GENERATE, num_beams=2)
-    for index, strength in enumerate(strengths):
-        with steering(model, strength):
+    model, ids, multipliers = row.model(), random_ids(3), [-2.0, 0.0, 1.5]
+    together = run(model, ids, multipliers=torch.tensor(multipliers))
+    answers = model.generate(ids, attention_mask=torch.ones_like(ids), multipliers=multipliers, **GENERATE, num_beams=2)
+    for index, multiplier in enumerate(multipliers):
+        with steering(model, multiplier):
             alone = run(model, ids)[index]
-            # One strength for all is folded into a vector, which rounds differently in 16 bits.
+            # One multiplier for all is folded into a vector, which rounds differently in 16 bits.
             scale = float(alone.abs().max()) if row.dtype != torch.float32 else 1e-3
             torch.testing.assert_close(alone, together[index], rtol=2e-2, atol=2e-2 * scale)
             if row.dtype == torch.float32:
@@ -447,7 +447,7 @@ def test_mixed_batches(row):
         model.set_adapter("default" if name == "__base__" else name)
         with steering(model, 0.0 if name == "__base__" else 1.0):
             alone = run(model, ids)[index]
-            # One strength for all is folded into a vector, which rounds differently in 16 bits.
+            # One multiplier for all is folded into a vector, which rounds differently in 16 bits.
             scale = float(alone.abs().max()) if row.dtype != torch.float32 else 1e-3
             torch.testing.assert_close(alone, together[index], rtol=2e-2, atol=2e-2 * scale)
             if row.dtype == torch.float32:

@@ -40,7 +40,7 @@ def test_a_short_study(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = tmp_path / "report"
     results = json.loads((report / "results.json").read_text())
-    assert {row["method"] for row in results["At equal strength"]} == {
+    assert {row["method"] for row in results["At equal multiplier"]} == {
         "base", "YaPO", "YaPO, 64 features", "BiPO", "CAA", "SAS", "random", "prompt",
     }  # fmt: skip
     assert [row["chosen"] for row in results["Chosen settings"] if row["method"] == "YaPO"].count("yes") == 1

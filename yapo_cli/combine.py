@@ -37,7 +37,7 @@ def combine(
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     if majority_sign != "total" and kind != "ties":
         raise typer.BadParameter(f"--majority-sign is for --type ties; --type {kind} elects no sign.")
-    from yapo_peft.tuner.saving import save_adapter
+    from yapo_peft.adapter_file.saving import save_adapter
 
     from .loading import load_adapter, require_effect, require_new
 

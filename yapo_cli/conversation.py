@@ -1,4 +1,4 @@
-"""A conversation at one or several strengths, each with a memory of its own."""
+"""A conversation at one or several multipliers, each with a memory of its own."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import typer
 from .options import numbers
 
 _HELP = """Type a message and press Enter. Or:
-  /strength -1,0,1   answer at these strengths from now on; each goes on from what was said first
+  /multiplier -1,0,1   answer at these multipliers from now on; each goes on from what was said first
   /reset             forget what was said
   /quit              end (so does Ctrl-D)"""
 
 
 def converse(
-    model: Any, tokenizer: Any, strengths: tuple[float, ...], start: list[dict[str, str]], seed: int, options: Any
+    model: Any, tokenizer: Any, multipliers: tuple[float, ...], start: list[dict[str, str]], seed: int, options: Any
 ) -> None:
     """Reads messages and answers them, until the input ends."""
-    talks = {strength: list(start) for strength in strengths}
+    talks = {multiplier: list(start) for multiplier in multipliers}
     if sys.stdin.isatty():
         typer.echo(_HELP)
     if isinstance(sys.stdin, TextIOWrapper):
@@ -31,17 +31,17 @@ def converse(
         if said == "/quit":
             return
         if said == "/reset":
-            talks = {strength: list(start) for strength in talks}
-        elif said.startswith("/strength"):
-            talks = _changed(talks, said.removeprefix("/strength").strip())
+            talks = {multiplier: list(start) for multiplier in talks}
+        elif said.startswith("/multiplier"):
+            talks = _changed(talks, said.removeprefix("/multiplier").strip())
         elif said.startswith("/"):
             typer.echo(_HELP if said == "/help" else f"There is no {said.split()[0]}.\n{_HELP}")
         else:
-            for strength, messages in talks.items():
+            for multiplier, messages in talks.items():
                 messages.append({"role": "user", "content": said})
-                typer.secho(f"[{strength:+g}] ", nl=False, bold=True)
+                typer.secho(f"[{multiplier:+g}] ", nl=False, bold=True)
                 messages.append(
-                    {"role": "assistant", "content": _said(model, tokenizer, messages, strength, seed, options)}
+                    {"role": "assistant", "content": _said(model, tokenizer, messages, multiplier, seed, options)}
                 )
 
 
@@ -54,25 +54,25 @@ def _read() -> str | None:
 
 def _changed(talks: dict[float, list[Any]], asked: str) -> dict[float, list[Any]]:
     try:
-        strengths = numbers(asked)
+        multipliers = numbers(asked)
     except typer.BadParameter as error:
         typer.echo(error.message)
         return talks
     first = next(iter(talks.values()))
-    return {strength: list(talks.get(strength, first)) for strength in strengths}
+    return {multiplier: list(talks.get(multiplier, first)) for multiplier in multipliers}
 
 
-def _said(model: Any, tokenizer: Any, messages: list[Any], strength: float, seed: int, options: Any) -> str:
+def _said(model: Any, tokenizer: Any, messages: list[Any], multiplier: float, seed: int, options: Any) -> str:
     """One answer, printed as it is written."""
     import torch
     from transformers import TextStreamer
 
     from yapo_peft import steering
-    from yapo_peft.pairs import prompt_ids
+    from yapo_peft.scoring.pairs import prompt_ids
 
     ids = torch.tensor([prompt_ids(messages, tokenizer)], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed + len(messages))
-    with torch.no_grad(), steering(model, strength):
+    with torch.no_grad(), steering(model, multiplier):
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -1,4 +1,4 @@
-"""`yapo eval`: any task of the Language Model Evaluation Harness, at several strengths."""
+"""`yapo eval`: any task of the Language Model Evaluation Harness, at several multipliers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers
 
-_STRENGTHS = Numbers((0.0, 1.0))
+_MULTIPLIERS = Numbers((0.0, 1.0))
 
 
 def evaluate(
     adapter: Adapter,
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, with commas between them, such as mmlu.")],
-    multipliers: Multipliers = _STRENGTHS,
+    multipliers: Multipliers = _MULTIPLIERS,
     include_path: Annotated[str | None, typer.Option(help="Folder of tasks of your own.")] = None,
     metric: Annotated[str, typer.Option(help="Metric of each document, such as acc, acc_norm, exact_match.")] = "acc",
     filter: Annotated[
@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run tasks of lm-eval at several strengths, with 95 % intervals.
+    """Run tasks of lm-eval at several multipliers, with 95 % intervals.
 
     `yapo eval my-adapter --tasks mmlu --multipliers 0,1 --num-fewshot 5`
     """

@@ -22,7 +22,7 @@ from .options import (
 
 def explain(
     adapter: Adapter,
-    multiplier: Annotated[float, typer.Option(help="Strength at which they are read.")] = 1.0,
+    multiplier: Annotated[float, typer.Option(help="Multiplier at which they are read.")] = 1.0,
     top: Annotated[int, typer.Option(min=1, help="Features of each block, those of the longest reach.")] = 20,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to list for each.")] = 8,
     labels: Annotated[bool, typer.Option(help="Ask Neuronpedia for labels.")] = True,

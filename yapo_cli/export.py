@@ -17,7 +17,7 @@ def export(
         Literal["gguf", "lm-eval", "neuronpedia", "safetensors", "vec"],
         typer.Option(help="llama.cpp's control vector; lm-eval's steered; bodies for Neuronpedia; plain; vec_ep*.pt."),
     ],
-    multiplier: Annotated[float, typer.Option(help="Strength, which becomes part of the file.")] = 1.0,
+    multiplier: Annotated[float, typer.Option(help="Multiplier, which becomes part of the file.")] = 1.0,
     text: Annotated[Path | None, typer.Option(help="File of text to fit a constant on, where none is exact.")] = None,
     max_kl: Annotated[
         float, typer.Option(min=0, help="Refuse what is further from the true steering, in nats.")
@@ -28,7 +28,7 @@ def export(
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter at one strength as a file of another program, and say how exact it is there.
+    """Write an adapter at one multiplier as a file of another program, and say how exact it is there.
 
     `yapo export polite-gemma polite.gguf --format gguf --multiplier 1.5 --text sample.txt`
     """

@@ -95,8 +95,8 @@ def _fit(
     method: Any,
     options: dict[str, Any],
 ) -> None:
+    from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import measure_contrast
-    from yapo_peft.tuner.saving import save_adapter
 
     from .loading import attach_adapter, load_tokenizer, require_new
 

@@ -1,4 +1,4 @@
-"""`yapo generate`: answers at several strengths, of a batch of prompts or in a conversation."""
+"""`yapo generate`: answers at several multipliers, of a batch of prompts or in a conversation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import typer
 
 from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers, read_text
 
-_STRENGTHS = Numbers((-1.0, 0.0, 1.0))
+_MULTIPLIERS = Numbers((-1.0, 0.0, 1.0))
 
 
 def generate(
     adapter: Adapter,
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to say; each is answered at each strength.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What to say; each is answered at each multiplier.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts, one to a line.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Converse; `/help` says what else can be typed.")] = False,
-    multipliers: Multipliers = _STRENGTHS,
+    multipliers: Multipliers = _MULTIPLIERS,
     system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest tokens.")] = 0.0,
@@ -30,7 +32,7 @@ def generate(
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Answer prompts at several strengths.
+    """Answer prompts at several multipliers.
 
     `yapo generate my-adapter "How are you?" --multipliers=-1,0,1`
     """
@@ -44,7 +46,7 @@ def generate(
             "--chat prints answers as they are written, by the chat template: leave --json and --plain."
         )
     from yapo_peft import ConfigError
-    from yapo_peft.pairs import prompt_ids
+    from yapo_peft.scoring.pairs import prompt_ids
 
     from .loading import load_adapter, load_tokenizer
     from .output import print_json
@@ -84,7 +86,7 @@ def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, options: A
     import torch
 
     from yapo_peft import steering
-    from yapo_peft.generation import answer
+    from yapo_peft.scoring.generation import answer
 
     texts, multipliers, ids = zip(*rows, strict=True)
     with steering(model, torch.tensor(multipliers)):

@@ -157,7 +157,7 @@ def require_new(folder: Path) -> None:
         ConfigError: There is something at its place.
     """
     from yapo_peft import ConfigError
-    from yapo_peft.tuner.saving import is_taken
+    from yapo_peft.adapter_file.saving import is_taken
 
     if is_taken(folder):
         raise ConfigError(f"--out {folder}: there is something already; name another folder.")

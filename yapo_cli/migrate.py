@@ -28,9 +28,9 @@ def migrate(
     `yapo migrate vec_ep20_layer15.pt --model google/gemma-2-2b-it --sae-release gemma-scope-2b-pt-res
     --sae-id layer_15/width_65k/average_l0_68 --out polite-gemma`
     """
+    from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import import_vectors
     from yapo_peft.methods.migrate import block_of
-    from yapo_peft.tuner.saving import save_adapter
 
     from .loading import attach_adapter, require_effect, require_new
 

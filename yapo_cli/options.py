@@ -37,7 +37,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of an adapter.")]
 Model = Annotated[str, typer.Option(help="Folder or Hub name of the model.")]
 Multipliers = Annotated[
-    Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="Strengths, such as -1,0,1; 0 is unsteered.")
+    Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="Multipliers, such as -1,0,1; 0 is unsteered.")
 ]
 DType = Annotated[str, typer.Option("--dtype", help="Type of the model's weights, such as bfloat16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]

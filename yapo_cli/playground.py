@@ -13,7 +13,7 @@ from .options import DType
 def playground(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of one model.")],
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    strongest: Annotated[float, typer.Option(help="Ends of the strength sliders.")] = 4.0,
+    strongest: Annotated[float, typer.Option(help="Ends of the multiplier sliders.")] = 4.0,
     save_to: Annotated[Path, typer.Option(help="Folder for adapters that are saved.")] = Path("out/app"),
     dtype: DType = "auto",
 ) -> None:

@@ -14,7 +14,7 @@ def prune(
     features: Annotated[int, typer.Option(min=1, help="How many to keep, of all blocks together.")],
     out: NewFolder,
     rescale: Annotated[
-        bool, typer.Option("--rescale", help="Stretch them, so that strength 1 means about the same.")
+        bool, typer.Option("--rescale", help="Stretch them, so that multiplier 1 means about the same.")
     ] = False,
     dtype: DType = "auto",
 ) -> None:
@@ -22,8 +22,8 @@ def prune(
 
     `yapo prune my-adapter --features 64 --rescale --out my-adapter-64`
     """
+    from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import prune as pruned
-    from yapo_peft.tuner.saving import save_adapter
 
     from .loading import load_adapter, require_effect, require_new
 

@@ -22,7 +22,7 @@ from .options import (
     read_pairs,
 )
 
-_STRENGTHS = Numbers((-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))
+_MULTIPLIERS = Numbers((-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))
 
 
 def report(
@@ -39,8 +39,8 @@ def report(
     questions: Annotated[
         str | None, typer.Option(help="JSON of question, options and answer, to check knowledge with.")
     ] = None,
-    multipliers: Multipliers = _STRENGTHS,
-    multiplier: Annotated[float, typer.Option(help="Strength at which features are read.")] = 1.0,
+    multipliers: Multipliers = _MULTIPLIERS,
+    multiplier: Annotated[float, typer.Option(help="Multiplier at which features are read.")] = 1.0,
     top: Annotated[int, typer.Option(min=1, help="Features to list for each block.")] = 20,
     attributed: Annotated[int, typer.Option(min=0, help="Features to leave out one by one; 0 for none.")] = 16,
     answers: Annotated[int, typer.Option(min=0, help="Prompts to answer.")] = 3,

@@ -1,4 +1,4 @@
-"""`yapo sweep`: a measure over strengths."""
+"""`yapo sweep`: a measure over multipliers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .options import (
 
 Measure = Literal["preference", "choice", "damage"]
 
-_STRENGTHS = Numbers((-2.0, -1.0, 0.0, 1.0, 2.0))
+_MULTIPLIERS = Numbers((-2.0, -1.0, 0.0, 1.0, 2.0))
 
 
 def sweep(
@@ -37,7 +37,7 @@ def sweep(
     measure: Annotated[
         Measure, typer.Option(help="Margin and accuracy on pairs, accuracy on questions, or KL on text.")
     ] = "preference",
-    multipliers: Multipliers = _STRENGTHS,
+    multipliers: Multipliers = _MULTIPLIERS,
     prompt: Prompt = "prompt",
     chosen: Chosen = "chosen",
     rejected: Rejected = "rejected",
@@ -51,7 +51,7 @@ def sweep(
     picture: Annotated[Path | None, typer.Option(help="Picture to draw, such as doses.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an adapter over a range of strengths, with 95 % intervals.
+    """Measure an adapter over a range of multipliers, with 95 % intervals.
 
     `yapo sweep my-adapter --dataset test.csv --prompt question --chosen matching --rejected not_matching`
     """

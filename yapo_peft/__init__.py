@@ -28,8 +28,8 @@ from .tuner.registration import register
 
 if TYPE_CHECKING:
     from .evaluation import Scores, plot_dose_response, sweep
+    from .scoring.store import delete_activation_cache
     from .trainer import YaPOTrainer, YaPOTrainingConfig
-    from .trainer.activations import delete_activation_cache
 
 
 __all__ = [
@@ -62,7 +62,7 @@ __all__ = [
 # These pull in TRL or matplotlib, which a program that only steers does not need.
 _LAZY = {
     "YaPOTrainer": "trainer",
-    "delete_activation_cache": "trainer.activations",
+    "delete_activation_cache": "scoring.store",
     "YaPOTrainingConfig": "trainer",
     "Scores": "evaluation",
     "plot_dose_response": "evaluation",

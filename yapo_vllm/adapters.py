@@ -14,6 +14,9 @@ from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
 
 from yapo_peft import YaPOConfig
+from yapo_peft._utils import hash_tensors
+from yapo_peft.adapter_file.codes import unpack_codes
+from yapo_peft.adapter_file.parts import is_of_part, unpack_part
 from yapo_peft.errors import (
     AdapterFileError,
     ConfigError,
@@ -23,10 +26,7 @@ from yapo_peft.errors import (
     YaPOError,
 )
 from yapo_peft.sae import SAEIdentity, SAEPart, SAEWeights, load_sae
-from yapo_peft.sae.identity import hash_tensors
 from yapo_peft.sae.weights import Normalization
-from yapo_peft.tuner.codes_on_disk import unpack_codes
-from yapo_peft.tuner.parts_on_disk import is_of_part, unpack_part
 
 from .settings import Settings, require_name
 
@@ -44,8 +44,8 @@ class Served:
         layers: The blocks that it steers.
         features: The most features that it moves at a block, and so reads there at one sign or the other.
         positions: Which tokens it steers.
-        multiplier: The strength of requests that name none.
-        signs: At which signs of the strength a part of its SAEs is enough.
+        multiplier: The multiplier of requests that name none.
+        signs: At which signs of the multiplier a part of its SAEs is enough.
     """
 
     id: int

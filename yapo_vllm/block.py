@@ -1,4 +1,4 @@
-"""The steering of one block for a batch of requests, each with its own adapters and strengths."""
+"""The steering of one block for a batch of requests, each with its own adapters and multipliers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from yapo_peft.errors import UnsupportedOperationError
 from yapo_peft.sae import SAEWeights
 from yapo_peft.sae.weights import Normalization
-from yapo_peft.tuner.steering import moved_features
+from yapo_peft.steering.formula import moved_features
 
 from .adapters import BlockPart
 
@@ -38,36 +38,36 @@ class Step:
     """How strong each adapter steers each token of the current step; its tensors never change their place.
 
     Attributes:
-        strength: Of each token, the strength of the adapter in each slot, `(tokens, slots)`; 0 for none.
+        multiplier: Of each token, the multiplier of the adapter in each slot, `(tokens, slots)`; 0 for none.
         on: Whether a token is steered at all, `(tokens, 1)`.
         layers: The blocks at which anything is.
         slots: Those of the adapters in use.
     """
 
     def __init__(self, room: Room, device: torch.device) -> None:
-        self.strength = torch.zeros(room.tokens, room.slots, device=device)
+        self.multiplier = torch.zeros(room.tokens, room.slots, device=device)
         self.on = torch.zeros(room.tokens, 1, dtype=torch.bool, device=device)
         self.layers: frozenset[int] = frozenset()
         self.slots: frozenset[int] = frozenset()
         self._count = 0
 
-    def set(self, strength: Tensor, layers: Iterable[int], slots: Iterable[int]) -> None:
-        """Takes the strengths of the first tokens, `(n, slots)`; the others are not steered."""
-        count = len(strength)
-        self.strength[:count] = strength
-        self.strength[count : self._count] = 0
-        self.on[:count] = strength.ne(0).any(dim=1, keepdim=True)
+    def set(self, multiplier: Tensor, layers: Iterable[int], slots: Iterable[int]) -> None:
+        """Takes the multipliers of the first tokens, `(n, slots)`; the others are not steered."""
+        count = len(multiplier)
+        self.multiplier[:count] = multiplier
+        self.multiplier[count : self._count] = 0
+        self.on[:count] = multiplier.ne(0).any(dim=1, keepdim=True)
         self.on[count : self._count] = False
         self._count, self.layers, self.slots = count, frozenset(layers), frozenset(slots)
 
     def clear(self) -> None:
         """Nothing is steered."""
         if self._count:
-            self.set(self.strength[:0], (), ())
+            self.set(self.multiplier[:0], (), ())
 
 
 class _Vectors:
-    """What adapters add without looking at a token: a vector for strengths above zero, and one for those below."""
+    """What adapters add without looking at a token: a vector for multipliers above zero, and one for those below."""
 
     def __init__(self, slots: int, d_model: int, device: torch.device) -> None:
         self.up = torch.zeros(slots, d_model, device=device)
@@ -83,9 +83,9 @@ class _Vectors:
         """Empties a slot."""
         self.up[slot] = self.down[slot] = 0
 
-    def shift(self, strength: Tensor, dtype: torch.dtype) -> Tensor:
-        """What they add to tokens, `(n, d_model)`, at the strengths that these have, `(n, slots)`."""
-        return (strength.clamp(min=0) @ self.up + strength.clamp(max=0) @ self.down).to(dtype)
+    def shift(self, multiplier: Tensor, dtype: torch.dtype) -> Tensor:
+        """What they add to tokens, `(n, d_model)`, at the multipliers that these have, `(n, slots)`."""
+        return (multiplier.clamp(min=0) @ self.up + multiplier.clamp(max=0) @ self.down).to(dtype)
 
 
 class _Features:
@@ -133,29 +133,29 @@ class _Features:
         self._vectors.forget(slot)
         self._views.pop(slot, None)
 
-    def shift(self, h: Tensor, strength: Tensor, slots: Iterable[int] | None) -> Tensor | None:
-        """What they add to tokens, `(n, d_model)`, at the strengths that these have, `(n, slots)`.
+    def shift(self, h: Tensor, multiplier: Tensor, slots: Iterable[int] | None) -> Tensor | None:
+        """What they add to tokens, `(n, d_model)`, at the multipliers that these have, `(n, slots)`.
 
         Args:
             h: The tokens.
-            strength: The strengths.
+            multiplier: The multipliers.
             slots: Whose columns to read; None for all, also of slots that are empty now.
 
         Returns:
             The shift; None if no adapter in these slots has features here.
         """
         if slots is None:
-            found = [(self._sae, (strength[:, :, None] * self._values).flatten(1))]
+            found = [(self._sae, (multiplier[:, :, None] * self._values).flatten(1))]
         else:
             views = {slot: self._views[slot] for slot in slots if slot in self._views}
-            found = [(sae, strength[:, slot, None] * self._values[slot, : sae.d_sae]) for slot, sae in views.items()]
+            found = [(sae, multiplier[:, slot, None] * self._values[slot, : sae.d_sae]) for slot, sae in views.items()]
         if not found:
             return None
         shift, scale = torch.zeros_like(h), None
         for sae, wanted in found:
             features, scale = sae.encode(h)
             shift = shift + moved_features(features.float(), wanted.clamp(max=0)).to(h.dtype) @ sae.W_dec
-        return shift if scale is None else (shift + self._vectors.shift(strength, h.dtype)) * scale
+        return shift if scale is None else (shift + self._vectors.shift(multiplier, h.dtype)) * scale
 
     def _columns(self, slot: int, count: int) -> slice:
         start = slot * self._values.shape[1]
@@ -165,8 +165,9 @@ class _Features:
 class BlockSteering:
     """Steers the output of one block, at the price of what can differ between tokens.
 
-    For each adapter there is a vector for each sign of its strength, and the features of its SAE: a step of the engine
-    costs an encoder and a decoder of these, whatever strengths its requests have.
+    For each adapter there is a vector for each sign of its multiplier, and the features of its SAE: a step of the
+    engine
+    costs an encoder and a decoder of these, whatever multipliers its requests have.
 
     Args:
         layer: Index of the block.
@@ -234,11 +235,11 @@ class BlockSteering:
         if not is_captured and self._layer not in self._step.layers:
             return
         count = hidden.shape[0]
-        strength, on = self._step.strength[:count], self._step.on[:count]
+        multiplier, on = self._step.multiplier[:count], self._step.on[:count]
         h = hidden if residual is None else hidden + residual
-        shift = self._vectors.shift(strength, h.dtype)
+        shift = self._vectors.shift(multiplier, h.dtype)
         for features in self._features.values():
-            more = features.shift(h, strength, None if is_captured else self._step.slots)
+            more = features.shift(h, multiplier, None if is_captured else self._step.slots)
             shift = shift if more is None else shift + more
         steered = h + shift
         if residual is None:

@@ -31,25 +31,25 @@ def steering_of(value: Any, adapters: Mapping[str, Served]) -> list[tuple[Served
         ConfigError: It is malformed, names an adapter that is not served, or asks one for what it cannot do.
     """
     found: dict[str, tuple[Served, float]] = {}
-    for name, multiplier in _entries(value):
+    for name, given in _entries(value):
         if name not in adapters:
             served = ", ".join(map(repr, sorted(adapters))) or "none"
             raise ConfigError(f"There is no adapter {_short(name)}. Served: {served}.")
         if name in found:
             raise ConfigError(f"Adapter {name!r} is named twice in one request.")
         adapter = adapters[name]
-        strength = _strength(name, adapter.multiplier if multiplier is None else multiplier)
-        if strength and (1 if strength > 0 else -1) not in adapter.signs:
+        multiplier = _multiplier(name, adapter.multiplier if given is None else given)
+        if multiplier and (1 if multiplier > 0 else -1) not in adapter.signs:
             raise ConfigError(
-                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {strength:g}, which takes the whole "
+                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {multiplier:g}, which takes the whole "
                 "SAE: steer with transformers instead."
             )
-        found[name] = adapter, strength
+        found[name] = adapter, multiplier
     return sorted(((a, s) for a, s in found.values() if s), key=lambda pair: pair[0].id)
 
 
 def scheduled_steering(request: Any) -> Steering:
-    """The numbers and strengths of the adapters of a request of vLLM's that has been read; empty for none."""
+    """The numbers and multipliers of the adapters of a request of vLLM's that has been read; empty for none."""
     parameters = request.sampling_params
     return ((parameters.extra_args or {}).get(KEY) or []) if parameters is not None else []
 
@@ -108,7 +108,7 @@ def _of_text(entry: str) -> tuple[str, Any]:
         raise ConfigError(f"yapo={_short(entry)}: {_short(multiplier)} is no number. Give {_EXAMPLES}.") from error
 
 
-def _strength(name: str, multiplier: Any) -> float:
+def _multiplier(name: str, multiplier: Any) -> float:
     is_number = isinstance(multiplier, int | float) and not isinstance(multiplier, bool)
     # Compared first: an integer can be too large to become a float.
     if not is_number or multiplier != multiplier or abs(multiplier) == math.inf:

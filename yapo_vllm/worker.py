@@ -110,21 +110,21 @@ class WorkerSteering:
         if not steered:
             self._step.clear()
             return
-        strengths = np.zeros((len(requests), self._room.slots), dtype=np.float32)
+        multipliers = np.zeros((len(requests), self._room.slots), dtype=np.float32)
         starts = np.zeros((len(requests), self._room.slots), dtype=np.int64)
         layers: set[int] = set()
         slots: set[int] = set()
         for place, (steering, prompt_length) in steered:
             for number, multiplier in steering:
                 adapter = self._adapters[number]
-                strengths[place, adapter.slot] = multiplier
+                multipliers[place, adapter.slot] = multiplier
                 starts[place, adapter.slot] = first_steered(adapter, prompt_length)
                 layers.update(adapter.layers)
                 slots.add(adapter.slot)
-        strength = torch.from_numpy(strengths.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
+        per_token = torch.from_numpy(multipliers.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
         start = torch.from_numpy(starts.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
-        is_after = positions[: len(strength), None] >= start
-        self._step.set(strength.masked_fill(~is_after, 0), layers, slots)
+        is_after = positions[: len(per_token), None] >= start
+        self._step.set(per_token.masked_fill(~is_after, 0), layers, slots)
 
 
 def attach(runner: Any, settings: Settings) -> WorkerSteering:

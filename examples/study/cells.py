@@ -17,9 +17,9 @@ from peft import PeftModel, get_peft_model
 from sources import Behaviour
 
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, sweep
+from yapo_peft._utils import replacing
 from yapo_peft.data import with_system_prompt
 from yapo_peft.evaluation import Damage, MultipleChoice, Scores
-from yapo_peft.files import replacing
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast, prune
 
 _COARSE = (0.25, 1.0, 4.0)
@@ -201,31 +201,31 @@ class Bench:
             trainer.train()
         return trainer.state.log_history
 
-    def strengths(self, folder: Path) -> list[float]:
-        """The strengths at which a cell is measured: -1, 0, 1, and about where it does the damage of the config."""
+    def multipliers(self, folder: Path) -> list[float]:
+        """The multipliers at which a cell is measured: -1, 0, 1, and about where it does the damage of the config."""
         found = {-1.0, 0.0, 1.0}.union(*self._doing_damage(folder).values())
         return sorted(found)
 
     def asked_at(self, folder: Path) -> list[float]:
-        """The strengths at which a cell is asked questions: 1, and about where it does the middle damage."""
+        """The multipliers at which a cell is asked questions: 1, and about where it does the middle damage."""
         up = self._doing_damage(folder)["up"]
         return sorted({1.0, up[len(up) // 2]})
 
     def _doing_damage(self, folder: Path) -> dict[str, list[float]]:
-        """The strengths of the damage that the config wants, of the first seed for all seeds, up and down.
+        """The multipliers of the damage that the config wants, of the first seed for all seeds, up and down.
 
-        A dense vector can do at a tenth of its strength what a code does at twice its own. So the damage is measured
-        coarsely first, and followed along a line between the logarithms, or with the square of the strength.
+        A dense vector can do at a tenth of its multiplier what a code does at twice its own. So the damage is measured
+        coarsely first, and followed along a line between the logarithms, or with the square of the multiplier.
         """
         folder = folder.with_name(f"seed-{self.config['seeds'][0]}")
-        file = folder / "strengths.json"
+        file = folder / "multipliers.json"
         if not file.is_file():
             model, tokenizer = self.saved(folder)
             coarse = [sign * size for sign in (-1, 1) for size in _COARSE]
             scores = sweep(model, self.text, tokenizer, coarse, measure=self.coarse_damage, batch_size=4)
             kl = scores.summary().set_index("multiplier")["kl"]
             if not (kl > 0).all():
-                raise SystemExit(f"{folder} does no damage, or breaks the model: KL by strength is {dict(kl)}.")
+                raise SystemExit(f"{folder} does no damage, or breaks the model: KL by multiplier is {dict(kl)}.")
             found = {}
             for side, sign in (("up", 1), ("down", -1)):
                 there = np.maximum.accumulate([kl[sign * size] for size in _COARSE])
@@ -234,7 +234,7 @@ class Bench:
         return json.loads(file.read_text())
 
     def effect(self, behaviour: Behaviour, folder: Path, method: Method) -> Scores:
-        """Preference on the test pairs over all strengths; of a prompt, with it, without, and with its opposite."""
+        """Preference on the test pairs over all multipliers; of a prompt, with it, without, and with its opposite."""
 
         def base() -> Scores:
             model, tokenizer = self.attached()
@@ -245,24 +245,24 @@ class Bench:
             parts = [kept(self.out / _slug(behaviour.name) / "base.json", base)]
             if method.space is not None:
                 model, tokenizer = self.saved(folder)
-                steered = [strength for strength in self.strengths(folder) if strength]
+                steered = [multiplier for multiplier in self.multipliers(folder) if multiplier]
                 return Scores.concat([*parts, sweep(model, behaviour.test, tokenizer, steered, batch_size=16)])
             model, tokenizer = self.attached()
             for sign, prompt in behaviour.prompts.items():
                 scores = sweep(model, with_system_prompt(behaviour.test, prompt), tokenizer, [0.0], batch_size=16)
-                parts.append(_as_strength(float(sign), scores))
+                parts.append(_as_multiplier(float(sign), scores))
             return Scores.concat(parts)
 
         return kept(folder / "preference.json", measure)
 
     def harm(self, folder: Path, method: Method) -> Scores | None:
-        """KL from the base on neutral text over all strengths; a prompt says nothing of that."""
+        """KL from the base on neutral text over all multipliers; a prompt says nothing of that."""
         if method.space is None:
             return None
 
         def measure() -> Scores:
             model, tokenizer = self.saved(folder)
-            return sweep(model, self.text, tokenizer, self.strengths(folder), measure=self.damage, batch_size=4)
+            return sweep(model, self.text, tokenizer, self.multipliers(folder), measure=self.damage, batch_size=4)
 
         return kept(folder / "damage.json", measure)
 
@@ -276,7 +276,7 @@ class Bench:
         base: Path,
         prompt: str,
     ) -> Scores:
-        """Multiple choice by the likelihood of the options' texts, per character; a prompt counts as strength 1.
+        """Multiple choice by the likelihood of the options' texts, per character; a prompt counts as multiplier 1.
 
         Args:
             file: Where in the cell's folder it is kept.
@@ -288,26 +288,26 @@ class Bench:
             prompt: The system prompt, for that method.
         """
 
-        def asked(model: Any, tokenizer: Any, strengths: list[float], system: str | None = None) -> Scores:
+        def asked(model: Any, tokenizer: Any, multipliers: list[float], system: str | None = None) -> Scores:
             measure = MultipleChoice("text", "characters", chat=chat, system_prompt=system)
-            return sweep(model, questions, tokenizer, strengths, measure=measure, batch_size=16)
+            return sweep(model, questions, tokenizer, multipliers, measure=measure, batch_size=16)
 
         def measure() -> Scores:
             unsteered = kept(base, lambda: asked(*self.attached(), [0.0]))
             if method.space is not None:
                 return Scores.concat([unsteered, asked(*self.saved(folder), self.asked_at(folder))])
-            return Scores.concat([unsteered, _as_strength(1.0, asked(*self.attached(), [0.0], prompt))])
+            return Scores.concat([unsteered, _as_multiplier(1.0, asked(*self.attached(), [0.0], prompt))])
 
         return kept(folder / file, measure)
 
 
-def _as_strength(multiplier: float, unsteered: Scores) -> Scores:
+def _as_multiplier(multiplier: float, unsteered: Scores) -> Scores:
     """What was measured behind a system prompt, as if steering had done it."""
     return Scores(unsteered.table.assign(multiplier=multiplier), unsteered.metrics)
 
 
 def _reaching(wanted: float, there: np.ndarray) -> float:
-    """The strength of a wanted KL, by the KL at the coarse strengths."""
+    """The multiplier of a wanted KL, by the KL at the coarse multipliers."""
     if wanted <= there[0]:
         return _COARSE[0] * (wanted / there[0]) ** 0.5
     if wanted >= there[-1]:

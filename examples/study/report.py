@@ -28,7 +28,7 @@ def write_report(study: Any) -> Path:
     tables = {
         "Chosen settings": _settings(study),
         "Held-out loss during training": _losses(study),
-        "At equal strength": _at_strength(doses, harm),
+        "At equal multiplier": _at_multiplier(doses, harm),
         "At equal damage": _at_damage(study.config["damage_levels"], *gains),
         "Knowledge": _knowledge(study),
         "Culture": _culture(study),
@@ -102,7 +102,7 @@ def _losses(study: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(["behaviour", "method"], sort=False).mean().reset_index()
 
 
-def _at_strength(doses: pd.DataFrame, harm: pd.DataFrame) -> pd.DataFrame:
+def _at_multiplier(doses: pd.DataFrame, harm: pd.DataFrame) -> pd.DataFrame:
     """Margin and accuracy at -1, 0 and +1, with 95 % intervals, and the KL there."""
     found = doses[doses["multiplier"].isin([-1, 0, 1])].merge(
         harm, on=["behaviour", "method", "multiplier"], how="left"
@@ -178,7 +178,7 @@ def _change(differences: pd.Series) -> str:
 
 
 def _culture(study: Any) -> pd.DataFrame:
-    """RCA and PNLG of each country, method and strength."""
+    """RCA and PNLG of each country, method and multiplier."""
     found = []
     entry = study.config.get("culture", {"files": {}})
     for country in entry["files"]:
@@ -221,7 +221,7 @@ def _dose_lines(doses: pd.DataFrame) -> list[Line]:
 
 
 def _damage_lines(gains: Scores, harm: pd.DataFrame, most: float) -> list[Line]:
-    """Gains against the KL, which is given the sign of the strength."""
+    """Gains against the KL, which is given the sign of the multiplier."""
     found = gains.summary().merge(harm, on=["behaviour", "method", "multiplier"])
     found = found.assign(signed=found["kl"] * np.sign(found["multiplier"])).sort_values("signed")
     columns = ("signed", "gain", "gain_low", "gain_high")

@@ -115,7 +115,7 @@ class Study:
         """The rise of the margin at the lowest level of damage, up and down together."""
         damage = self.bench.harm(folder, method)
         model, tokenizer = self.bench.saved(folder)
-        effect = sweep(model, behaviour.validation, tokenizer, self.bench.strengths(folder), batch_size=16)
+        effect = sweep(model, behaviour.validation, tokenizer, self.bench.multipliers(folder), batch_size=16)
         level = self.config["damage_levels"][0]
         ends = [
             at_matched_damage(effect, damage, [level], metric="margin", negative=negative) for negative in (False, True)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 
-def published_forward(h: Tensor, code: Tensor, sae: nn.Module, strength: float) -> Tensor:
-    """h' = Dec(ReLU(f + strength * v)) + (h - Dec(f)), with f = Enc(h), the output of the block detached."""
+def published_forward(h: Tensor, code: Tensor, sae: nn.Module, multiplier: float) -> Tensor:
+    """h' = Dec(ReLU(f + multiplier * v)) + (h - Dec(f)), with f = Enc(h), the output of the block detached."""
     h = h.detach()
     with torch.no_grad():
         f = sae.encode(h)
@@ -13,27 +13,27 @@ def published_forward(h: Tensor, code: Tensor, sae: nn.Module, strength: float) 
     error = h - reconstruction
     with torch.no_grad():
         sae.encode(h)  # layer_norm SAEs keep each token's statistics for exactly one decode
-    return sae.decode(torch.relu(f + strength * code)) + error
+    return sae.decode(torch.relu(f + multiplier * code)) + error
 
 
-def steer_block(block: nn.Module, code: Tensor, sae: nn.Module, strength: float):
+def steer_block(block: nn.Module, code: Tensor, sae: nn.Module, multiplier: float):
     """Hooks the published forward onto a block of an unwrapped model; returns the hook's handle."""
 
     def hook(module, args, output):
         if isinstance(output, tuple):
-            return (published_forward(output[0], code, sae, strength), *output[1:])
-        return published_forward(output, code, sae, strength)
+            return (published_forward(output[0], code, sae, multiplier), *output[1:])
+        return published_forward(output, code, sae, multiplier)
 
     return block.register_forward_hook(hook)
 
 
-def add_vector(block: nn.Module, vector: Tensor, strength: float):
-    """Hooks the forward of BiPO (arXiv 2406.00045) onto a block: h' = h + strength * v; returns the hook's handle."""
+def add_vector(block: nn.Module, vector: Tensor, multiplier: float):
+    """Hooks the forward of BiPO (arXiv 2406.00045) onto a block: h' = h + multiplier * v; returns the hook's handle."""
 
     def hook(module, args, output):
         if isinstance(output, tuple):
-            return (output[0].detach() + strength * vector, *output[1:])
-        return output.detach() + strength * vector
+            return (output[0].detach() + multiplier * vector, *output[1:])
+        return output.detach() + multiplier * vector
 
     return block.register_forward_hook(hook)
 

@@ -10,7 +10,7 @@ from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import YaPOConfig
 from yapo_peft.app import Dials, Playground, build_page
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,13 +54,13 @@ def opened(browser, address):
     page = browser.new_context().new_page()
     page.set_default_timeout(20_000)
     page.goto(address)
-    page.locator("#strength-one input[type=number]").wait_for()
+    page.locator("#multiplier-one input[type=number]").wait_for()
     page.locator("#prompt textarea").fill(PROMPT)
     return page
 
 
 def set_slider(page, name, value):
-    box = page.locator(f"#strength-{name} input[type=number]")
+    box = page.locator(f"#multiplier-{name} input[type=number]")
     box.fill(str(value))
     box.press("Enter")
     page.wait_for_timeout(500)
@@ -101,7 +101,7 @@ def test_the_page_works_without_a_network(browser, address):
     page.on("request", lambda request: asked.append(request.url))
     page.route(lambda url: not url.startswith(address), lambda route: route.abort())
     page.goto(address)
-    page.locator("#strength-one input[type=number]").wait_for()
+    page.locator("#multiplier-one input[type=number]").wait_for()
     page.locator("#prompt textarea").fill(PROMPT)
     ask(page)
     # Gradio's page asks for fonts and a script of its maker, and works without them; what users do stays here.
@@ -133,7 +133,7 @@ def test_features_can_be_dialled_looked_at_and_saved(browser, address, playgroun
     assert (tmp_path / "saved" / "mine" / "adapter_model.safetensors").is_file()
     page.locator("#source textarea, #source input").fill(str(tmp_path / "saved" / "mine"))
     page.locator("#load").click()
-    page.locator("#strength-mine input[type=number]").wait_for()
+    page.locator("#multiplier-mine input[type=number]").wait_for()
     assert playground.adapters == ["one", "two", "mine"]
     layer = steered_layers(playground.model)[0]
     torch.testing.assert_close(layer.yapo_code["mine"].data[feature], -9 * layer.yapo_code["one"].data[feature])

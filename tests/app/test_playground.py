@@ -8,8 +8,8 @@ from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import AdapterFileError, ConfigError, SAEError, YaPOConfig, steering
 from yapo_peft.app import Dials, Playground
-from yapo_peft.pairs import prompt_ids
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.scoring.pairs import prompt_ids
+from yapo_peft.tuner.multiplier import steered_layers
 
 PROMPT = "w1 w2 w3"
 
@@ -56,21 +56,21 @@ def require_same(one, two):
 
 
 @pytest.mark.feature("Reading", "`yapo app`: a playground on this machine")
-@pytest.mark.parametrize("strength", [1.0, -1.5])
-def test_answers_are_those_of_the_model(playground, model, tokenizer, strength):
+@pytest.mark.parametrize("multiplier", [1.0, -1.5])
+def test_answers_are_those_of_the_model(playground, model, tokenizer, multiplier):
     before = state_of(model)
-    answers = list(playground.answers(PROMPT, Dials({"one": strength}), max_new_tokens=8))
+    answers = list(playground.answers(PROMPT, Dials({"one": multiplier}), max_new_tokens=8))
     require_same(state_of(model), before)
     assert len(answers) == 8
     unsteered, steered = answers[-1]
     assert all(unsteered.startswith(part) and steered.startswith(other) for part, other in answers)
     with model.disable_adapter():
         assert generated(model, tokenizer) == unsteered
-    with steering(model, strength, "one"):
+    with steering(model, multiplier, "one"):
         assert generated(model, tokenizer) == steered != unsteered
 
 
-def test_several_adapters_have_strengths_of_their_own(playground, model, tokenizer):
+def test_several_adapters_have_multipliers_of_their_own(playground, model, tokenizer):
     _, steered = last(playground.answers(PROMPT, Dials({"one": 0.7, "two": -1.2}), max_new_tokens=8))
     for layer in steered_layers(model):
         layer._active_adapter = [name for name in ("one", "two") if name in layer.yapo_code]
@@ -95,18 +95,20 @@ def test_factors_change_single_features_for_one_answer(playground, model, tokeni
 
 
 def test_users_do_not_see_each_others_dials(playground, model, tokenizer):
-    wanted = {strength: last(playground.answers(PROMPT, Dials({"one": strength}), 8)) for strength in (-2.0, 0.5, 3.0)}
+    wanted = {
+        multiplier: last(playground.answers(PROMPT, Dials({"one": multiplier}), 8)) for multiplier in (-2.0, 0.5, 3.0)
+    }
     found = {}
 
-    def user(strength):
-        found[strength] = [last(playground.answers(PROMPT, Dials({"one": strength}), 8)) for _ in range(4)]
+    def user(multiplier):
+        found[multiplier] = [last(playground.answers(PROMPT, Dials({"one": multiplier}), 8)) for _ in range(4)]
 
-    users = [threading.Thread(target=user, args=(strength,)) for strength in wanted]
+    users = [threading.Thread(target=user, args=(multiplier,)) for multiplier in wanted]
     for thread in users:
         thread.start()
     for thread in users:
         thread.join()
-    assert found == {strength: [answer] * 4 for strength, answer in wanted.items()}
+    assert found == {multiplier: [answer] * 4 for multiplier, answer in wanted.items()}
 
 
 def test_a_closed_tab_ends_the_work(playground, model):

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from yapo_cli import main
 from yapo_peft import Scores, steering, sweep
 from yapo_peft.export import constant_steering
-from yapo_peft.generation import answer
 from yapo_peft.interpret import explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
-from yapo_peft.pairs import prompt_ids
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.scoring.generation import answer
+from yapo_peft.scoring.pairs import prompt_ids
+from yapo_peft.tuner.multiplier import steered_layers
 
 SHORT = ("--max-new-tokens", 4, "--json")
 
@@ -53,7 +53,7 @@ def as_messages(text):
     return [{"role": "user", "content": text}]
 
 
-@pytest.mark.feature("Commands", "`yapo generate`: a batch of prompts at several strengths, or a conversation")
+@pytest.mark.feature("Commands", "`yapo generate`: a batch of prompts at several multipliers, or a conversation")
 def test_generate_answers_as_the_library_does(run, saved_adapter, tokenizer, tmp_path):
     (tmp_path / "more.txt").write_text("w9\n\nw7 w8\n")
     options = ("--max-new-tokens", 6, "--multipliers", "-2,0,1.5", "--batch-size", 4, "--json")
@@ -101,27 +101,27 @@ def test_plain_prompts_have_no_chat_template(run, saved_adapter, tokenizer):
     assert json.loads(printed)[0]["answer"] == said
 
 
-def test_a_conversation_remembers_and_changes_its_strength(run, saved_adapter, tokenizer, monkeypatch):
-    lines = iter(["w1 w2", "/strength 2", "w3", "/strength x", "/help", "/reset", "w1 w2", "/quit", "never read"])
+def test_a_conversation_remembers_and_changes_its_multiplier(run, saved_adapter, tokenizer, monkeypatch):
+    lines = iter(["w1 w2", "/multiplier 2", "w3", "/multiplier x", "/help", "/reset", "w1 w2", "/quit", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, printed, _ = run("generate", saved_adapter, "--chat", "--multipliers", "-1", "--max-new-tokens", 4)
     assert status == 0
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     expected, messages = [], []
-    for strength, said in ((-1, "w1 w2"), (2, "w3"), (2, None)):
+    for multiplier, said in ((-1, "w1 w2"), (2, "w3"), (2, None)):
         messages = as_messages("w1 w2") if said is None else [*messages, *as_messages(said)]
-        with steering(model, float(strength)):
+        with steering(model, float(multiplier)):
             ids = prompt_ids(messages, tokenizer)
             ((text, _),) = answer(model, tokenizer, [ids], max_new_tokens=4, do_sample=False)
         messages = [*messages, {"role": "assistant", "content": text}]
-        expected.append(f"[{strength:+d}] {text}")
+        expected.append(f"[{multiplier:+d}] {text}")
     spoken = [line.strip() for line in printed.splitlines() if line.startswith("[")]
     assert spoken == [line.strip() for line in expected]
     assert "write numbers with commas" in printed
     assert "/reset" in printed
 
 
-@pytest.mark.feature("Commands", "`yapo sweep`: preference, choice or damage over strengths")
+@pytest.mark.feature("Commands", "`yapo sweep`: preference, choice or damage over multipliers")
 @pytest.mark.parametrize("measure", ["preference", "choice", "damage"])
 def test_sweep_measures_as_the_library_does(run, saved_adapter, pairs_file, tmp_path, measure):
     questions = [{"question": "w1 w2", "options": ["w3", "w4"], "answer": 1}] * 3

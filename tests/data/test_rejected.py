@@ -11,7 +11,7 @@ from tiny import make_model, make_sae, preference_rows, random_code, set_code
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig, set_multiplier
 from yapo_peft.data import generate_rejected
-from yapo_peft.pairs import prompt_ids
+from yapo_peft.scoring.pairs import prompt_ids
 
 PROMPTS = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen")} for row in preference_rows(11)])
 OPTIONS = {"max_new_tokens": 6, "batch_size": 2, "shard_size": 4}

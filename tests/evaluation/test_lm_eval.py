@@ -43,7 +43,7 @@ def slow_accuracies(model, tokenizer, multiplier):
     return found
 
 
-@pytest.mark.feature("Evaluation", "Any task of lm-eval, at any strength")
+@pytest.mark.feature("Evaluation", "Any task of lm-eval, at any multiplier")
 def test_a_task_is_run_on_the_steered_model(model, tokenizer, task):
     scores = sweep_tasks(model, tokenizer, [task], [0.0, 1.0, -1.0], batch_size=3)
     assert scores.labels == ["task"]
@@ -52,11 +52,11 @@ def test_a_task_is_run_on_the_steered_model(model, tokenizer, task):
         assert accuracies == slow_accuracies(model, tokenizer, multiplier)
         found = evaluate_tasks(model, tokenizer, [task], multiplier, limit=5)
         assert found["results"]["own_choices"]["acc,none"] == pytest.approx(sum(accuracies[:5]) / 5)
-    of_strengths = scores.table.pivot(index="example", columns="multiplier", values="acc")
-    assert not of_strengths[0.0].equals(of_strengths[1.0])
+    of_multipliers = scores.table.pivot(index="example", columns="multiplier", values="acc")
+    assert not of_multipliers[0.0].equals(of_multipliers[1.0])
 
 
-def test_neither_mode_nor_strength_is_left_changed(model, tokenizer, task):
+def test_neither_mode_nor_multiplier_is_left_changed(model, tokenizer, task):
     model.train()
     evaluate_tasks(model, tokenizer, [task], 0.5)
     assert model.training

@@ -11,7 +11,7 @@ from yapo_peft.data import choice_prompt
 from yapo_peft.evaluation import Damage, GeneratedChoice, MultipleChoice, Repetition
 from yapo_peft.evaluation.choice import named_option
 from yapo_peft.evaluation.damage import repeated_share
-from yapo_peft.pairs import prompt_ids
+from yapo_peft.scoring.pairs import prompt_ids
 
 QUESTIONS = [
     {"question": "w1 w2", "options": ["w3", "w4 w5", "w6 w7 w8"], "answer": 1},
@@ -166,10 +166,12 @@ class Length:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_answers_at_each_strength_are_those_of_one_at_a_time(model, tokenizer, batch_size):
+def test_answers_at_each_multiplier_are_those_of_one_at_a_time(model, tokenizer, batch_size):
     prompts = Dataset.from_list([{"prompt": f"w{i} w{i + 1}" + " w5" * i} for i in range(4)])
-    strengths = (-1.0, 0.0, 1.0)
-    table = sweep(model, prompts, tokenizer, strengths, measure=Length(), batch_size=batch_size, max_new_tokens=5).table
+    multipliers = (-1.0, 0.0, 1.0)
+    table = sweep(
+        model, prompts, tokenizer, multipliers, measure=Length(), batch_size=batch_size, max_new_tokens=5
+    ).table
     assert table["multiplier"].tolist() == [-1.0] * 4 + [0.0] * 4 + [1.0] * 4
     for row in table.itertuples():
         ids = torch.tensor([prompt_ids(prompts[row.example]["prompt"], tokenizer)])

@@ -78,7 +78,7 @@ def test_scores_are_saved_and_loaded(tmp_path):
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "do not go together"),
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "do not go together"),
         (lambda: scores({0.0: [1]}).summary(confidence=95), "confidence=95"),
-        (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x"), "at least two strengths, got 1"),
+        (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x"), "at least two multipliers, got 1"),
         (lambda: plot_dose_response(scores({0.0: [1], 1.0: [1]}), "dose", "x"), "has no ending"),
         (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x", metrics=["kl"]), r"metrics=\['kl'\]"),
         (lambda: plot_losses({"a": [{"step": 1}]}, "x.png", "x"), "'a' did not log 'loss'; it logged step"),
@@ -92,7 +92,7 @@ def test_bad_input_is_named(do, message):
 
 
 def test_methods_meet_at_the_same_damage():
-    """Damage that grows with the square of the strength is matched exactly, between strengths too."""
+    """Damage that grows with the square of the multiplier is matched exactly, between multipliers too."""
     effect = [
         scores({m: [slope * m] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, method=name)
         for name, slope in (("a", 1.0), ("b", 2.2))
@@ -109,7 +109,7 @@ def test_methods_meet_at_the_same_damage():
     assert down["margin"].tolist() == pytest.approx([-(0.5**0.5), -1.1])
 
 
-def test_the_first_strength_with_that_damage_counts_and_unknown_ones_do_not():
+def test_the_first_multiplier_with_that_damage_counts_and_unknown_ones_do_not():
     effect = scores({m: [m] for m in (0.0, 1.0, 2.0, 3.0, 4.0)})
     damage = scores({0.0: [0.0], 1.0: [0.1], 2.0: [0.05], 3.0: [0.2], 4.0: [float("nan")]}, "kl")
     table = at_matched_damage(effect, damage, [0.05, 0.1, 0.15, 0.3], metric="margin")
@@ -138,7 +138,7 @@ def test_an_effect_without_its_damage_is_named():
     effect, damage = scores({0: [0], 1: [2]}, method="a"), scores({0: [0], 1: [2]}, "kl", method="b")
     with pytest.raises(ConfigError, match=r"There is an effect of {'method': 'a'}, but no damage"):
         at_matched_damage(effect, damage, [0.1], metric="margin")
-    with pytest.raises(ConfigError, match="too few negative strengths"):
+    with pytest.raises(ConfigError, match="too few negative multipliers"):
         at_matched_damage(effect, damage.labelled(method="a"), [0.1], metric="margin", negative=True)
 
 
@@ -157,7 +157,7 @@ def test_cultural_metrics(localized, nonlocalized, rca, pnlg):
     assert normalised_localization_gap(localized, nonlocalized) == pytest.approx(pnlg, nan_ok=True)
 
 
-def test_cultural_scores_have_a_row_per_country_and_strength():
+def test_cultural_scores_have_a_row_per_country_and_multiplier():
     parts = [
         scores({0.0: right, 1.0: [1, 1, 1, 1]}, "accuracy", country=country, localization_status=status)
         for country, status, right in (("UK", "localized", [1, 1, 1, 0]), ("UK", "nonlocalized", [1, 0, 0, 0]))
@@ -204,7 +204,7 @@ def test_pictures_are_drawn(tmp_path):
 def test_parts_that_cannot_be_told_apart_are_not_put_together():
     table = pd.DataFrame({"multiplier": [0.0, 1.0], "example": [0, 0], "margin": [1.0, 2.0]})
     scores = Scores(table, ("margin",))
-    with pytest.raises(ConfigError, match="measured twice at a strength"):
+    with pytest.raises(ConfigError, match="measured twice at a multiplier"):
         Scores.concat([scores, scores])
     assert len(Scores.concat([scores.labelled(method="a"), scores.labelled(method="b")]).table) == 4
     assert len(Scores.concat([scores.labelled(seed=0), scores.labelled(seed=1)]).summary()) == 2

@@ -50,15 +50,15 @@ def test_scores_equal_those_of_one_answer_at_a_time(tokenizer, conversational, b
     assert scores.metrics == ("accuracy", "margin", "margin_per_token")
     assert scores.table["multiplier"].tolist() == [-2.0] * 7 + [0.0] * 7 + [1.0] * 7
     assert scores.table["example"].tolist() == list(range(7)) * 3
-    for strength, group in scores.table.groupby("multiplier"):
-        expected = slow_margins(rows, tokenizer, strength)
+    for multiplier, group in scores.table.groupby("multiplier"):
+        expected = slow_margins(rows, tokenizer, multiplier)
         assert group["margin"].tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
         assert group["accuracy"].tolist() == (expected > 0).float().tolist()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("positions", ["all", "completion"])
-def test_the_lower_half_is_run_once_for_all_strengths(tokenizer, architecture, positions, monkeypatch):
+def test_the_lower_half_is_run_once_for_all_multipliers(tokenizer, architecture, positions, monkeypatch):
     model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae(), positions=positions))
     set_code(model, random_code())
     lowest = decoder_blocks(model.get_base_model())[1][0]
@@ -66,16 +66,16 @@ def test_the_lower_half_is_run_once_for_all_strengths(tokenizer, architecture, p
     # A hook runs also where a block only passes on what it gets; its attention does not.
     attention = getattr(lowest, "self_attn", None) or lowest.attn
     attention.register_forward_hook(lambda *args: calls.append(1))
-    strengths = (-1.0, 0.5, 0.0, 2.0)
+    multipliers = (-1.0, 0.5, 0.0, 2.0)
     rows = preference_rows(4)
-    once = sweep(model, rows, tokenizer, strengths, batch_size=4)
+    once = sweep(model, rows, tokenizer, multipliers, batch_size=4)
     # For each of two batches, where the first one was compared with the whole model, and where it was found out
     # whether a prompt can be run once for both answers.
     checks = 1 + (3 if positions == "all" else 0)
     assert len(calls) == 2 + checks
     monkeypatch.setattr("yapo_peft.evaluation.lower_half.UpperHalf", None)
     monkeypatch.setattr("yapo_peft.evaluation.lower_half.lowest_steered", lambda layers: None)
-    whole = sweep(model, rows, tokenizer, strengths, batch_size=4)
+    whole = sweep(model, rows, tokenizer, multipliers, batch_size=4)
     assert len(calls) == 2 + checks + 2 * 4 + (checks - 1)
     torch.testing.assert_close(
         torch.tensor(once.table["margin"].to_numpy()), torch.tensor(whole.table["margin"].to_numpy())
@@ -83,7 +83,7 @@ def test_the_lower_half_is_run_once_for_all_strengths(tokenizer, architecture, p
 
 
 def tokens_run(model, rows, tokenizer, **options):
-    """How many tokens the last block saw at the second strength, and the margins."""
+    """How many tokens the last block saw at the second multiplier, and the margins."""
     sizes = []
     hook = decoder_blocks(model.get_base_model())[1][3].register_forward_hook(
         lambda module, args, output: sizes.append(hidden_states(output).shape[:2].numel())
@@ -144,11 +144,11 @@ def test_a_model_whose_upper_blocks_look_past_the_steered_one_is_run_as_a_whole(
     kept = []
     blocks[0].self_attn.register_forward_hook(lambda module, args, output: kept.append(output[0]))
     blocks[3].register_forward_hook(lambda module, args, output: output + kept.pop())
-    rows, strengths = preference_rows(4), (1.0, -1.0)
-    scores = sweep(model, rows, tokenizer, strengths)
-    for strength in strengths:
-        alone = sweep(model, rows, tokenizer, [strength])
-        found = scores.table[scores.table["multiplier"] == strength]["margin"].tolist()
+    rows, multipliers = preference_rows(4), (1.0, -1.0)
+    scores = sweep(model, rows, tokenizer, multipliers)
+    for multiplier in multipliers:
+        alone = sweep(model, rows, tokenizer, [multiplier])
+        found = scores.table[scores.table["multiplier"] == multiplier]["margin"].tolist()
         assert found == pytest.approx(alone.table["margin"].tolist(), abs=1e-4)
 
 
@@ -176,7 +176,7 @@ def test_adapters_of_other_positions_score_as_they_were_trained(tokenizer):
     assert len({round(scores.table["margin"].mean(), 3) for scores in (everywhere, on_answers, nowhere)}) == 3
 
 
-def test_scoring_changes_neither_mode_nor_strength(tokenizer):
+def test_scoring_changes_neither_mode_nor_multiplier(tokenizer):
     model = steered().train()
     before = model.base_model.model.model.layers[2].yapo.multiplier["default"]
     sweep(model, preference_rows(2), tokenizer, [-1.0])

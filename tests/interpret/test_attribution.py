@@ -6,7 +6,7 @@ from tiny import make_model, make_sae, preference_rows, random_code, set_code
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig, sweep
 from yapo_peft.interpret import attribute
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 
 def steered(architecture="llama", layers=(1, 2), density=0.6, **config):
@@ -80,9 +80,9 @@ def test_integrated_gradients_are_those_of_the_code(architecture, options, token
     for code in codes:
         code.requires_grad_(True)
     for step in range(3):
-        strength = (step + 0.5) / 3
+        multiplier = (step + 0.5) / 3
         for code, value in zip(codes, values, strict=True):
-            code.data.copy_(strength * value)
+            code.data.copy_(multiplier * value)
         gradients = torch.autograd.grad(margins(model, pairs, tokenizer, 0.8).mean(), codes)
         for own, gradient, value in zip(expected, gradients, values, strict=True):
             own += gradient * value / 3
@@ -96,7 +96,7 @@ def test_integrated_gradients_are_those_of_the_code(architecture, options, token
 def margins(model, pairs, tokenizer, multiplier):
     """Margins with gradients for the code, by the whole model, one answer at a time."""
     from yapo_peft import steering
-    from yapo_peft.pairs import pair_batches
+    from yapo_peft.scoring.pairs import pair_batches
 
     found = []
     for batch in pair_batches(pairs, tokenizer, 1):

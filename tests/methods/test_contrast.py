@@ -32,7 +32,7 @@ from yapo_peft import (
 )
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
 from yapo_peft.methods.contrast import _special_tokens, _weights_of_tokens
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 ROWS = preference_rows(11)
 

@@ -5,7 +5,7 @@ from tiny import D_SAE, make_model, make_sae, random_code, set_code
 
 from yapo_peft import ConfigError, YaPOConfig
 from yapo_peft.methods import prune
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 
 def steered(layers, saes):

@@ -7,7 +7,7 @@ from tiny import D_MODEL, D_SAE, SAE_KINDS
 from torch.testing import assert_close
 
 from yapo_peft.errors import UnsupportedOperationError
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 from yapo_vllm.adapters import AdapterFile
 from yapo_vllm.block import BlockSteering, Room, Step
 
@@ -24,9 +24,9 @@ def block_with(folders, dtype=torch.float32, layer=2, room=ROOM):
     return block, step
 
 
-def steer(block, step, h, strength, residual=None, layers=(2,)):
-    strength = torch.as_tensor(strength)
-    step.set(strength, layers, strength.any(dim=0).nonzero().flatten().tolist())
+def steer(block, step, h, per_token, residual=None, layers=(2,)):
+    per_token = torch.as_tensor(per_token)
+    step.set(per_token, layers, per_token.any(dim=0).nonzero().flatten().tolist())
     hidden, residual = h.clone(), None if residual is None else residual.clone()
     block(hidden, residual)
     return hidden if residual is None else (hidden, residual)
@@ -40,21 +40,21 @@ def expected(model, h, multiplier):
         return layer(h[None])[0]
 
 
-@pytest.mark.feature("vLLM", "Each kind of SAE, at each strength, as in transformers")
+@pytest.mark.feature("vLLM", "Each kind of SAE, at each per_token, as in transformers")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])
 @pytest.mark.parametrize("self_contained", [False, True])
-def test_tokens_of_a_batch_are_steered_each_at_its_strength(
+def test_tokens_of_a_batch_are_steered_each_at_its_multiplier(
     write_adapter, tokens, kind, normalize, dtype, self_contained
 ):
     folder, model = write_adapter(kind=kind, normalize=normalize, self_contained=self_contained)
     block, step = block_with({1: folder}, dtype)
-    strength = torch.zeros(7, 3)
-    strength[:, 1] = torch.tensor([1.0, -1.0, 0.0, 0.3, -2.5, 0.0, 2.0])
+    per_token = torch.zeros(7, 3)
+    per_token[:, 1] = torch.tensor([1.0, -1.0, 0.0, 0.3, -2.5, 0.0, 2.0])
     h = tokens.to(dtype)
-    steered = steer(block, step, h, strength)
-    for place, multiplier in enumerate(strength[:, 1].tolist()):
+    steered = steer(block, step, h, per_token)
+    for place, multiplier in enumerate(per_token[:, 1].tolist()):
         if multiplier == 0:
             assert torch.equal(steered[place], h[place])
             continue
@@ -71,9 +71,9 @@ def test_steering_is_the_published_forward(write_adapter, tokens, multiplier):
     (layer,) = steered_layers(model)
     sae = SAE.load_from_disk(model.peft_config["default"].sae_path[0])
     wanted = published_forward(tokens, layer.code("default").detach(), sae, multiplier)
-    strength = torch.zeros(7, 3)
-    strength[:, 0] = multiplier
-    assert_close(steer(block, step, tokens, strength), wanted.detach(), atol=1e-4, rtol=1e-4)
+    per_token = torch.zeros(7, 3)
+    per_token[:, 0] = multiplier
+    assert_close(steer(block, step, tokens, per_token), wanted.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_several_adapters_of_a_token_add_up(write_adapter, tokens):
@@ -82,8 +82,8 @@ def test_several_adapters_of_a_token_add_up(write_adapter, tokens):
     dense, third = write_adapter("dense", space="dense", seed=9)
     block, step = block_with({0: one, 1: other, 2: dense})
     steered = steer(block, step, tokens, torch.tensor([[1.0, -0.5, 2.0]]).expand(7, 3))
-    strengths = {first: 1.0, second: -0.5, third: 2.0}
-    shifts = [expected(model, tokens, multiplier) - tokens for model, multiplier in strengths.items()]
+    multipliers = {first: 1.0, second: -0.5, third: 2.0}
+    shifts = [expected(model, tokens, multiplier) - tokens for model, multiplier in multipliers.items()]
     assert_close(steered, tokens + sum(shifts), atol=1e-4, rtol=1e-4)
 
 
@@ -91,9 +91,9 @@ def test_the_sum_of_two_outputs_is_steered_and_kept_whole(write_adapter, tokens)
     folder, model = write_adapter()
     block, step = block_with({0: folder}, torch.bfloat16)
     h, residual = tokens.bfloat16(), tokens.flip(0).bfloat16()
-    strength = torch.zeros(7, 3)
-    strength[2:5, 0] = -1.0
-    hidden, total = steer(block, step, h, strength, residual)
+    per_token = torch.zeros(7, 3)
+    per_token[2:5, 0] = -1.0
+    hidden, total = steer(block, step, h, per_token, residual)
     wanted = expected(model, (h + residual)[2:5], -1.0)
     assert_close((hidden + total)[2:5], wanted, atol=0.06 * float(wanted.abs().max()), rtol=0)
     assert not hidden[2:5].any()
@@ -108,9 +108,9 @@ def test_a_topk_sae_steers_at_the_sign_that_lowers_nothing(write_adapter, tokens
     file = AdapterFile(folder)
     assert file.describe(1, 0, "polite", D_MODEL, 4).signs == (sign,)
     block, step = block_with({0: folder})
-    strength = torch.zeros(7, 3)
-    strength[:, 0] = 0.7 * sign
-    assert_close(steer(block, step, tokens, strength), expected(model, tokens, 0.7 * sign), atol=1e-4, rtol=1e-4)
+    per_token = torch.zeros(7, 3)
+    per_token[:, 0] = 0.7 * sign
+    assert_close(steer(block, step, tokens, per_token), expected(model, tokens, 0.7 * sign), atol=1e-4, rtol=1e-4)
 
 
 def test_a_slot_takes_another_adapter_and_forgets_the_first(write_adapter, tokens):
@@ -118,10 +118,10 @@ def test_a_slot_takes_another_adapter_and_forgets_the_first(write_adapter, token
     folder, model = write_adapter("other", seed=4)
     block, step = block_with({0: many})
     block.put(0, AdapterFile(folder).parts(D_MODEL)[2])
-    strength = torch.tensor([[-1.0, 0.0, 0.0]]).expand(7, 3)
-    assert_close(steer(block, step, tokens, strength), expected(model, tokens, -1.0), atol=1e-4, rtol=1e-4)
+    per_token = torch.tensor([[-1.0, 0.0, 0.0]]).expand(7, 3)
+    assert_close(steer(block, step, tokens, per_token), expected(model, tokens, -1.0), atol=1e-4, rtol=1e-4)
     block.put(0, None)
-    assert torch.equal(steer(block, step, tokens, strength), tokens)
+    assert torch.equal(steer(block, step, tokens, per_token), tokens)
 
 
 def test_a_block_is_left_alone_where_nothing_steers_it(write_adapter, tokens):
@@ -150,8 +150,8 @@ def test_captured_graphs_read_all_columns_alike(write_adapter, tokens):
     folder, _ = write_adapter()
     block, _ = block_with({0: folder, 1: folder})
     (features,) = block._features.values()
-    strength = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-    filled, whole = (features.shift(tokens, strength, slots) for slots in (range(3), None))
+    per_token = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    filled, whole = (features.shift(tokens, per_token, slots) for slots in (range(3), None))
     assert_close(filled, whole, atol=1e-5, rtol=1e-5)
     block._is_captured = True
     other, _ = write_adapter("gated", kind="gated")
@@ -159,14 +159,14 @@ def test_captured_graphs_read_all_columns_alike(write_adapter, tokens):
         block.put(2, AdapterFile(other).parts(D_MODEL)[2])
 
 
-@pytest.mark.feature("vLLM", "Strengths far from one: nothing overflows into other tokens")
-def test_large_strengths_stay_with_their_tokens(write_adapter, tokens):
+@pytest.mark.feature("vLLM", "Multipliers far from one: nothing overflows into other tokens")
+def test_large_multipliers_stay_with_their_tokens(write_adapter, tokens):
     folder, _ = write_adapter()
     block, step = block_with({0: folder}, torch.float16)
-    strength = torch.zeros(7, 3)
-    strength[3, 0] = 1000.0
+    per_token = torch.zeros(7, 3)
+    per_token[3, 0] = 1000.0
     h = tokens.half()
-    steered = steer(block, step, h, strength)
+    steered = steer(block, step, h, per_token)
     assert torch.equal(steered[[0, 1, 2, 4, 5, 6]], h[[0, 1, 2, 4, 5, 6]])
 
 

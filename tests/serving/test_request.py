@@ -47,10 +47,10 @@ ADAPTERS["big"] = served(4, "big", multiplier=5000.0)
     ids=str,
 )
 def test_all_ways_to_ask(value, wanted):
-    assert {adapter.name: strength for adapter, strength in steering_of(value, ADAPTERS)} == wanted
+    assert {adapter.name: multiplier for adapter, multiplier in steering_of(value, ADAPTERS)} == wanted
 
 
-@pytest.mark.feature("vLLM", "Unknown adapters and malformed strengths: an error of status 400")
+@pytest.mark.feature("vLLM", "Unknown adapters and malformed multipliers: an error of status 400")
 @pytest.mark.parametrize(
     ("value", "message"),
     [

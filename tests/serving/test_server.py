@@ -97,8 +97,8 @@ def words(seed, count=12):
     return " ".join(f"w{draw.randrange(100)}" for _ in range(count))
 
 
-@pytest.mark.feature("vLLM", "The OpenAI server: `vllm_xargs`, several strengths at once, as in transformers")
-def test_answers_at_several_strengths_in_one_batch(server):
+@pytest.mark.feature("vLLM", "The OpenAI server: `vllm_xargs`, several multipliers at once, as in transformers")
+def test_answers_at_several_multipliers_in_one_batch(server):
     cases = [(None, {})]
     cases += [(f"{name}={m}", {name: m}) for name in ADAPTERS for m in (1.0, -1.0, 0.5)]
     cases += [(["both=1", "dense=-0.5"], {"both": 1.0, "dense": -0.5}), ('{"adapter": "gated"}', {"gated": 1.0})]
@@ -130,7 +130,7 @@ def test_chats_and_responses_are_steered(server):
         ("both=nan", "give a finite number"),
         (["both=1", "both=2"], "named twice"),
         (3, "yapo=3: give"),
-        ('{"adapter": "both", "strength": 2}', "there is no 'strength'"),
+        ('{"adapter": "both", "multiplier": 2}', "there is no 'multiplier'"),
         ("__import__('os').getpid()", "There is no adapter"),
     ],
 )

@@ -68,8 +68,8 @@ def drawn_prompts(count, seed=0, longest=100):
 
 def drawn_steerings(count, names, seed=0):
     draw = random.Random(seed)
-    strengths = (-2.0, -1.0, -0.3, 0.5, 1.0, 1.7)
-    return [{n: draw.choice(strengths) for n in draw.sample(names, draw.choice((0, 1, 1, 2)))} for _ in range(count)]
+    multipliers = (-2.0, -1.0, -0.3, 0.5, 1.0, 1.7)
+    return [{n: draw.choice(multipliers) for n in draw.sample(names, draw.choice((0, 1, 1, 2)))} for _ in range(count)]
 
 
 class Served:
@@ -101,7 +101,7 @@ def llm(llama):
 EACH = [{}, *({name: multiplier} for name in ADAPTERS for multiplier in (1.0, -1.5, 0.4))]
 
 
-@pytest.mark.feature("vLLM", "Adapters of each kind and several strengths in one batch, chunked, as in transformers")
+@pytest.mark.feature("vLLM", "Adapters of each kind and several multipliers in one batch, chunked, as in transformers")
 def test_a_mixed_batch_answers_as_transformers(llama, llm):
     llama.check(llm, drawn_prompts(len(EACH)), EACH)
 
@@ -156,7 +156,7 @@ def test_an_answer_that_becomes_a_prompt_is_steered_as_a_prompt(llama, llm, name
         prompt = [*prompt, *answer.token_ids]
 
 
-@pytest.mark.feature("vLLM", "A thousand requests with random adapters and strengths")
+@pytest.mark.feature("vLLM", "A thousand requests with random adapters and multipliers")
 def test_a_thousand_requests(llama, llm):
     prompts = drawn_prompts(1000, seed=5, longest=24)
     llama.check(llm, prompts, drawn_steerings(1000, list(ADAPTERS), seed=6), tokens=4)

@@ -54,7 +54,7 @@ def snippet(words):
 
 @pytest.mark.feature("vLLM", "The page 'Serve an adapter', as written")
 @pytest.mark.usefixtures("_adapter")
-def test_answers_over_http_at_three_strengths(tmp_path):
+def test_answers_over_http_at_three_multipliers(tmp_path):
     (command,) = commands(snippet("api_server"))
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(

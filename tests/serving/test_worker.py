@@ -43,9 +43,9 @@ def test_each_adapter_of_a_request_steers_its_own_tokens(write_adapter, environm
     for start, count in ((0, 2), (2, 4)):
         positions = torch.tensor([*range(start, start + count), 0, 1, 2])
         worker.plan(["mixed", "plain"], np.array([count, 3]), positions)
-        strength = worker._step.strength[: count + 3]
+        multiplier = worker._step.multiplier[: count + 3]
         wanted = torch.tensor([[1.0, p >= 4, p >= 3] for p in range(start, start + count)] + [[0.0, 0.0, 0.0]] * 3)
-        assert torch.equal(strength, wanted)
+        assert torch.equal(multiplier, wanted)
         assert worker._step.on[:, 0].nonzero().flatten().tolist() == list(range(count))
     worker.follow(scheduled(finished=["mixed"]))
     worker.plan(["plain"], np.array([1]), torch.tensor([3]))

@@ -22,9 +22,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from yapo_peft import YaPOConfig
-from yapo_peft.trainer import cache
+from yapo_peft.scoring import cache
 from yapo_peft.tuner.layer import REPEATS_HOOKS
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 
 def metrics_of(trainer):

@@ -13,8 +13,9 @@ from tiny import make_model, make_sae, preference_rows, trained_codes
 from torch.testing import assert_close
 
 from yapo_peft import ActivationCacheError, YaPOConfig, delete_activation_cache
-from yapo_peft.sae.identity import hash_tensors
-from yapo_peft.trainer import activations, cache
+from yapo_peft._utils import hash_tensors
+from yapo_peft.scoring import cache
+from yapo_peft.scoring import store as activations
 
 
 def parts_of(folder):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, SAEMismatchError, UnsupportedOperationError, YaPOConfig, steering
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 FILE = "adapter_model.safetensors"
 
@@ -83,7 +83,7 @@ def test_random_initialisation_is_small_and_not_zero():
 
 
 @torch.no_grad()
-def test_the_multiplier_of_the_config_is_the_strength_at_load_time(tmp_path):
+def test_the_multiplier_of_the_config_is_the_multiplier_at_load_time(tmp_path):
     ids, model = random_ids(), steered_model()
     with steering(model, -1.5):
         expected = model(ids).logits

@@ -6,7 +6,7 @@ from tiny import D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import ConfigError, SAEMismatchError, YaPOConfig, set_multiplier
 from yapo_peft.tuner.combine import combine_codes
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 FIRST, SECOND = random_code(0.4, seed=1), random_code(0.4, seed=2)
 
@@ -26,7 +26,7 @@ def code_of(model, name):
     return steered_layers(model)[0].yapo_code[name].detach()
 
 
-def test_linear_is_the_weighted_sum_at_the_strengths_of_now(model):
+def test_linear_is_the_weighted_sum_at_the_multipliers_of_now(model):
     set_multiplier(model, 2.0, "second")
     model.add_weighted_adapter(["default", "second"], [1.0, -0.5], "both")
     torch.testing.assert_close(code_of(model, "both"), FIRST - SECOND)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from yapo_peft import AdapterFileError, SAEMismatchError, YaPOConfig, steering
 from yapo_peft.tuner import model_card
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 FILE = "adapter_model.safetensors"
 VECTOR = random_code(1.0, D_MODEL)
@@ -30,29 +30,29 @@ def blocks_of(model):
 @pytest.mark.feature("PEFT", '`space="dense"`: a plain vector as in BiPO and CAA, without an SAE')
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("strength", [1.0, -0.5])
-def test_the_vector_is_added_to_every_token(architecture, dtype, strength):
+@pytest.mark.parametrize("multiplier", [1.0, -0.5])
+def test_the_vector_is_added_to_every_token(architecture, dtype, multiplier):
     base = make_model(architecture, dtype)
-    handle = add_vector(blocks_of(base)[2], VECTOR.to(dtype), strength)
+    handle = add_vector(blocks_of(base)[2], VECTOR.to(dtype), multiplier)
     expected = base(random_ids()).logits
     handle.remove()
     model = dense_model(architecture, dtype)
-    with steering(model, strength):
+    with steering(model, multiplier):
         found = model(random_ids()).logits
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
     assert float((found - expected).float().norm() / expected.float().norm()) < tolerance
 
 
 @torch.no_grad()
-def test_strengths_by_row_and_positions():
+def test_multipliers_by_row_and_positions():
     model = dense_model(positions="completion")
     ids = random_ids(3)
     labels = ids.clone()
     labels[:, :5] = -100
     together = model(ids, labels=labels, multipliers=[1.0, 0.0, -2.0]).logits
     assert torch.equal(together[:, :5], make_model()(ids).logits[:, :5])
-    for row, strength in enumerate((1.0, 0.0, -2.0)):
-        with steering(model, strength):
+    for row, multiplier in enumerate((1.0, 0.0, -2.0)):
+        with steering(model, multiplier):
             assert_close(model(ids, labels=labels).logits[row], together[row], rtol=1e-4, atol=1e-5)
 
 
@@ -107,12 +107,12 @@ def test_files_that_do_not_fit_are_refused(broken, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strength", [1.0, -1.5])
-def test_every_dense_adapter_can_be_merged(strength):
+@pytest.mark.parametrize("multiplier", [1.0, -1.5])
+def test_every_dense_adapter_can_be_merged(multiplier):
     model = dense_model("gpt2")
-    with steering(model, strength):
+    with steering(model, multiplier):
         expected = model(random_ids()).logits
-    steered_layers(model)[0].multiplier["default"] = strength
+    steered_layers(model)[0].multiplier["default"] = multiplier
     merged = model.merge_and_unload()
     assert_close(merged(random_ids()).logits, expected, rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,7 @@ from tiny import make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, ConfigError, UnsupportedOperationError, YaPOConfig, set_multiplier, steering
 from yapo_peft.tuner.merging import block_outputs
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 
 def steered(architecture="llama", code=None, dtype=torch.float32, **options):
@@ -20,7 +20,7 @@ def steered(architecture="llama", code=None, dtype=torch.float32, **options):
 
 
 @pytest.mark.feature(
-    "PEFT", "`merge_and_unload`, and in place `merge_adapter` (GPT-2), where strength x code is nowhere negative"
+    "PEFT", "`merge_and_unload`, and in place `merge_adapter` (GPT-2), where multiplier x code is nowhere negative"
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("sae", ["jumprelu", "topk"])
@@ -47,7 +47,7 @@ def test_a_constant_steering_becomes_a_bias_that_needs_no_package(architecture, 
         subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_a_negative_strength_merges_a_code_without_positive_entries():
+def test_a_negative_multiplier_merges_a_code_without_positive_entries():
     model = steered(code=-random_code().abs())
     set_multiplier(model, -2.0)
     expected = model(random_ids()).logits
@@ -78,7 +78,7 @@ def test_only_the_named_adapters_are_merged():
     torch.testing.assert_close(merged(random_ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_merged_strength_is_fixed_until_it_is_unmerged():
+def test_a_merged_multiplier_is_fixed_until_it_is_unmerged():
     model = steered("gpt2")
     model.merge_adapter()
     with pytest.raises(ConfigError, match="call unmerge_adapter"):
@@ -90,7 +90,7 @@ def test_a_merged_strength_is_fixed_until_it_is_unmerged():
 
 NOT_CONSTANT = {
     "a feature is lowered": (lambda: steered(code=random_code()), r"it lowers \d+ of its \d+ features of block 2"),
-    "strength per row": (lambda: steered(), "its strength differs by row"),
+    "multiplier per row": (lambda: steered(), "its multiplier differs by row"),
     "some tokens only": (lambda: steered(positions="last"), "only the tokens of positions='last'"),
     "normalised input": (
         lambda: steered(sae=make_sae(normalize_activations="layer_norm")),
@@ -109,7 +109,7 @@ NOT_CONSTANT = {
 def test_a_steering_that_is_not_constant_is_refused_with_the_reason(case, method):
     make, message = NOT_CONSTANT[case]
     model = make()
-    if case == "strength per row":
+    if case == "multiplier per row":
         set_multiplier(model, torch.ones(2))
     before = model(random_ids()).logits
     with pytest.raises(UnsupportedOperationError, match=message):

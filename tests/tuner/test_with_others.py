@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, s
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from yapo_peft import ConfigError, YaPOConfig, steering
-from yapo_peft.tuner.strength import steered_layers
+from yapo_peft.tuner.multiplier import steered_layers
 
 # PEFT says so whenever a model already has an adapter, of whatever method.
 pytestmark = pytest.mark.filterwarnings(
@@ -105,7 +105,7 @@ def test_both_through_transformers(order, tmp_path):
 
 
 @pytest.mark.feature("PEFT", "`multipliers=` and `steering` on a model without PeftModel around it")
-def test_strengths_without_peft_model():
+def test_multipliers_without_peft_model():
     model = make_model()
     model.add_adapter(config())
     set_code(model, random_code())
@@ -171,8 +171,8 @@ def test_compiled_models(architecture, positions):
     labels = random_ids()
     labels[:, :4] = -100
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for strength in (1.0, -1.0):
-        with steering(model, strength), torch.no_grad():
+    for multiplier in (1.0, -1.0):
+        with steering(model, multiplier), torch.no_grad():
             expected = model(random_ids(), labels=labels).logits
             torch.testing.assert_close(compiled(random_ids(), labels=labels).logits, expected)
 

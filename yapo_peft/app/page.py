@@ -28,7 +28,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
 
     Args:
         playground: The model and its adapters.
-        strongest: The ends of the strength sliders.
+        strongest: The ends of the multiplier sliders.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -56,14 +56,14 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
     def answer(
         prompt: str,
         chosen: list[str],
-        strengths: dict[str, float],
+        multipliers: dict[str, float],
         rows: list[list[Any]],
         length: float,
         temperature: float,
         seed: float,
     ) -> Generator[tuple[str, str]]:
         try:
-            dials = _dials(chosen, strengths, rows)
+            dials = _dials(chosen, multipliers, rows)
             yield from playground.answers(prompt, dials, int(length), temperature, int(seed))
         except YaPOError as error:
             raise said(error) from error
@@ -78,15 +78,15 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         except YaPOError as error:
             raise said(error) from error
 
-    def save(adapter: str, name: str, chosen: list[str], strengths: dict[str, float], rows: list[list[Any]]) -> str:
+    def save(adapter: str, name: str, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> str:
         try:
-            return f"Saved in {playground.save(adapter, _dials(chosen, strengths, rows), name.strip())}."
+            return f"Saved in {playground.save(adapter, _dials(chosen, multipliers, rows), name.strip())}."
         except YaPOError as error:
             raise said(error) from error
 
     first = playground.adapters[:1]
     with gr.Blocks(title="yapo", analytics_enabled=False) as page:
-        strengths = gr.State(dict.fromkeys(first, 1.0))
+        multipliers = gr.State(dict.fromkeys(first, 1.0))
         gr.Markdown("# Steering playground")
         with gr.Row():
             chosen = gr.Dropdown(
@@ -95,7 +95,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             source = gr.Textbox(label="Load an adapter: folder or repository", elem_id="source")
             loading = gr.Button("Load", elem_id="load")
 
-        @gr.render(inputs=[chosen, strengths], triggers=[page.load, chosen.change])
+        @gr.render(inputs=[chosen, multipliers], triggers=[page.load, chosen.change])
         def sliders(names: list[str], set_to: dict[str, float]) -> None:
             for name in names:
                 slider = gr.Slider(
@@ -104,11 +104,14 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
                     value=set_to.get(name, 1.0),
                     step=0.1,
                     interactive=True,
-                    label=f"Strength of {name}",
-                    elem_id=f"strength-{name}",
+                    label=f"Multiplier of {name}",
+                    elem_id=f"multiplier-{name}",
                 )
                 slider.change(
-                    lambda value, known, name=name: {**known, name: value}, [slider, strengths], strengths, queue=False
+                    lambda value, known, name=name: {**known, name: value},
+                    [slider, multipliers],
+                    multipliers,
+                    queue=False,
                 )
 
         prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt")
@@ -142,11 +145,11 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             lambda: gr.update(choices=playground.adapters), None, which
         )
         gr.on([page.load, chosen.change], table, chosen, [features, feature])
-        inputs = [prompt, chosen, strengths, features, length, temperature, seed]
+        inputs = [prompt, chosen, multipliers, features, length, temperature, seed]
         running = asking.click(answer, inputs, [unsteered, steered], concurrency_limit=None)
         stopping.click(None, cancels=[running])
         marking.click(highlight, [steered, feature], marked)
-        saving.click(save, [which, name, chosen, strengths, features], where)
+        saving.click(save, [which, name, chosen, multipliers, features], where)
     return page
 
 
@@ -170,7 +173,7 @@ def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
     ]
 
 
-def _dials(chosen: list[str], strengths: dict[str, float], rows: list[list[Any]]) -> Dials:
+def _dials(chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> Dials:
     """What a user's page says; a factor that is none leaves an entry as it is."""
     factors: dict[tuple[str, int, int], float] = {}
     for adapter, block, feature, _, factor, *_ in rows:
@@ -180,7 +183,7 @@ def _dials(chosen: list[str], strengths: dict[str, float], rows: list[list[Any]]
             continue
         if number != 1.0 and number == number and abs(number) != float("inf"):
             factors[str(adapter), int(block), int(feature)] = number
-    return Dials({name: float(strengths.get(name, 1.0)) for name in chosen}, factors)
+    return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, factors)
 
 
 def _marked(tokens: list[tuple[str, float]]) -> str:

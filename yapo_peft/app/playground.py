@@ -17,15 +17,15 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
+from .._utils import evaluating
+from ..adapter_file.saving import save_adapter
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
 from ..interpret.texts import device_and_dtype, padded, unsteered_outputs, window_of
 from ..methods.adapters import adapter_of, write
-from ..modes import evaluating
-from ..pairs import padding_of, prompt_ids
+from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
-from ..tuner.saving import save_adapter
-from ..tuner.strength import mark_lowest, steered_layers
+from ..tuner.multiplier import mark_lowest, steered_layers
 from .streaming import RowStreamer, StopWhenSet
 
 _CODE = "adapter_model.safetensors"
@@ -36,11 +36,11 @@ class Dials:
     """How one user has the model steered.
 
     Attributes:
-        strengths: The adapters that steer, and how strongly.
+        multipliers: The adapters that steer, and how strongly.
         factors: Of single features, by adapter, block and feature, by what their entry is multiplied: 0 is off.
     """
 
-    strengths: Mapping[str, float] = field(default_factory=dict[str, float])
+    multipliers: Mapping[str, float] = field(default_factory=dict[str, float])
     factors: Mapping[tuple[str, int, int], float] = field(default_factory=dict[tuple[str, int, int], float])
 
 
@@ -109,7 +109,7 @@ class Playground:
             ConfigError: The prompt is empty or too long, or a dial has no meaning.
         """
         ids = self._ids(prompt, max_new_tokens)
-        for name in dials.strengths:
+        for name in dials.multipliers:
             adapter_of(self.model, name)
         steps: queue.Queue[Tensor | BaseException | None] = queue.Queue()
         stop = threading.Event()
@@ -158,7 +158,7 @@ class Playground:
         return list(zip(tokens, values.float().tolist(), strict=True))
 
     def save(self, adapter: str, dials: Dials, name: str) -> Path:
-        """Saves an adapter as it is dialled: factors in its code, and its strength as the one that it loads with.
+        """Saves an adapter as it is dialled: factors in its code, and its multiplier as the one that it loads with.
 
         Raises:
             ConfigError: The name is no plain one, or taken.
@@ -168,7 +168,7 @@ class Playground:
         target = self.folder / name
         _, config, _ = adapter_of(self.model, adapter)
         with self._lock, self._changed_codes(dials):
-            before, config.multiplier = config.multiplier, float(dials.strengths.get(adapter, config.multiplier))
+            before, config.multiplier = config.multiplier, float(dials.multipliers.get(adapter, config.multiplier))
             try:
                 return save_adapter(self.model, target, adapter)
             finally:
@@ -221,9 +221,9 @@ class Playground:
         # Which puts everything back that is set here.
         with steering(self.model, 0.0), self._changed_codes(dials):
             for layer in steered_layers(self.model):
-                layer._active_adapter = [name for name in dials.strengths if name in layer.yapo_code]
+                layer._active_adapter = [name for name in dials.multipliers if name in layer.yapo_code]
                 for name in layer._active_adapter:
-                    layer.multiplier[name] = torch.tensor([0.0, dials.strengths[name]])
+                    layer.multiplier[name] = torch.tensor([0.0, dials.multipliers[name]])
             mark_lowest(self.model)
             yield
 

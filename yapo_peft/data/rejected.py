@@ -12,22 +12,18 @@ from typing import Any, cast
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DatasetError, UnsupportedOperationError
-from ..files import replacing
-from ..generation import answer, mixed_seed
-from ..modes import evaluating
-from ..pairs import prompt_ids
-from ..sae.identity import hash_tensors
-from ..tuner import YaPOLayer
+from .._utils import evaluating, hash_model, mixed_seed, replacing
+from ..errors import ConfigError, DatasetError
+from ..scoring.generation import answer
+from ..scoring.pairs import prompt_ids
 from .sources import require_columns
 
-# Of larger tensors, the start tells one model from another.
-_WHOLE, _START = 1 << 20, 1 << 12
+# Of each weight, for the hash that tells models apart.
+_START = 1 << 12
 
 
 def generate_rejected(
@@ -217,20 +213,8 @@ def _hash_prompts(prompts: list[list[int]]) -> str:
 
 def _hash_model(model: Any) -> str:
     """What tells one model, its adapters, its steering and its way to generate from another."""
-    state: list[Any] = [getattr(model, "generation_config", None) and model.generation_config.to_dict()]
-    for name, module in model.named_modules():
-        if isinstance(module, YaPOLayer):
-            state += [(module.positions, {key: repr(value) for key, value in module.multiplier.items()})]
-        if isinstance(module, BaseTunerLayer):
-            # What another method's adapter does is not in its tensors alone.
-            own = (module.active_adapters, module.disable_adapters, module.merged_adapters)
-            state += [(name, *own, getattr(module, "scaling", None))]
-    tensors = [(name, value) for name, value in sorted(model.state_dict().items()) if isinstance(value, Tensor)]
-    offloaded = [name for name, tensor in tensors if tensor.is_meta]
-    if offloaded:
-        raise UnsupportedOperationError(f"{offloaded[0]!r} is offloaded: load the model without offloading.")
-    parts = ((name, t if t.numel() <= _WHOLE else t.flatten()[:_START]) for name, t in tensors)
-    return hash_tensors(f"{type(model).__name__}{state!r}", parts)
+    generation = getattr(model, "generation_config", None) and model.generation_config.to_dict()
+    return hash_model(model, entries=_START, head=repr(generation))
 
 
 def _require_texts(dataset: Dataset) -> None:

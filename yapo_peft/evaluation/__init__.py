@@ -1,11 +1,11 @@
 """Measures of a steered model, one file each, their comparison and their pictures."""
 
 from .choice import GeneratedChoice, MultipleChoice
-from .compare import at_matched_damage
 from .culture import cultural_scores, normalised_localization_gap, robust_cultural_accuracy
 from .damage import Damage, Repetition
 from .judge import RUBRICS, Judge, JudgeUsage
 from .lm_eval import evaluate_tasks, sweep_tasks
+from .matched_damage import at_matched_damage
 from .plots import plot_dose_response, plot_losses, plot_matched_damage
 from .preference import Preference
 from .scores import Scores

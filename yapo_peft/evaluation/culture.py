@@ -48,7 +48,8 @@ def cultural_scores(
         seed: As for `Scores.summary`.
 
     Returns:
-        A row per strength and other labels (such as country or method): `localized`, `nonlocalized`, `rca` and `pnlg`,
+        A row per multiplier and other labels (such as country or method): `localized`, `nonlocalized`, `rca` and
+        `pnlg`,
         and of the latter two the ends of bootstrap intervals (`rca_low`, `rca_high`, ...). Questions of both kinds with
         the same index are drawn together, as twins that differ in the country's name should be. Seeds are averaged.
 

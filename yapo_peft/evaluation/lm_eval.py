@@ -10,10 +10,10 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError, UnsupportedOperationError
-from ..modes import evaluating
 from ..tuner import steering
-from ..tuner.strength import steered_layers
+from ..tuner.multiplier import steered_layers
 from .scores import Scores, distinct
 
 
@@ -28,13 +28,13 @@ def evaluate_tasks(
     model_args: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Runs tasks of lm-eval on a model steered at one strength.
+    """Runs tasks of lm-eval on a model steered at one multiplier.
 
     Args:
         model: A model with a YaPO adapter.
         tokenizer: The model's tokenizer.
         tasks: A task or group, such as "mmlu", or several, or configs of tasks of one's own.
-        multiplier: The strength; 0 for the model unsteered.
+        multiplier: The multiplier; 0 for the model unsteered.
         adapter_name: The adapter to dial; None for the active ones.
         batch_size: Rows per forward pass.
         model_args: For `lm_eval.models.huggingface.HFLM`, such as `{"max_length": 2048}`.
@@ -45,7 +45,7 @@ def evaluate_tasks(
         What `lm_eval.simple_evaluate` returns.
 
     Raises:
-        ConfigError: There is no such task or adapter, the strength is not finite, or `use_cache` is given.
+        ConfigError: There is no such task or adapter, the multiplier is not finite, or `use_cache` is given.
         ImportError: lm-eval is not installed.
         UnsupportedOperationError: An adapter steers some tokens only, which lm-eval's calls do not tell apart.
     """
@@ -58,7 +58,7 @@ def evaluate_tasks(
     if not tasks or unknown:
         raise ConfigError(f"tasks={unknown or tasks!r}: name tasks or groups of lm-eval, such as 'mmlu'.")
     if options.get("use_cache"):
-        raise ConfigError("use_cache= would take the answers of one strength for those of another: leave it out.")
+        raise ConfigError("use_cache= would take the answers of one multiplier for those of another: leave it out.")
     with evaluating(model), steering(model, multiplier, adapter_name):
         _require_all_positions(model)
         given = {"batch_size": batch_size, **(model_args or {})}
@@ -76,33 +76,33 @@ def sweep_tasks(
     filter: str | None = None,
     **options: Any,
 ) -> Scores:
-    """Runs tasks of lm-eval at several strengths.
+    """Runs tasks of lm-eval at several multipliers.
 
     Args:
         model: A model with a YaPO adapter.
         tokenizer: The model's tokenizer.
         tasks: As for `evaluate_tasks`.
-        multipliers: The strengths.
+        multipliers: The multipliers.
         metric: A metric that the tasks compute for each document, such as "acc", "acc_norm", "exact_match".
         filter: Which of a task's ways to read an answer counts, such as "strict-match", where it has several.
         **options: As for `evaluate_tasks`.
 
     Returns:
-        The metric of each document at each strength, with the label `task`.
+        The metric of each document at each multiplier, with the label `task`.
 
     Raises:
         ConfigError: As `evaluate_tasks`; or a task has no such metric or filter. Found on one document of each task,
             before the others are read.
     """
-    strengths = distinct(multipliers)
+    multipliers = distinct(multipliers)
     options = cast(Any, {**options, "log_samples": True})
     options.setdefault("task_manager", task_manager())
     # A document of each task shows whether they have the metric, before the work of all of them.
-    _rows(evaluate_tasks(model, tokenizer, tasks, strengths[0], **cast(Any, {**options, "limit": 1})), metric, filter)
+    _rows(evaluate_tasks(model, tokenizer, tasks, multipliers[0], **cast(Any, {**options, "limit": 1})), metric, filter)
     rows: list[dict[str, Any]] = []
-    for strength in strengths:
-        found = evaluate_tasks(model, tokenizer, tasks, strength, **options)
-        rows += [{"multiplier": strength, **row} for row in _rows(found, metric, filter)]
+    for multiplier in multipliers:
+        found = evaluate_tasks(model, tokenizer, tasks, multiplier, **options)
+        rows += [{"multiplier": multiplier, **row} for row in _rows(found, metric, filter)]
     return Scores(pd.DataFrame(rows), (metric,))
 
 

@@ -1,4 +1,4 @@
-"""Runs what lies below the lowest steered block once for several strengths."""
+"""Runs what lies below the lowest steered block once for several multipliers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..agreement import SAME, SAME_IN_16_BITS, TOKENS_AT_ONCE
-from ..tuner.strength import lowest_steered, steered_layers
-from ..tuner.upper_half import UpperHalf
+from ..scoring.agreement import SAME, SAME_IN_16_BITS, TOKENS_AT_ONCE
+from ..scoring.upper_half import UpperHalf
+from ..tuner.multiplier import lowest_steered, steered_layers
 from .answers import needs_labels
 from .prompts_once import PromptsOnce
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .._utils import replacing
 from ..errors import ConfigError
-from ..files import replacing
 from .scores import SEED, Scores
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ _SHARES = ("accuracy", "repeated", "answered", "top_changed")
 def plot_dose_response(
     scores: Scores, path: str | Path, title: str, *, metrics: Sequence[str] | None = None, **bootstrap: Any
 ) -> Path:
-    """Draws metrics against the strength of steering, a line per method, with bootstrap intervals.
+    """Draws metrics against the multiplier of steering, a line per method, with bootstrap intervals.
 
     Args:
-        scores: What `sweep` returned, or several in one, with labels such as "method"; at least two strengths.
+        scores: What `sweep` returned, or several in one, with labels such as "method"; at least two multipliers.
         path: File to write; its ending chooses the format, such as ".png" or ".svg".
         title: What was measured.
         metrics: Which to draw; all if None.
@@ -49,7 +49,7 @@ def plot_dose_response(
         The path.
 
     Raises:
-        ConfigError: There are fewer than two strengths, there is no such metric, or the path has no ending.
+        ConfigError: There are fewer than two multipliers, there is no such metric, or the path has no ending.
         ImportError: matplotlib is not installed.
     """
     _require_ending(path)
@@ -64,7 +64,7 @@ def dose_response_figure(
     unknown = [name for name in metrics if name not in scores.metrics]
     if unknown or not metrics:
         raise ConfigError(f"metrics={metrics!r}: choose from {', '.join(map(repr, scores.metrics))}.")
-    _require_strengths(len(set(scores.table["multiplier"])))
+    _require_multipliers(len(set(scores.table["multiplier"])))
     summary = scores.summary(**bootstrap)
     figure = _figure(len(metrics))
     for axes, metric in zip(figure.axes, metrics, strict=True):
@@ -127,19 +127,19 @@ def plot_losses(
     return _save(_legend(figure), path)
 
 
-def require_picture(path: str | Path, strengths: int) -> None:
+def require_picture(path: str | Path, multipliers: int) -> None:
     """Raises before any work if a dose-response could not be drawn.
 
     Args:
         path: The file.
-        strengths: How many there will be.
+        multipliers: How many there will be.
 
     Raises:
-        ConfigError: There are fewer than two strengths, or the path has no ending.
+        ConfigError: There are fewer than two multipliers, or the path has no ending.
         ImportError: matplotlib is not installed.
     """
     _require_ending(path)
-    _require_strengths(strengths)
+    _require_multipliers(multipliers)
     if find_spec("matplotlib") is None:
         raise ImportError(_MISSING)
     from matplotlib.backend_bases import FigureCanvasBase
@@ -154,9 +154,9 @@ def _require_ending(path: str | Path) -> None:
         raise ConfigError(f"path={str(path)!r} has no ending, which chooses the format: give one such as '.png'.")
 
 
-def _require_strengths(strengths: int) -> None:
-    if strengths < 2:
-        raise ConfigError(f"A dose-response needs at least two strengths, got {strengths}.")
+def _require_multipliers(multipliers: int) -> None:
+    if multipliers < 2:
+        raise ConfigError(f"A dose-response needs at least two multipliers, got {multipliers}.")
 
 
 def _figure(panels: int) -> Figure:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..pairs import pair_batches
+from ..scoring.pairs import pair_batches
 from .answers import answer_logps, share_above_zero
 from .lower_half import LowerHalfOnce
 from .prompts_once import packed_log_probs

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..agreement import TOKENS_AT_ONCE, why_not_shared, window_of
-from ..packing import PackedBatch, attention_cost, head_on, keep_rows, share_prompts
+from ..scoring.agreement import TOKENS_AT_ONCE, why_not_shared, window_of
+from ..scoring.packing import PackedBatch, attention_cost, head_on, keep_rows, share_prompts
 from ..tuner import steering
 from ..tuner.blocks import decoder_blocks
 

@@ -1,4 +1,4 @@
-"""Measurements of single examples at several strengths, and what they say of all."""
+"""Measurements of single examples at several multipliers, and what they say of all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from .._utils import replacing
 from ..errors import ConfigError, DatasetError
-from ..files import replacing
 
 _OWN = ("multiplier", "example", "answer")
 # The label whose values are repetitions of one measurement, not different ones.
@@ -21,10 +21,10 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a measure found, for each example at each strength.
+    """What a measure found, for each example at each multiplier.
 
     Attributes:
-        table: A row per example and strength: `multiplier`, `example` (its index in the dataset), `answer` where one
+        table: A row per example and multiplier: `multiplier`, `example` (its index in the dataset), `answer` where one
             was generated, a column per metric, and one per label. NaN stands for what could not be measured.
         metrics: Names of the metrics' columns.
     """
@@ -54,7 +54,7 @@ class Scores:
 
         Raises:
             ConfigError: They are of different metrics, have different labels, or measure an example twice at a
-                strength.
+                multiplier.
         """
         if not parts:
             raise ConfigError("There are no scores to put together.")
@@ -69,7 +69,8 @@ class Scores:
         keys = ["multiplier", "example", *first.labels]
         if table.duplicated(keys).any():
             raise ConfigError(
-                f"Some examples are measured twice at a strength, with the labels {first.labels}: tell the parts apart "
+                f"Some examples are measured twice at a multiplier, with the labels {first.labels}: tell the parts "
+                f"apart "
                 'with labelled(method="...") or labelled(seed=...).'
             )
         return Scores(table, first.metrics)
@@ -85,7 +86,7 @@ class Scores:
             seed: Of the drawing; all rows of the summary use the same draws, so that they can be compared.
 
         Returns:
-            A row per strength and labels other than `seed`: for each metric its mean and the interval's ends
+            A row per multiplier and labels other than `seed`: for each metric its mean and the interval's ends
             (`accuracy`, `accuracy_low`, `accuracy_high`), and `examples`, the number of them.
 
         Raises:
@@ -130,15 +131,15 @@ class Scores:
 
 
 def distinct(multipliers: Iterable[float]) -> list[float]:
-    """The strengths of a sweep.
+    """The multipliers of a sweep.
 
     Raises:
         ConfigError: There is none, or one is there twice.
     """
-    strengths = [float(multiplier) for multiplier in multipliers]
-    if not strengths or len(set(strengths)) < len(strengths):
-        raise ConfigError(f"multipliers={strengths!r}: give one strength at least, and each of them once.")
-    return strengths
+    multipliers = [float(value) for value in multipliers]
+    if not multipliers or len(set(multipliers)) < len(multipliers):
+        raise ConfigError(f"multipliers={multipliers!r}: give one multiplier at least, and each of them once.")
+    return multipliers
 
 
 def require_bootstrap(confidence: float, resamples: int) -> None:

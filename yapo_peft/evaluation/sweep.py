@@ -1,4 +1,4 @@
-"""One measure over many strengths."""
+"""One measure over many multipliers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating, mixed_seed
 from ..errors import ConfigError, DatasetError
-from ..generation import answer, mixed_seed
-from ..modes import evaluating
-from ..pairs import prompt_ids
+from ..scoring.generation import answer
+from ..scoring.pairs import prompt_ids
 from ..tuner import steering
-from ..tuner.strength import require_enabled
+from ..tuner.multiplier import require_enabled
 from .lower_half import LowerHalfOnce
 from .preference import Preference
 from .scores import Scores, distinct
@@ -32,7 +32,7 @@ class LikelihoodMeasure(Protocol):
     def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
         """Metrics of a batch's examples, `(examples,)` each, of the model as it is steered now.
 
-        `kept` holds what the measure puts into it for the same batch at other strengths.
+        `kept` holds what the measure puts into it for the same batch at other multipliers.
         """
         ...
 
@@ -61,17 +61,18 @@ def sweep(
     seed: int = 0,
     **generation: Any,
 ) -> Scores:
-    """Measures a model over a range of strengths.
+    """Measures a model over a range of multipliers.
 
-    Log-probabilities: what lies below the lowest steered block is run once per batch, whatever the number of strengths,
-    and the prompt of a pair once for both answers, where that gives the same. Answers: the strengths of a prompt are
+    Log-probabilities: what lies below the lowest steered block is run once per batch, whatever the number of
+    multipliers,
+    and the prompt of a pair once for both answers, where that gives the same. Answers: the multipliers of a prompt are
     generated in one batch, if it has room for them, and are kept in the table.
 
     Args:
         model: A model with a YaPO adapter.
         dataset: What the measure reads, such as preference pairs.
         tokenizer: The model's tokenizer; its chat template renders conversations, as in training.
-        multipliers: The strengths.
+        multipliers: The multipliers.
         measure: What to measure: `Preference()` if None, or `MultipleChoice`, `Damage`, `GeneratedChoice`,
             `Repetition`, `Judge`.
         adapter_name: The adapter to dial; None for the active ones.
@@ -80,19 +81,19 @@ def sweep(
         **generation: For `model.generate`, such as `max_new_tokens=64`; greedy unless `do_sample=True`.
 
     Returns:
-        The metrics of each example at each strength.
+        The metrics of each example at each multiplier.
 
     Raises:
         DatasetError: The dataset is empty, or lacks what the measure reads.
         ConfigError: An argument has a value that cannot work, there is no such adapter, or adapters are disabled.
     """
-    strengths = distinct(multipliers)
+    multipliers = distinct(multipliers)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need one row at least.")
-    for strength in strengths:
-        with steering(model, strength, adapter_name):
-            pass  # so that a strength or an adapter that cannot work is an error before any work
-    if any(strengths):
+    for multiplier in multipliers:
+        with steering(model, multiplier, adapter_name):
+            pass  # so that a multiplier or an adapter that cannot work is an error before any work
+    if any(multipliers):
         require_enabled(model)
     measure = Preference() if measure is None else measure
     if isinstance(measure, type):
@@ -102,13 +103,13 @@ def sweep(
     with evaluating(model):
         if hasattr(measure, "score_answers"):
             rows = _sweep_answers(
-                model, dataset, tokenizer, strengths, measure, adapter_name, batch_size, seed, generation
+                model, dataset, tokenizer, multipliers, measure, adapter_name, batch_size, seed, generation
             )
         elif generation:
             raise ConfigError(f"{next(iter(generation))}= is for measures of answers; this one generates nothing.")
         else:
-            rows = _sweep_likelihoods(model, dataset, tokenizer, strengths, measure, adapter_name, batch_size)
-    rows.sort(key=lambda row: (strengths.index(row["multiplier"]), row["example"]))
+            rows = _sweep_likelihoods(model, dataset, tokenizer, multipliers, measure, adapter_name, batch_size)
+    rows.sort(key=lambda row: (multipliers.index(row["multiplier"]), row["example"]))
     table = pd.DataFrame(rows)
     return Scores(table, tuple(name for name in table.columns if name not in ("multiplier", "example", "answer")))
 
@@ -118,7 +119,7 @@ def _sweep_likelihoods(
     model: nn.Module,
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
-    strengths: list[float],
+    multipliers: list[float],
     measure: Any,
     adapter_name: str | None,
     batch_size: int,
@@ -126,19 +127,19 @@ def _sweep_likelihoods(
     batches = measure.batches(dataset, tokenizer, batch_size)
     device = next(p.device for p in model.parameters() if not p.is_meta)
     with steering(model, 1.0, adapter_name):
-        lower = LowerHalfOnce(model, len(strengths))
+        lower = LowerHalfOnce(model, len(multipliers))
     rows: list[dict[str, float]] = []
-    with tqdm(total=len(strengths) * len(batches), desc="Measuring", unit="batch") as progress:
+    with tqdm(total=len(multipliers) * len(batches), desc="Measuring", unit="batch") as progress:
         for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             kept: dict[str, Any] = {}
-            for strength in strengths:
-                with steering(model, strength, adapter_name):
+            for multiplier in multipliers:
+                with steering(model, multiplier, adapter_name):
                     found = measure.score(lower, batch, kept)
                 columns = {name: values.float().tolist() for name, values in found.items()}
                 for index, example in enumerate(batch["example"].tolist()):
                     metrics = {name: values[index] for name, values in columns.items()}
-                    rows.append({"multiplier": strength, "example": example, **metrics})
+                    rows.append({"multiplier": multiplier, "example": example, **metrics})
                 progress.update()
     return rows
 
@@ -147,7 +148,7 @@ def _sweep_answers(
     model: nn.Module,
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
-    strengths: list[float],
+    multipliers: list[float],
     measure: Any,
     adapter_name: str | None,
     batch_size: int,
@@ -162,24 +163,24 @@ def _sweep_answers(
         raise ConfigError(
             f"{taken[0]}={generation[taken[0]]!r}: each prompt gets one answer of max_new_tokens; leave it out."
         )
-    # Whole prompts, where all strengths of one fit.
-    size = batch_size // len(strengths) * len(strengths) or batch_size
+    # Whole prompts, where all multipliers of one fit.
+    size = batch_size // len(multipliers) * len(multipliers) or batch_size
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    work = [(index, strength) for index in order for strength in strengths]
+    work = [(index, multiplier) for index in order for multiplier in multipliers]
     options = {"max_new_tokens": 64, "do_sample": False, **generation}
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(work), desc="Answering", unit="answer") as progress:
         for start in range(0, len(work), size):
             part = work[start : start + size]
-            of_rows = torch.tensor([strength for _, strength in part])
+            of_rows = torch.tensor([multiplier for _, multiplier in part])
             with steering(model, of_rows, adapter_name):
                 given = [prompts[index] for index, _ in part]
                 answers = answer(model, tokenizer, given, seed=mixed_seed(seed, start), **options)
             examples = [index for index, _ in part]
             found = measure.score_answers(dataset, examples, [text for text, _ in answers])
             rows += [
-                {"multiplier": strength, "example": index, "answer": text, **metrics}
-                for (index, strength), (text, _), metrics in zip(part, answers, found, strict=True)
+                {"multiplier": multiplier, "example": index, "answer": text, **metrics}
+                for (index, multiplier), (text, _), metrics in zip(part, answers, found, strict=True)
             ]
             progress.update(len(part))
     return rows

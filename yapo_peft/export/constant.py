@@ -12,27 +12,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError
-from ..interpret.checks import require_strength
+from ..interpret.checks import require_multiplier
 from ..interpret.parts import Parts
 from ..interpret.texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of
 from ..methods.adapters import adapter_of
-from ..modes import evaluating
 from ..tuner import YaPOLayer, steering
+from ..tuner.hooks import changed_outputs
 from ..tuner.merging import full_shift, token_dependence
-from ..tuner.observe import changed_outputs
-from ..tuner.strength import require_enabled
+from ..tuner.multiplier import require_enabled
 
 
 @dataclass(frozen=True)
 class ConstantSteering:
-    """What an adapter adds at one strength, as a vector per block.
+    """What an adapter adds at one multiplier, as a vector per block.
 
     Attributes:
-        multiplier: The strength; it is in the vectors.
+        multiplier: The multiplier; it is in the vectors.
         vectors: By the block's index, `(d_model,)` in float32 on the CPU.
         reason: Why a constant is only an approximation; None where it is exact.
-        lowered: Share of the code's entries that are lowered at this strength, and so depend on the token.
+        lowered: Share of the code's entries that are lowered at this multiplier, and so depend on the token.
         clipped: Of what these ask for, the share that the calibration tokens do not have to give: 1 if their features
             are never on. None without calibration.
         kl: KL(steered || constant) of the next token in nats, the mean over calibration tokens. None without
@@ -75,12 +75,13 @@ def constant_steering(
     """Finds the vectors that steer as an adapter does, or the best ones for some text.
 
     It is exact where the same is added to every token: for dense adapters, and for codes that lower no feature at this
-    strength. Elsewhere each block's vector is the mean of what the adapter adds there on the calibration texts, without
+    multiplier. Elsewhere each block's vector is the mean of what the adapter adds there on the calibration texts,
+    without
     their first tokens, which are attention sinks; and how far that is from the adapter is measured on the same texts.
 
     Args:
         model: A `PeftModel` with a YaPO adapter. It is not changed.
-        multiplier: The strength.
+        multiplier: The multiplier.
         texts: For calibration: texts, messages, or rows, as `contexts` takes them; of the kind that will be steered.
         tokenizer: The model's; found by the model's name if None.
         adapter_name: The adapter; the active one if None.
@@ -88,11 +89,11 @@ def constant_steering(
         max_length: Tokens of a text that are read.
 
     Raises:
-        ConfigError: There is no such adapter, the strength is zero, or texts are needed and there are none.
+        ConfigError: There is no such adapter, the multiplier is zero, or texts are needed and there are none.
         DatasetError: A text is none.
     """
     name, config, layers = adapter_of(model, adapter_name)
-    require_strength(multiplier)
+    require_multiplier(multiplier)
     require_enabled(model)
     reason = next((found for layer in layers if (found := token_dependence(layer, name, multiplier))), None)
     entries = torch.cat([layer.code(name).detach().cpu() for layer in layers])

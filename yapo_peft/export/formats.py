@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import replacing
 from ..errors import ConfigError, UnsupportedOperationError
-from ..files import replacing
 from ..interpret.texts import base_of
 from ..methods.adapters import adapter_of
 from .constant import ConstantSteering, constant_steering
@@ -38,7 +38,7 @@ def export_adapter(
     label: str | None = None,
     **options: Any,
 ) -> ConstantSteering | None:
-    """Writes an adapter at one strength as a file of another program.
+    """Writes an adapter at one multiplier as a file of another program.
 
     - "gguf": a control vector of llama.cpp, repeng and EasySteer. It cannot steer the lowest block.
     - "lm-eval": the `.pt` file of lm-eval's model `steered`.
@@ -51,7 +51,7 @@ def export_adapter(
         model: A `PeftModel` with a YaPO adapter.
         path: The file, or for "vec" the folder.
         format: One of these.
-        multiplier: The strength, which is part of the file.
+        multiplier: The multiplier, which is part of the file.
         texts: For calibration, where no constant is exact; see `constant_steering`.
         tokenizer: The model's.
         adapter_name: The adapter; the active one if None.
@@ -84,7 +84,7 @@ def export_adapter(
     found = constant_steering(model, multiplier, texts, tokenizer, adapter_name=name, **options)
     if found.kl is not None and not found.kl <= max_kl:
         raise UnsupportedOperationError(
-            f"{found.verdict()} That is above max_kl={max_kl:g}: allow more, take another strength, or serve the "
+            f"{found.verdict()} That is above max_kl={max_kl:g}: allow more, take another multiplier, or serve the "
             "adapter itself."
         )
     base = base_of(model)

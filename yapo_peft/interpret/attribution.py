@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError
 from ..evaluation.lower_half import LowerHalfOnce
 from ..evaluation.preference import Preference
 from ..methods.adapters import adapter_of
-from ..modes import evaluating
 from ..tuner import steering
-from ..tuner.observe import changed_outputs
-from ..tuner.strength import require_enabled
-from .checks import require_counts, require_strength
+from ..tuner.hooks import changed_outputs
+from ..tuner.multiplier import require_enabled
+from .checks import require_counts, require_multiplier
 from .parts import Parts
 from .texts import device_and_dtype, tokenizer_of, window_of
 
@@ -73,7 +73,7 @@ def attribute(
     - Left out: the effect with all features, less the effect without one, measured by running the model. Half of the
       features are those that move activations the furthest, the others those of the largest integrated gradients.
     - Integrated gradients, of all features: the margin's derivative by a feature's entry, times the entry, averaged
-      over strengths from 0 to `multiplier` (midpoint rule). They add up to the effect, but for that rule's error.
+      over multipliers from 0 to `multiplier` (midpoint rule). They add up to the effect, but for that rule's error.
 
     The model is not changed, and the blocks below the lowest steered one run once per pair.
 
@@ -82,9 +82,9 @@ def attribute(
         dataset: Preference pairs in TRL's format, conversational or plain, with a `prompt`.
         tokenizer: The model's; found by the model's name if None.
         adapter_name: The adapter; the active one if None.
-        multiplier: The strength.
+        multiplier: The multiplier.
         top: How many features to leave out one by one; a pass over the pairs each.
-        steps: Strengths to average over; a pass with gradients each.
+        steps: Multipliers to average over; a pass with gradients each.
         batch_size: Rows per forward pass.
 
     Raises:
@@ -95,7 +95,7 @@ def attribute(
     """
     name, _, layers = adapter_of(model, adapter_name)
     require_counts(top=top, steps=steps, batch_size=batch_size)
-    require_strength(multiplier)
+    require_multiplier(multiplier)
     require_enabled(model)
     if not any(bool(layer.code(name).any()) for layer in layers):
         raise ConfigError(f"All entries of adapter {name!r} are zero: it does nothing that could be attributed.")
@@ -152,13 +152,13 @@ class _Runs:
             # First, so that gradients are taken through what lies above the lowest steered block alone.
             ends.append(self._of_batch(batch, kept, [(multiplier, []), (0.0, [])], bar))
             for step in range(steps):
-                strength = multiplier * (step + 0.5) / steps
-                with torch.enable_grad(), steering(self._model, strength, self._name), _traced(self._parts) as traced:
+                partial = multiplier * (step + 0.5) / steps
+                with torch.enable_grad(), steering(self._model, partial, self._name), _traced(self._parts) as traced:
                     total = self._score(batch, kept).sum()
                 outputs = [traced[part.layer.index] for part in self._parts]
                 gradients = torch.autograd.grad(total, [steered for _, steered, _ in outputs])
                 for part, own, (h, _, mask), gradient in zip(self._parts, sums, outputs, gradients, strict=True):
-                    own += multiplier / steps * _by_entry(part, h, mask, gradient, strength)
+                    own += multiplier / steps * _by_entry(part, h, mask, gradient, partial)
                 bar.update()
         margins = torch.cat(ends, dim=1)
         return margins, [(own / margins.shape[1]).cpu() for own in sums]
@@ -168,8 +168,8 @@ class _Runs:
         self, batch: dict[str, Tensor], kept: dict[str, Any], variants: list[tuple[float, list[_Change]]], bar: Any
     ) -> Tensor:
         found: list[Tensor] = []
-        for strength, changes in variants:
-            with steering(self._model, strength, self._name), _changed(changes):
+        for multiplier, changes in variants:
+            with steering(self._model, multiplier, self._name), _changed(changes):
                 found.append(self._score(batch, kept))
             bar.update()
         return torch.stack(found)
@@ -206,30 +206,30 @@ def _traced(parts: list[Parts]) -> Generator[dict[int, tuple[Tensor, Tensor, Ten
         yield found
 
 
-def _without(part: Parts, column: int, strength: float) -> _Change:
+def _without(part: Parts, column: int, multiplier: float) -> _Change:
     """Leaves one feature out."""
     one = part.only(torch.tensor([column], device=part.entries.device))
 
     def change(h: Tensor, steered: Tensor) -> Tensor:
-        return steered - (one.moved(h, strength) @ one.rows).to(steered.dtype)
+        return steered - (one.moved(h, multiplier) @ one.rows).to(steered.dtype)
 
     return part, change
 
 
-def _only(part: Parts, columns: list[int], strength: float) -> _Change:
+def _only(part: Parts, columns: list[int], multiplier: float) -> _Change:
     """Leaves all features out but some."""
     some = part.only(torch.tensor(columns, dtype=torch.long, device=part.entries.device))
 
     def change(h: Tensor, steered: Tensor) -> Tensor:
-        return h + (some.moved(h, strength) @ some.rows).to(steered.dtype) if columns else h
+        return h + (some.moved(h, multiplier) @ some.rows).to(steered.dtype) if columns else h
 
     return part, change
 
 
-def _by_entry(part: Parts, h: Tensor, mask: Tensor | None, gradient: Tensor, strength: float) -> Tensor:
-    """What the margin gains per unit of strength through each feature, `(n,)`, at some strength."""
+def _by_entry(part: Parts, h: Tensor, mask: Tensor | None, gradient: Tensor, multiplier: float) -> Tensor:
+    """What the margin gains per unit of multiplier through each feature, `(n,)`, at some multiplier."""
     gradient = gradient.float() if mask is None else gradient.float() * mask[..., None]
-    wanted = strength * part.entries
+    wanted = multiplier * part.entries
     if part.sae is None:
         return part.entries * (part.rows @ gradient.sum(dim=(0, 1)))
     scale = part.sae.normalize(h)[1]
@@ -239,7 +239,7 @@ def _by_entry(part: Parts, h: Tensor, mask: Tensor | None, gradient: Tensor, str
     result[raised] = part.rows[raised] @ gradient.sum(dim=(0, 1))
     lowered = part.only((wanted < 0).nonzero().squeeze(-1))
     if len(lowered):
-        is_moving = lowered.on(h)[0] + strength * lowered.entries > 0
+        is_moving = lowered.on(h)[0] + multiplier * lowered.entries > 0
         result[wanted < 0] = ((gradient @ lowered.rows.T) * is_moving).sum(dim=(0, 1))
     return result * part.entries
 

@@ -22,8 +22,8 @@ def require_counts(least: int = 1, **values: Any) -> None:
             raise ConfigError(f"{name}={value!r}: give a whole number of {least} or more.")
 
 
-def require_strength(multiplier: Any) -> None:
-    """Raises unless an adapter does something at a strength.
+def require_multiplier(multiplier: Any) -> None:
+    """Raises unless an adapter does something at a multiplier.
 
     Raises:
         ConfigError: It is zero, not finite, or no number.

@@ -20,7 +20,7 @@ from ..evaluation.sweep import sweep
 from ..methods.adapters import adapter_of
 from ..sae import FrozenSAE
 from ..tuner import YaPOConfig, YaPOLayer
-from .checks import require_counts, require_strength
+from .checks import require_counts, require_multiplier
 from .regression import sparse_regression
 from .texts import device_and_dtype, tokenizer_of
 
@@ -55,7 +55,7 @@ def compare(
         adapters: Their names; all YaPO adapters if None.
         dataset: Preference pairs, to compare what adapters do to them; None to leave that out.
         tokenizer: The model's, for the dataset; found by the model's name if None.
-        multiplier: The strength at which they are compared on the dataset.
+        multiplier: The multiplier at which they are compared on the dataset.
         features: How many features of a dense vector to read.
         batch_size: Rows per forward pass.
 
@@ -67,7 +67,8 @@ def compare(
         - `overlap`: `shared` by the number of those that at least one moves.
         - `same_sign`: share of the shared features that both move the same way.
         - `code_cosine`: of the codes, or the dense vectors.
-        - `up_cosine`, `down_cosine`: of what they add to every token at strength 1, and at -1, in the residual stream.
+        - `up_cosine`, `down_cosine`: of what they add to every token at multiplier 1, and at -1, in the residual
+        stream.
         - `effect_correlation`: over the pairs of the dataset, of how far each moves the margin; the same in each row of
           two adapters.
 
@@ -82,7 +83,7 @@ def compare(
             f"adapters={adapters!r}: a comparison needs two adapters at least; there are {sorted(configs)}."
         )
     require_counts(features=features, batch_size=batch_size)
-    require_strength(multiplier)
+    require_multiplier(multiplier)
     layers = {name: {layer.index: layer for layer in adapter_of(model, name)[2]} for name in names}
     device, _ = device_and_dtype(model)
     effects: dict[str, np.ndarray] = {}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError
 from ..methods.adapters import adapter_of
-from ..modes import evaluating
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
-from .checks import features_by_layer, require_counts, require_strength
+from .checks import features_by_layer, require_counts, require_multiplier
 from .neuronpedia import neuronpedia_labels, neuronpedia_link
 from .parts import Parts
 from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
@@ -56,7 +56,7 @@ def explain(
         model: A `PeftModel` with a YaPO adapter.
         adapter_name: The adapter; the active one if None.
         tokenizer: The model's; found by the model's name if None.
-        multiplier: The strength at which it is read: at a negative one, features of positive entries are lowered.
+        multiplier: The multiplier at which it is read: at a negative one, features of positive entries are lowered.
         top: How many features of each block to list; None for all.
         features: Indices of those to list instead, of an adapter of one block, or for each block's index; those that
             the adapter does not move are left out.
@@ -89,7 +89,7 @@ def explain(
         UnsupportedOperationError: The model's end cannot be read.
     """
     name, _, layers = adapter_of(model, adapter_name)
-    require_strength(multiplier)
+    require_multiplier(multiplier)
     require_counts(tokens=tokens, **({} if top is None else {"top": top}))
     wanted = None if features is None else features_by_layer(features, layers, name)
     tokenizer = tokenizer_of(model, tokenizer)

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..files import replacing
+from .._utils import replacing
 from ..sae import SAEIdentity, neuronpedia_id
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..sae.weights import SAEWeights
+from ..steering.formula import Multiplier, moved_features
 from ..tuner import YaPOLayer
 from ..tuner.positions import tokens_to_steer
-from ..tuner.steering import Strength, moved_features
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Parts:
         features, scale = self.sae.encode(h)
         return features.float(), scale
 
-    def moved(self, h: Tensor, strength: Strength) -> Tensor:
+    def moved(self, h: Tensor, multiplier: Multiplier) -> Tensor:
         """By how much each feature moves, `(batch, seq, n)`: the shift of the output is that times `rows`.
 
         What an SAE multiplies its output by at a token is in it, and tokens that the adapter does not steer have zero.
@@ -74,10 +74,10 @@ class Parts:
 
         Args:
             h: What the block put out, before steering, `(batch, seq, d_model)`.
-            strength: One for all, or one per row, `(batch,)`.
+            multiplier: One for all, or one per row, `(batch,)`.
         """
         on, scale = self.on(h)
-        wanted = _per_row(strength, h) * self.entries
+        wanted = _per_row(multiplier, h) * self.entries
         moved = wanted.expand_as(on) if self.sae is None else moved_features(on, wanted)
         if scale is not None:
             moved = moved * scale
@@ -89,6 +89,6 @@ class Parts:
         return tokens_to_steer(self.layer.positions[self.adapter_name], h, self.layer.call)
 
 
-def _per_row(strength: Strength, h: Tensor) -> Tensor:
-    """A strength that multiplies `(batch, seq, n)`."""
-    return torch.as_tensor(strength, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)
+def _per_row(multiplier: Multiplier, h: Tensor) -> Tensor:
+    """A multiplier that multiplies `(batch, seq, n)`."""
+    return torch.as_tensor(multiplier, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)

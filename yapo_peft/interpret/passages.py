@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating, hash_model, replacing
 from ..errors import ConfigError
-from ..files import replacing
 from ..methods.adapters import adapter_of
-from ..modes import evaluating
 from ..sae import FrozenSAE
-from ..sae.identity import hash_tensors
-from ..tuner import YaPOLayer
+from ..tuner.layer import is_steering
 from .checks import features_by_layer, require_counts
 from .texts import base_of, device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs
 
 _SAVED_EVERY = 50
 # On SmolLM2 the second token of a text can be 10 to 20 times as long as the median, and the first 140 times.
 _SINK = 5
+# Of each weight, for the hash that tells models apart.
+_ENTRIES = 1 << 12
 
 
 @dataclass(order=True)
@@ -104,7 +104,7 @@ def contexts(
         "features": {str(layer): found for layer, found in wanted.items()},
         "saes": {str(layer): sae.identity.content_hash for layer, sae in saes.items()},
         "options": [top, window, skip_sinks, max_length],
-        "model": _sample_of(model, layers),
+        "model": hash_model(base_of(model), ignore=is_steering, entries=_ENTRIES),
     }
     search = _Search.resumed(None if resume is None else Path(resume), record, wanted)
     device, dtype = device_and_dtype(model)
@@ -138,14 +138,6 @@ def _sinks(h: Tensor, lengths: list[int]) -> Tensor:
     sinks = norms > _SINK * usual[:, None]
     sinks[:, 0] = True
     return sinks
-
-
-def _sample_of(model: nn.Module, layers: list[YaPOLayer]) -> str:
-    """A hash of some of the weights that decide what is read."""
-    base = base_of(model)
-    blocks = (next(layer.block.parameters()) for layer in layers)
-    weights = [base.get_input_embeddings().weight, *blocks]
-    return hash_tensors("", ((str(place), weight[:16]) for place, weight in enumerate(weights)))
 
 
 class _Search:

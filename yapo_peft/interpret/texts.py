@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
-from ..pairs import common_prefix, padding_of, prompt_ids
+from ..scoring.pairs import common_prefix, padding_of, prompt_ids
 from ..tuner import YaPOLayer, steering
-from ..tuner.observe import block_outputs
+from ..tuner.hooks import block_outputs
 from .checks import require_counts
 
 _SHAPES = "give texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"

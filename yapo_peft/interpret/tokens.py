@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError
 from ..methods.adapters import adapter_of
-from ..modes import evaluating
 from ..tuner import YaPOLayer, steering
 from ..tuner.blocks import hidden_states
 from .checks import require_counts
@@ -57,7 +57,7 @@ def token_effects(
         prompt: A text; messages; or a row of a dataset, with a prompt and its chosen answer.
         tokenizer: The model's; found by the model's name if None.
         adapter_name: The adapter; the active one if None.
-        multiplier: The strength.
+        multiplier: The multiplier.
         top: Of the features that are raised without having been on, how many to list for each token.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import UnsupportedOperationError
-from ..modes import evaluating
 from ..tuner import steering
 from .texts import base_of
 

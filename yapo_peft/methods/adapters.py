@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner import YaPOConfig, YaPOLayer
-from ..tuner.strength import steered_layers
+from ..tuner.multiplier import steered_layers
 from .contrast import AnswerStatistics, Contrast
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError
-from ..modes import evaluating
-from ..pairs import pair_batches
 from ..sae import FrozenSAE
+from ..scoring.pairs import pair_batches
+from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer, steering
-from ..tuner.observe import block_outputs
-from ..tuner.sparse import ActiveFeatures
-from ..tuner.strength import steered_layers
+from ..tuner.hooks import block_outputs
+from ..tuner.multiplier import steered_layers
 
 AnswerTokens = Literal["completion", "last"]
 

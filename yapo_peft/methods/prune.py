@@ -7,21 +7,23 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..sae import FrozenSAE
-from ..tuner.sparsity import keep_largest, reach
+from ..steering.reach import keep_largest, reach
 from .adapters import layers_of, write
 
 
 def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, *, rescale: bool = False) -> None:
     """Keeps the features of a sparse adapter that move activations the furthest, and sets the others to zero.
 
-    Fewer features do less at the same strength, and less damage; at equal damage most of the effect is left.
+    Fewer features do less at the same multiplier, and less damage; at equal damage most of the effect is left.
 
     Args:
         model: A model with a sparse adapter.
         max_features: How many to keep, of all its blocks together.
         adapter_name: The adapter; the active one if None.
-        rescale: Whether to stretch what is kept, so that strength 1 goes on to mean about the same: at each block, the
-            positive entries together move activations as far as before, and so do the negative ones at strength -1, if
+        rescale: Whether to stretch what is kept, so that multiplier 1 goes on to mean about the same: at each block,
+        the
+            positive entries together move activations as far as before, and so do the negative ones at multiplier -1,
+            if
             any of that sign are kept. Entries that nearly cancel are not stretched by more than pruning took away: the
             sum of all entries' reaches, by that of those that are kept.
 

@@ -13,7 +13,7 @@ from .adapters import layers_of, write
 def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, seed: int = 0) -> None:
     """Gives a dense adapter random directions, as long as another adapter's shift at the same blocks.
 
-    Of a sparse adapter, that is the shift of its code at strength 1, were no feature cut.
+    Of a sparse adapter, that is the shift of its code at multiplier 1, were no feature cut.
 
     Args:
         model: A model with both adapters.

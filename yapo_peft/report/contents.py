@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import ConfigError
 from ..evaluation import Damage, MultipleChoice, Preference, Scores, sweep
-from ..generation import answer
 from ..interpret import Attribution, attribute, contexts, explain
-from ..interpret.checks import require_counts, require_strength
+from ..interpret.checks import require_counts, require_multiplier
 from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
 from ..methods.adapters import adapter_of
-from ..modes import evaluating
-from ..pairs import prompt_ids
+from ..scoring.generation import answer
+from ..scoring.pairs import prompt_ids
 from ..tuner import YaPOConfig, YaPOLayer, steering
-from ..tuner.strength import require_enabled
+from ..tuner.multiplier import require_enabled
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -35,15 +35,15 @@ class ReportContents:
     Attributes:
         title: Name of the adapter.
         facts: What it is, as pairs of a name and a value.
-        preference: Margin and accuracy on the dataset over strengths.
-        damage: KL, perplexity and changed tokens on text over strengths.
-        knowledge: Accuracy on questions over strengths, if there were any.
+        preference: Margin and accuracy on the dataset over multipliers.
+        damage: KL, perplexity and changed tokens on text over multipliers.
+        knowledge: Accuracy on questions over multipliers, if there were any.
         history: The log of its training, if it was found.
         attribution: What each feature contributes to the margin, if it is not left out.
         features: As `explain` gives it.
         passages: As `contexts` gives them.
         answers: Rows of `prompt`, `multiplier` and `answer`.
-        multiplier: The strength at which features are read.
+        multiplier: The multiplier at which features are read.
     """
 
     title: str
@@ -90,11 +90,11 @@ def collect_report(
         text: Running text for damage and contexts, as texts or rows with a column `text`; the pairs' own if None.
         questions: Multiple choice as of `load_choices`, for a knowledge check; none if None.
         history: The log of its training, `trainer.state.log_history`.
-        multipliers: The strengths of the dose-response.
-        multiplier: The strength at which features are read and attributed.
+        multipliers: The multipliers of the dose-response.
+        multiplier: The multiplier at which features are read and attributed.
         top: How many features of each block to list, besides those that are left out one by one.
         attributed: How many features to leave out one by one; 0 leaves attribution out.
-        steps: Strengths that integrated gradients are averaged over.
+        steps: Multipliers that integrated gradients are averaged over.
         prompts: How many of the dataset's prompts to answer at -1, 0 and +1 times `multiplier`.
         max_new_tokens: Length of these answers.
         labels: Whether to ask Neuronpedia for labels.
@@ -106,13 +106,13 @@ def collect_report(
     """
     name, config, layers = adapter_of(model, adapter_name)
     require_enabled(model)
-    require_strength(multiplier)
+    require_multiplier(multiplier)
     require_counts(top=top, steps=steps, max_new_tokens=max_new_tokens, batch_size=batch_size)
     require_counts(0, attributed=attributed, prompts=prompts)
     if text is not None:
         require_texts(text)
     if len(set(multipliers)) < 2:
-        raise ConfigError(f"multipliers={list(multipliers)}: a dose-response needs at least two strengths.")
+        raise ConfigError(f"multipliers={list(multipliers)}: a dose-response needs at least two multipliers.")
     tokenizer = tokenizer_of(model, tokenizer)
     pairs = list(dataset)
     Preference().batches(pairs, tokenizer, 1)  # so that a pair that cannot be read is an error before any work
@@ -222,15 +222,15 @@ def _answers(
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    strengths = [-multiplier, 0.0, multiplier]
+    multipliers = [-multiplier, 0.0, multiplier]
     for pair in pairs:
         ids = prompt_ids(pair["prompt"], tokenizer)
-        with evaluating(model), steering(model, torch.tensor(strengths), name):
+        with evaluating(model), steering(model, torch.tensor(multipliers), name):
             answers = answer(model, tokenizer, [ids] * 3, max_new_tokens=max_new_tokens, do_sample=False)
         said = pair["prompt"] if isinstance(pair["prompt"], str) else pair["prompt"][-1]["content"]
         found += [
-            {"prompt": said, "multiplier": strength, "answer": text}
-            for strength, (text, _) in zip(strengths, answers, strict=True)
+            {"prompt": said, "multiplier": used, "answer": text}
+            for used, (text, _) in zip(multipliers, answers, strict=True)
         ]
     return found
 

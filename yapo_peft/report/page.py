@@ -11,10 +11,10 @@ import pandas as pd
 from huggingface_hub import ModelCard
 from torch import nn
 
+from .._utils import replacing
+from ..adapter_file.card import add_findings
 from ..errors import ConfigError
 from ..evaluation import plot_dose_response
-from ..files import replacing
-from ..tuner.card import add_findings
 from . import pictures
 from .contents import ReportContents, collect_report
 
@@ -118,7 +118,7 @@ def render_report(contents: ReportContents) -> str:
         knowledge=pictures.dose_response(knowledge, ("accuracy",), "questions") if knowledge is not None else [],
         losses=pictures.losses(contents.history),
         bars=None if attribution is None else pictures.attribution_bars(attribution.features),
-        strengths=_strengths(contents),
+        multipliers=_multipliers(contents),
         features=_features(contents),
         answers=_by_prompt(contents.answers),
     )
@@ -136,8 +136,8 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.{digits}g}"
 
 
-def _strengths(contents: ReportContents) -> list[dict[str, Any]]:
-    """A row per strength: what it does to preferences, and what that costs."""
+def _multipliers(contents: ReportContents) -> list[dict[str, Any]]:
+    """A row per multiplier: what it does to preferences, and what that costs."""
     rows = contents.preference.summary().merge(contents.damage.summary(), on="multiplier")
     if contents.knowledge is not None:
         known = contents.knowledge.summary()

@@ -65,9 +65,9 @@ def figure_as_svg(figure: Figure, text: str) -> str:
 
 
 def dose_response(scores: Scores, metrics: Sequence[str], of: str) -> list[str]:
-    """Metrics against the strength, a picture each, so that a narrow page can put them below each other."""
+    """Metrics against the multiplier, a picture each, so that a narrow page can put them below each other."""
     return [
-        figure_as_svg(dose_response_figure(scores, "", metrics=[metric]), f"{metric} on {of} by strength")
+        figure_as_svg(dose_response_figure(scores, "", metrics=[metric]), f"{metric} on {of} by multiplier")
         for metric in metrics
     ]
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from .._utils import hash_tensors
 from ..errors import AdapterFileError, SAEMismatchError
 from .weights import SAEWeights
 
@@ -92,12 +88,3 @@ class SAEIdentity:
 def content_hash(weights: SAEWeights) -> str:
     """SHA-256 over the weights and the settings that change the encoder, in hexadecimal."""
     return hash_tensors(f"{weights.activation}|{weights.k}|{weights.normalization}", weights.tensors())
-
-
-def hash_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over a text and then the names, shapes, dtypes and contents of tensors, in hexadecimal."""
-    digest = hashlib.sha256(head.encode())
-    for name, tensor in tensors:
-        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

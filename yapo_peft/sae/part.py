@@ -74,7 +74,8 @@ class SAEPart(FrozenSAE):
             except (SAENotFoundError, ImportError) as error:
                 raise SAENotFoundError(
                     "This adapter carries only what steering with its own code needs of its SAE. Training it, changing "
-                    "its code, torch.compile, and a TopK SAE at strengths of the other sign or by row need all of it, "
+                    "its code, torch.compile, and a TopK SAE at multipliers of the other sign or by row need all of "
+                    "it, "
                     f"and it was not found. {error}"
                 ) from error
             found.identity.require_same(self.identity.to_dict(), "a self-contained adapter")

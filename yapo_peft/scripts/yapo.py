@@ -29,7 +29,7 @@ class SteeringArguments:
         sae_release: Release of each layer's SAE in sae-lens' directory; one name serves all layers.
         sae_id: SAE of each layer within the release.
         sae_path: A local sae-lens folder for each layer, instead.
-        multiplier: Strength with which the saved adapter starts.
+        multiplier: Multiplier with which the saved adapter starts.
         positions: Tokens to steer: "all", "completion" or "last".
     """
 
@@ -38,7 +38,7 @@ class SteeringArguments:
     sae_release: list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE, or of all."})
     sae_id: list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
     sae_path: list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
-    multiplier: float = field(default=1.0, metadata={"help": "Strength with which the saved adapter starts."})
+    multiplier: float = field(default=1.0, metadata={"help": "Multiplier with which the saved adapter starts."})
     positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
 
     def config(self) -> YaPOConfig:

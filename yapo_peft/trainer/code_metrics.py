@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..adapter_file.codes import whole
 from ..tuner import YaPOLayer
-from ..tuner.codes_on_disk import whole
 
 
 def size_of_codes(layers: list[YaPOLayer]) -> dict[str, float]:

@@ -56,7 +56,7 @@ def reps(pairs: OrientedPairs) -> Tensor:
         -log sigmoid(w / |y_w| * log p(y_w) - 1 / |y_l| * log p(y_l)),  w = max(log ref(y_l) - log ref(y_w), 1)
 
     The unsteered model decides only the constant `w`, by which an answer that it finds unlikely counts more. Published
-    with a projection as the negative direction; here that is strength -1, as everywhere.
+    with a projection as the negative direction; here that is multiplier -1, as everywhere.
 
     Source: arXiv 2505.20809, section 3 (the loss of both directions).
     """

@@ -10,8 +10,8 @@ from trl import DPOTrainer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
+from ..steering.reach import keep_largest
 from ..tuner import YaPOLayer
-from ..tuner.sparsity import keep_largest
 from .config import YaPOTrainingConfig
 from .units import trained_codes
 

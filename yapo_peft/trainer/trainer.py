@@ -12,16 +12,16 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..adapter_file.codes import whole
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
+from ..scoring.cache import COLUMN, ActivationCache, CollateWithRows
+from ..scoring.scorer import Scorer, WholeModel
 from ..tuner import steering
 from ..tuner.blocks import decoder_blocks
-from ..tuner.codes_on_disk import whole
 from ..tuner.layer import require_single_hooks
-from ..tuner.strength import steered_layers
-from .adapters import no_reference_adapter, require_adapter, require_same_adapters
-from .cache import COLUMN, ActivationCache, CollateWithRows
-from .cacheable import require_cacheable
+from ..tuner.multiplier import steered_layers
 from .card import training_card
+from .checks import no_reference_adapter, require_adapter, require_cacheable, require_same_adapters
 from .code_metrics import share_of_tokens_moved, size_of_codes
 from .config import YaPOTrainingConfig
 from .data import require_preferences, require_room, require_shared, with_lengths
@@ -38,7 +38,6 @@ from .objective import (
 )
 from .pair_metrics import PairMetricsTrainer
 from .replay import Replay
-from .scoring import Scorer, WholeModel
 from .sparsity import Sparsify, require_sparsifiable
 from .units import UnitsTrainer
 
@@ -49,7 +48,7 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
     """Learns codes from preference pairs, with a direction that alternates between +1 and -1.
 
     It takes what TRL's `DPOTrainer` takes, except for a reference model: the reference is the same model unsteered.
-    A pair that points to -1 is steered with strength -1 and enters TRL's loss with its answers swapped. All metrics
+    A pair that points to -1 is steered with multiplier -1 and enters TRL's loss with its answers swapped. All metrics
     are those of the pair as labelled: chosen means chosen, whichever way the steering points.
 
     Besides TRL's metrics it logs, for the direction `plus` or `minus`, `loss/*` and `margin/*` (in nats); of the codes,
@@ -241,12 +240,12 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         metrics, so that they keep their meaning whichever way the pairs point.
         """
         uniform = bool((directions == directions[0]).all())
-        strength = float(directions[0]) if uniform else scorer.strength_of_rows(directions)
+        multiplier = float(directions[0]) if uniform else scorer.multiplier_of_rows(directions)
         oriented = orient(inputs, directions)
         replay = scorer.replay(directions)
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with self._given_reference():
-            with self._metrics_kept(), steering(unwrapped, strength):
+            with self._metrics_kept(), steering(unwrapped, multiplier):
                 loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
             if self._objective is not None:
                 each = loss_of_each(self._objective, OrientedPairs.of(replay.log_probs_with_gradient, oriented))

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 
+from .._utils import evaluating
 from ..errors import ConfigError, UnsupportedOperationError
-from ..modes import evaluating
-from ..pairs import padded_answers
 from ..sae import FrozenSAE
+from ..scoring.pairs import padded_answers
+from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer, steering
-from ..tuner.observe import block_outputs
-from ..tuner.sparse import ActiveFeatures
+from ..tuner.hooks import block_outputs
 
 # Optimizers whose steps do not grow with the gradient, by the start of transformers' names.
 _NORMALISED = ("adam", "ademamix", "lion")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
-from .sparse import ActiveFeatures
+from ..steering.learning import ActiveFeatures
 
 
 class Call:
@@ -25,7 +25,7 @@ class Call:
         past_length: Number of tokens in the cache.
         prompt_length: Number of tokens of the prompt within `generate`; None outside.
         adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
-        multipliers: A strength for each row, `(batch,)`, instead of the adapters' own.
+        multipliers: A multiplier for each row, `(batch,)`, instead of the adapters' own.
         generation: The `generate` that the current call is a step of; None outside.
         features: The features at the lowest steered layer, where they are known beforehand; None otherwise.
     """
@@ -96,9 +96,9 @@ class Call:
         repeats = self._repeats_of(len(self.adapter_names), batch, "adapter_names")
         return [row for row in range(batch) if self.adapter_names[row // repeats] == adapter_name]
 
-    def per_row(self, strengths: Tensor, batch: int) -> Tensor:
-        """Strengths for the rows of the batch, given one for each row that the caller knows of."""
-        return strengths.repeat_interleave(self._repeats_of(len(strengths), batch, "multiplier"))
+    def per_row(self, multipliers: Tensor, batch: int) -> Tensor:
+        """Multipliers for the rows of the batch, given one for each row that the caller knows of."""
+        return multipliers.repeat_interleave(self._repeats_of(len(multipliers), batch, "multiplier"))
 
     def _repeats_of(self, given: int, batch: int, name: str) -> int:
         if given == batch:
@@ -132,7 +132,7 @@ class Call:
 
 
 def as_rows(multipliers: Tensor | Sequence[float] | None) -> Tensor | None:
-    """A strength per row as a tensor, `(batch,)`.
+    """A multiplier per row as a tensor, `(batch,)`.
 
     Raises:
         ConfigError: It is something else, or not finite.

@@ -44,7 +44,7 @@ class YaPOConfig(PeftConfig):
         sae_release: Release of each layer's SAE in sae-lens' directory. One name serves all layers.
         sae_id: SAE of each layer within the release.
         sae_path: A local sae-lens folder for each layer, instead of a release and an id.
-        multiplier: Strength with which a loaded adapter starts: 1 as trained, 0 off, negative for the opposite.
+        multiplier: Multiplier with which a loaded adapter starts: 1 as trained, 0 off, negative for the opposite.
         positions: Tokens to steer: "all" as published, "completion" for generated tokens only, or "last" for every
             token from which the next one is predicted.
         init_weights: True starts from a zero code, which changes nothing; False from a small random one, for tests.
@@ -67,7 +67,7 @@ class YaPOConfig(PeftConfig):
     sae_release: str | list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE."})
     sae_id: str | list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
     sae_path: str | list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
-    multiplier: float = field(default=1.0, metadata={"help": "Strength with which a loaded adapter starts."})
+    multiplier: float = field(default=1.0, metadata={"help": "Multiplier with which a loaded adapter starts."})
     positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
     init_weights: bool = field(default=True, metadata={"help": "True: zero code. False: small random code."})
     self_contained: bool = field(default=False, metadata={"help": "Save the part of each SAE that the code needs."})
@@ -106,7 +106,7 @@ class YaPOConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and saves a model card beside it, unless someone has written one."""
-        from .card import save_card
+        from ..adapter_file.card import save_card
 
         super().save_pretrained(save_directory, **kwargs)
         save_card(self, Path(save_directory))

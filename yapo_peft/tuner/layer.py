@@ -14,12 +14,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
+from ..steering.folded import FoldedSteering
+from ..steering.formula import Multiplier, dense_shift, steering_shift
+from ..steering.learning import ActiveFeatures, sparse_shift
 from .blocks import hidden_states, with_hidden_states
 from .call import Call
-from .folded import FoldedSteering
 from .positions import tokens_to_steer
-from .sparse import ActiveFeatures, sparse_shift
-from .steering import Strength, dense_shift, steering_shift
 
 CHILD_NAME = "yapo"
 # Whether gradient checkpointing, as in transformers 5.19, calls the hooks of a block again in the backward pass.
@@ -31,8 +31,13 @@ def is_code(name: str) -> bool:
     return f".{CHILD_NAME}.yapo_code." in name
 
 
+def is_steering(name: str) -> bool:
+    """Whether a module or a tensor of a model, by its name, belongs to a steered layer."""
+    return f".{CHILD_NAME}." in f"{name}."
+
+
 def require_single_hooks(block: nn.Module | None = None) -> None:
-    """Raises where gradient checkpointing would steer a block twice, the second time at whatever strength holds then.
+    """Raises where gradient checkpointing would steer a block twice, the second time at whatever multiplier holds then.
 
     Args:
         block: One that may be checkpointed; None where that is known.
@@ -44,7 +49,7 @@ def require_single_hooks(block: nn.Module | None = None) -> None:
     if REPEATS_HOOKS and is_checkpointed:
         raise UnsupportedOperationError(
             f"Gradient checkpointing of transformers {transformers_version} runs the hooks of a block again in the "
-            "backward pass, where another strength may hold: use transformers 5.23 or later, or train without it."
+            "backward pass, where another multiplier may hold: use transformers 5.23 or later, or train without it."
         )
 
 
@@ -72,7 +77,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
     Attributes:
         yapo_code: The code of each adapter, `(d_sae,)` in float32, or `(d_model,)` of a dense one: the only parameters.
         yapo_sae: The SAE of each adapter, shared and frozen; None for a dense one.
-        multiplier: The strength of each adapter, or one per row of the batch, `(batch,)`.
+        multiplier: The multiplier of each adapter, or one per row of the batch, `(batch,)`.
         positions: The tokens that each adapter steers.
         index: Which block this is.
         call: The current call of the model, shared by all its steered layers.
@@ -95,7 +100,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.moved_tokens: Tensor | None = None
         self.yapo_code = nn.ParameterDict()
         self.yapo_sae: dict[str, FrozenSAE | None] = {}
-        self.multiplier: dict[str, Strength] = {}
+        self.multiplier: dict[str, Multiplier] = {}
         self.positions: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self.replaced_biases: list[tuple[Any, nn.Parameter | None]] = []
@@ -141,8 +146,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             h = h.detach()
         steered = h
         moved_tokens = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if self.track_moved else None
-        for adapter_name, strength, rows in shares:
-            shift, moved = self._shift(adapter_name, strength, h if rows is None else h[rows])
+        for adapter_name, multiplier, rows in shares:
+            shift, moved = self._shift(adapter_name, multiplier, h if rows is None else h[rows])
             mask = tokens_to_steer(self.positions[adapter_name], h, self.call)
             if mask is not None:
                 mask = mask if rows is None else mask[rows]
@@ -153,7 +158,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.moved_tokens = moved_tokens
         return steered
 
-    def _shift(self, adapter_name: str, strength: Strength, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _shift(self, adapter_name: str, multiplier: Multiplier, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """The shift of the rows that an adapter steers, shaped as `h`, and which tokens moved, where that is asked.
 
         All ways give the same; each computes only what can differ from one token to the next.
@@ -163,28 +168,28 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         if learns and self.training:
             self.call.require_labels(self.positions[adapter_name])
         if sae is None:
-            return dense_shift(h, code.to(h.device), strength)
+            return dense_shift(h, code.to(h.device), multiplier)
         if torch.compiler.is_compiling():
-            shift, features = steering_shift(h, code.to(h.device), sae.weights(h.device, h.dtype), strength)
+            shift, features = steering_shift(h, code.to(h.device), sae.weights(h.device, h.dtype), multiplier)
             return shift, features.detach().ne(0).any(dim=-1)
         if not learns:
-            return self._folded_for(adapter_name, sae, strength, h).shift(h, strength, self.track_moved)
+            return self._folded_for(adapter_name, sae, multiplier, h).shift(h, multiplier, self.track_moved)
         constant, active = h.detach(), self.call.features if self.is_lowest else None
         if active is None:
             active = ActiveFeatures.of(constant, sae.weights(h.device, h.dtype))
         decoder = sae.decoder(h.device, h.dtype)
-        shift, moved = sparse_shift(constant, code.to(h.device), decoder, strength, active)
+        shift, moved = sparse_shift(constant, code.to(h.device), decoder, multiplier, active)
         if h.requires_grad:
             # Adds nothing but the gradient of the activations, which passes through the features that are cut.
-            folded, _ = self._folded_for(adapter_name, sae, strength, h).shift(h, strength, track=False)
+            folded, _ = self._folded_for(adapter_name, sae, multiplier, h).shift(h, multiplier, track=False)
             shift = shift + (folded - folded.detach())
         return shift, moved
 
-    def _folded_for(self, adapter_name: str, sae: FrozenSAE, strength: Strength, h: Tensor) -> FoldedSteering:
-        """An adapter's steering, folded anew only when its code, strength, device or dtype changed."""
+    def _folded_for(self, adapter_name: str, sae: FrozenSAE, multiplier: Multiplier, h: Tensor) -> FoldedSteering:
+        """An adapter's steering, folded anew only when its code, multiplier, device or dtype changed."""
         code, kept = self.code(adapter_name).detach(), self._folded.get(adapter_name)
-        if kept is None or not kept.still_holds(code, sae, strength, h, self.call.generation):
-            kept = FoldedSteering.of(code, sae, strength, h, self.call.generation)
+        if kept is None or not kept.still_holds(code, sae, multiplier, h, self.call.generation):
+            kept = FoldedSteering.of(code, sae, multiplier, h, self.call.generation)
             self._folded[adapter_name] = kept
         return kept
 
@@ -197,7 +202,9 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
     @property
     def steering_adapters(self) -> list[str]:
-        """The adapters that steer now: in use, not disabled, of a strength other than 0; none while some are merged."""
+        """The adapters that steer now: in use, not disabled, of a multiplier other than 0; none while some are "
+        "merged.
+        """
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.used_adapters if name in self.yapo_code and not self._is_off(name)]
@@ -210,15 +217,15 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             return self.yapo_code[adapter_name].detach().clone()
 
     def effective_code(self, adapter_name: str) -> Tensor:
-        """The code of an adapter at the strength that it has now, `(d_sae,)`.
+        """The code of an adapter at the multiplier that it has now, `(d_sae,)`.
 
         Raises:
-            ConfigError: Its strength differs by row.
+            ConfigError: Its multiplier differs by row.
         """
-        strength = self.multiplier[adapter_name]
-        if isinstance(strength, Tensor):
-            raise ConfigError(f"The strength of {adapter_name!r} differs by row: set one with set_multiplier first.")
-        return strength * self.code(adapter_name).detach()
+        multiplier = self.multiplier[adapter_name]
+        if isinstance(multiplier, Tensor):
+            raise ConfigError(f"The multiplier of {adapter_name!r} differs by row: set one with set_multiplier first.")
+        return multiplier * self.code(adapter_name).detach()
 
     def detach_from_block(self) -> None:
         """Leaves the block as it was found."""
@@ -245,17 +252,17 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.replaced_biases.clear()
         self.merged_adapters.clear()
 
-    def _shares(self, batch: int) -> Iterator[tuple[str, Strength, list[int] | None]]:
-        """Each adapter that steers, its strength, and the rows that it steers, None for all."""
+    def _shares(self, batch: int) -> Iterator[tuple[str, Multiplier, list[int] | None]]:
+        """Each adapter that steers, its multiplier, and the rows that it steers, None for all."""
         if self.merged and (self.call.adapter_names is not None or self.call.multipliers is not None):
             raise ConfigError("adapter_names= and multipliers= need unmerged adapters: call unmerge_adapter() first.")
         for name in self.steering_adapters:
-            strength = self.multiplier[name] if self.call.multipliers is None else self.call.multipliers
+            multiplier = self.multiplier[name] if self.call.multipliers is None else self.call.multipliers
             rows = self.call.rows_of(name, batch)
-            if isinstance(strength, Tensor):
-                strength = self.call.per_row(strength, batch)
-                strength = strength if rows is None else strength[rows]
-            yield name, strength, rows
+            if isinstance(multiplier, Tensor):
+                multiplier = self.call.per_row(multiplier, batch)
+                multiplier = multiplier if rows is None else multiplier[rows]
+            yield name, multiplier, rows
 
     def _is_off(self, adapter_name: str) -> bool:
         multiplier = self.multiplier[adapter_name]

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .._utils import evaluating
 from ..errors import AdapterFileError, UnsupportedOperationError
-from ..modes import evaluating
+from ..steering.formula import Multiplier
 from .blocks import hidden_states
 from .layer import YaPOLayer
-from .steering import Strength
 
 
 def merge_adapters(
@@ -64,7 +64,7 @@ def merge_adapters(
 def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
     """What an adapter adds to the output of a block, if that is the same for every token.
 
-    Where `strength * code >= 0`, `ReLU(f + strength * code) - f` is `strength * code`, whatever the token.
+    Where `multiplier * code >= 0`, `ReLU(f + multiplier * code) - f` is `multiplier * code`, whatever the token.
 
     Returns:
         The shift, `(d_model,)` in float32.
@@ -72,16 +72,16 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
     Raises:
         UnsupportedOperationError: It depends on the token or the row.
     """
-    strength: Strength = layer.multiplier[adapter_name]
-    if isinstance(strength, Tensor):
-        raise _refusal(adapter_name, "its strength differs by row (set one with set_multiplier)")
-    reason = token_dependence(layer, adapter_name, strength)
+    multiplier: Multiplier = layer.multiplier[adapter_name]
+    if isinstance(multiplier, Tensor):
+        raise _refusal(adapter_name, "its multiplier differs by row (set one with set_multiplier)")
+    reason = token_dependence(layer, adapter_name, multiplier)
     if reason is not None:
         raise _refusal(adapter_name, reason)
-    return full_shift(layer, adapter_name, strength)
+    return full_shift(layer, adapter_name, multiplier)
 
 
-def token_dependence(layer: YaPOLayer, adapter_name: str, strength: float) -> str | None:
+def token_dependence(layer: YaPOLayer, adapter_name: str, multiplier: float) -> str | None:
     """Why what an adapter adds to the output of a block depends on the token; None if it does not."""
     if layer.positions[adapter_name] != "all":
         return f"it steers only the tokens of positions={layer.positions[adapter_name]!r}"
@@ -90,22 +90,22 @@ def token_dependence(layer: YaPOLayer, adapter_name: str, strength: float) -> st
         return None
     if sae.normalization != "none":
         return f"its SAE scales each token by itself ({sae.normalization!r})"
-    cut = int((strength * code < 0).sum())
+    cut = int((multiplier * code < 0).sum())
     if not cut:
         return None
     return (
-        f"at strength {strength:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
+        f"at multiplier {multiplier:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
         f"{layer.index}, and a feature is lowered by no more than it is active"
     )
 
 
-def full_shift(layer: YaPOLayer, adapter_name: str, strength: float) -> Tensor:
+def full_shift(layer: YaPOLayer, adapter_name: str, multiplier: float) -> Tensor:
     """What an adapter adds to the output of a block where no feature is cut, `(d_model,)` in float32."""
     code, sae = layer.code(adapter_name).detach(), layer.yapo_sae[adapter_name]
     if sae is None:
-        return strength * code
+        return multiplier * code
     support = code.nonzero().squeeze(-1)
-    return (strength * code[support]) @ sae.decoder_rows(support, code.device, torch.float32)
+    return (multiplier * code[support]) @ sae.decoder_rows(support, code.device, torch.float32)
 
 
 def fold(layers: list[YaPOLayer], shifts: list[Tensor], safe_merge: bool) -> None:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae
-from .adapter_file import from_file, to_file
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .call import Call
 from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
 from .layer import CHILD_NAME, YaPOLayer
 from .merging import complete_biases, merge_adapters
+from .multiplier import mark_lowest, steered_layers
+from .state_dict import from_file, to_file
 from .steered_calls import SteeredCalls
-from .strength import mark_lowest, steered_layers
 
 
 class YaPOModel(SteeredCalls, BaseTuner):
@@ -173,9 +173,9 @@ class YaPOModel(SteeredCalls, BaseTuner):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Adds an adapter whose codes combine those of others, at the strengths that they have now.
+        """Adds an adapter whose codes combine those of others, at the multipliers that they have now.
 
-        The new adapter steers with its own code, of strength 1: a feature is cut once, by what the codes ask for
+        The new adapter steers with its own code, of multiplier 1: a feature is cut once, by what the codes ask for
         together. That is not the sum of shifts that several active adapters make.
 
         Args:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedOperationError
 from .call import Call
-from .strength import mark_lowest, steered_layers
+from .multiplier import mark_lowest, steered_layers
 
 
 class SteeredCalls:
@@ -26,7 +26,7 @@ class SteeredCalls:
         return layers[0].call if layers else None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`; `multipliers=`, `(batch,)`, steers each prompt with a strength of its own."""
+        """As transformers' `generate`; `multipliers=`, `(batch,)`, steers each prompt with a multiplier of its own."""
         call = self._call()
         multipliers = kwargs.pop("multipliers", None)
         if call is None:

@@ -1,0 +1,128 @@
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from tiny import make_model, make_sae, random_code, set_code
+
+import yapo_peft
+from yapo_peft import ConfigError, YaPOConfig, model_card
+from yapo_peft.adapter_file.card import add_findings
+from yapo_peft.interpret import explain
+
+
+def steered(**options):
+    return get_peft_model(
+        make_model(), YaPOConfig(**{"layers": [1, 2], "sae": [make_sae(), make_sae("topk")], **options})
+    )
+
+
+def test_an_adapter_is_saved_with_a_card(tmp_path):
+    model = steered(positions="last", multiplier=-0.5)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"yapo", "sparse-autoencoder"} <= set(card.data.tags)
+    assert card.data.library_name == "peft"
+    identities = model.peft_config["default"].sae_identity
+    for layer, kind, identity in zip((1, 2), ("jumprelu", "topk"), identities, strict=True):
+        row = f"| {layer} | an object that was handed in | 96 | {kind} | `{identity['content_hash'][:12]}` |"
+        assert row in card.content
+    assert "`positions='last'`. Multiplier when loaded: -0.5." in card.content
+    assert "yapo_peft.register_sae(" in card.content
+
+
+def test_a_card_that_someone_wrote_only_gets_the_tags(tmp_path):
+    written = "---\ntags:\n- mine\n---\n\n# My adapter\n\nMy words.\n"
+    (tmp_path / "README.md").write_text(written)
+    model = steered()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "yapo" in card.data.tags
+    assert "My words." in card.content
+    assert card.content.count("# My adapter") == 1
+    assert "What it steers" not in card.content
+
+
+@pytest.mark.parametrize("where", ["release", "folder"])
+def test_where_the_sae_comes_from_is_named(tmp_path, sae_folder, where):
+    config = YaPOConfig(layers=2, sae_path=sae_folder())
+    get_peft_model(make_model(), config)
+    if where == "release":
+        config.sae_path = None
+        config.sae_identity[0] |= {"release": "gemma-scope", "sae_id": "layer_2/width_16k"}
+    config.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    named = "`gemma-scope`, `layer_2/width_16k`" if where == "release" else "a local folder, `sae-jumprelu-`"
+    assert f"| 2 | {named} |" in card
+    assert ("register_sae" in card) == (where == "folder")
+    assert str(tmp_path) not in card
+
+
+def test_what_the_user_knows_about_the_training_is_in_the_card(tmp_path):
+    metrics = {"accuracy": 0.98765}
+    card = model_card(
+        steered(), repo_id="me/polite", dataset="me/pairs", metrics=metrics, training={"beta": 0.1, "seed": 0}
+    )
+    for text in ("# polite", "| dataset | me/pairs |", "| beta | 0.1 |", "| seed | 0 |", "| accuracy | 0.9877 |"):
+        assert text in card.content
+    assert card.data.datasets == ["me/pairs"]
+    assert '.from_pretrained("me/polite")' in card.content
+    (tmp_path / "pairs").mkdir()
+    card = model_card(steered(), dataset=str(tmp_path / "pairs"))
+    assert card.data.datasets is None
+    assert "| dataset | pairs |" in card.content
+
+
+@pytest.mark.parametrize("name", [None, "polite"])
+def test_a_model_without_the_adapter_has_no_card(name):
+    model = make_model() if name is None else steered()
+    with pytest.raises(ConfigError, match="no YaPO adapter"):
+        yapo_peft.model_card(model, name)
+
+
+def test_top_features_and_a_picture_are_in_the_card(tokenizer):
+    model = steered()
+    set_code(model, random_code(0.5))
+    table = explain(model, tokenizer=tokenizer, tokens=2)
+    table.at[0, "promotes"] = ["a|b", "c`d", " e\nf"]
+    table.at[1, "link"] = "https://neuronpedia.org/tiny/1/5"
+    table.at[1, "label"] = "one | two"
+    card = model_card(model, features=table, picture="doses.png").content
+    assert "![Effect by multiplier](doses.png)" in card
+    rows = [line for line in card.splitlines() if "constant |" in line or "input-dependent |" in line]
+    assert len(rows) == 10
+    assert all(line.count("|") == 8 for line in rows)
+    first = table.iloc[0]
+    assert rows[0].startswith(
+        f"| 1 | {first['feature']} | {first['value']:+.3g} | {first['effect']} | `a¦b` `c'd` `·e·f` |"
+    )
+    assert f"[{table['feature'][1]}](https://neuronpedia.org/tiny/1/5)" in rows[1]
+    assert rows[1].endswith("| one ¦ two |")
+    dense = get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
+    assert "| 2 | vector | +0 | constant |" in model_card(dense, features=explain(dense, tokenizer=tokenizer)).content
+    table.at[2, "label"] = table.at[2, "link"] = float("nan")
+    assert "nan" not in model_card(model, features=table).content
+    assert "## Features" not in model_card(model).content
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_findings_go_into_a_card_that_is_there(tokenizer, at_end):
+    model = steered()
+    set_code(model, random_code(0.5))
+    table = explain(model, tokenizer=tokenizer, tokens=2)
+    written = "# Mine\n\nMy words.\n" + ("" if at_end else "\n## Versions\n\n- all\n\n## Thanks\n\nTo you.\n")
+    card = ModelCard(f"---\ntags:\n- mine\nlicense: mit\n---\n\n{written}")
+    once = add_findings(card, features=table, picture="doses.png")
+    assert once.data.tags == ["mine"]
+    assert re.findall("^## (.*)", once.text, re.MULTILINE) == ["What it does", "Features"] + (
+        [] if at_end else ["Versions", "Thanks"]
+    )
+    again = add_findings(once, features=table.tail(1), picture="others.png")
+    assert "My words." in again.text
+    assert "doses.png" not in again.text
+    assert again.text.count("## Features") == 1
+    assert again.text.count("| constant |") + again.text.count("| input-dependent |") == 1
+    assert "To you." in again.text or at_end
+    assert add_findings(again, features=table, picture="doses.png").content == once.content
+    assert "What it does" not in card.text

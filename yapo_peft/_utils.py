@@ -1,0 +1,114 @@
+"""Small helpers that several packages share: checks of arguments, files, modes, seeds and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import contextmanager
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .errors import ConfigError, UnsupportedOperationError
+
+
+def choice(options: Collection[str], **values: object) -> None:
+    """Raises `ConfigError` unless each value is one of the options."""
+    for name, value in values.items():
+        if value not in options:
+            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, options))}.")
+
+
+def at_least(minimum: int, **values: object) -> None:
+    """Raises `ConfigError` unless each value is a whole number that is large enough."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{name}={value!r}: must be a whole number, at least {minimum}.")
+
+
+def finite(**values: object) -> None:
+    """Raises `ConfigError` unless each value is a finite number."""
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise ConfigError(f"{name}={value!r}: must be a finite number, such as 1.0 or -0.5.")
+
+
+@contextmanager
+def replacing(file: Path) -> Generator[Path]:
+    """Yields a temporary path beside a file, which replaces the file if the block raises nothing."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Puts a model into evaluation mode for a while, and then each module back into the mode that it was in.
+
+    Modes differ between modules: a fresh `PeftModel` is in training mode around a base model that is not.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def mixed_seed(*key: object) -> int:
+    """A seed that depends on a key alone, so that it does not matter what was drawn before."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+def hash_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over a text and the names, shapes, dtypes and contents of tensors, in hexadecimal."""
+    digest = hashlib.sha256(head.encode())
+    for name, tensor in tensors:
+        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_model(
+    model: Any, *, ignore: Callable[[str], bool] = lambda name: False, entries: int | None = None, head: str = ""
+) -> str:
+    """SHA-256 over what decides a model's outputs: config, weights, and the state of its adapters.
+
+    Args:
+        model: A transformers model, with or without adapters.
+        ignore: Whether to leave out a module or a tensor, by its name.
+        entries: How many entries of each tensor to read, to save time; None for all.
+        head: What else to hash.
+
+    Raises:
+        UnsupportedOperationError: A weight is offloaded.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(name, None)
+    state = [head, type(model).__name__, json.dumps(config, sort_keys=True)]
+    for name, module in model.named_modules():
+        # Another method's scaling and this one's multipliers are not in any tensor.
+        if isinstance(module, BaseTunerLayer) and not ignore(name):
+            own = (module.active_adapters, module.disable_adapters, module.merged_adapters)
+            more = (getattr(module, key, None) for key in ("scaling", "multiplier", "positions"))
+            state.append(repr((name, *own, *more)))
+    tensors = [(name, value) for name, value in sorted(model.state_dict().items()) if isinstance(value, Tensor)]
+    offloaded = [name for name, tensor in tensors if tensor.is_meta]
+    if offloaded:
+        raise UnsupportedOperationError(
+            f"The model cannot be told from others, because {offloaded[0]!r} is offloaded: load it without offloading."
+        )
+    parts = ((name, tensor.flatten()[:entries]) for name, tensor in tensors if not ignore(name))
+    return hash_tensors("|".join(state), parts)

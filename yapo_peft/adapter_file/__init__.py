@@ -1,0 +1,1 @@
+"""Adapters on disk: codes, parts of SAEs, whole folders, and cards."""

@@ -1,0 +1,98 @@
+"""The parts of autoencoders that self-contained adapters carry in their file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils import hash_tensors
+from ..errors import AdapterFileError, UnsupportedOperationError
+from ..sae import FrozenSAE, SAEIdentity, SAEWeights
+
+# One word: PEFT takes the name of the adapter out of the place before the last dot.
+_PART = ".part_"
+_SETTINGS = "settings"
+
+
+def is_of_part(name: str) -> bool:
+    """Whether a tensor of an adapter's file is of a part of an autoencoder."""
+    return ".yapo_code" + _PART in name
+
+
+def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str, Tensor]:
+    """What steering with a code needs of its SAE, to be saved beside it.
+
+    Encoders that work feature by feature need the code's own columns, and steer with them at any multiplier. A TopK
+    encoder would need all columns; it is not needed while no feature is lowered, at multipliers of one sign.
+
+    Args:
+        name: Of the code.
+        packed: Of it, `<name>.indices` and `<name>.values`.
+        sae: Its autoencoder.
+
+    Returns:
+        `<name>.part_W_dec`, `(n, d_in)`, and so on, in the SAE's dtype, and `<name>.part_settings` (JSON as uint8).
+
+    Raises:
+        UnsupportedOperationError: The SAE is a TopK one, and the code has entries of both signs.
+    """
+    indices, values = packed[f"{name}.indices"].long().cpu(), packed[f"{name}.values"]
+    cpu = torch.device("cpu")
+    if sae.activation == "topk":
+        if (values > 0).any() and (values < 0).any():
+            raise UnsupportedOperationError(
+                "An adapter of a TopK SAE can be self-contained only if all entries of its code have the same sign: "
+                f"this one's {int((values < 0).sum())} negative and {int((values > 0).sum())} positive ones need the "
+                "whole encoder. Save it with self_contained=False."
+            )
+        part = sae.select(indices[:0], cpu, sae.dtype)
+        tensors = {"W_dec": sae.decoder_rows(indices, cpu, sae.dtype)}
+    else:
+        part = sae.select(indices, cpu, sae.dtype)
+        tensors = dict(part.tensors())
+    settings = {"activation": part.activation, "k": part.k, "normalization": part.normalization}
+    settings["sha256"] = _digest(tensors, settings, indices, sae.identity)
+    encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    return {f"{name}{_PART}{key}": value.contiguous() for key, value in (tensors | {_SETTINGS: encoded}).items()}
+
+
+def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tuple[Tensor, SAEWeights]:
+    """The features of a part that `pack_part` packed, `(n,)`, and their weights.
+
+    Args:
+        layer: Index of the steered block.
+        tensors: Those of an adapter's file, by the names in it.
+        sae: The whole autoencoder.
+
+    Raises:
+        AdapterFileError: A tensor is missing, or has a shape that does not fit.
+    """
+    code = f".{layer}.yapo.yapo_code"
+    indices = next(tensor for name, tensor in tensors.items() if name.endswith(f"{code}.indices")).cpu()
+    part = {name.split(_PART)[1]: tensor.cpu() for name, tensor in tensors.items() if code + _PART in name}
+    try:
+        settings = json.loads(bytes(part.pop(_SETTINGS).tolist()))
+        recorded = settings.pop("sha256")
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"The adapter's config says self_contained=True, but its file has no sound part for layer "
+            f"{layer} ({type(error).__name__}: {error}). Save the adapter again, or set self_contained to false, in "
+            "adapter_config.json or in the model's peft_config, to use the whole SAE."
+        ) from error
+    if _digest(part, settings, indices, sae) != recorded:
+        raise AdapterFileError(
+            f"The SAE's part for layer {layer} is not what was saved with this code: tensors are damaged, missing, or "
+            "of another layer. Save or download the adapter again."
+        )
+    if settings["activation"] == "topk":
+        part |= {"W_enc": torch.empty(sae.d_in, 0), "b_enc": torch.empty(0)}
+    return indices, SAEWeights(**part, **settings)
+
+
+def _digest(tensors: dict[str, Tensor], settings: dict[str, Any], indices: Tensor, sae: SAEIdentity) -> str:
+    """SHA-256 over a part, the features that it is of, and the hash of its SAE, in hexadecimal."""
+    head = json.dumps([settings["activation"], settings["k"], settings["normalization"], sae.content_hash])
+    return hash_tensors(head, sorted({**tensors, "indices": indices.to(torch.int32)}.items()))

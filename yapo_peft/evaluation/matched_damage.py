@@ -1,0 +1,103 @@
+"""Methods side by side: at the same multiplier, or at the same damage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from ..errors import ConfigError
+from .scores import SEED, Scores
+
+# Damage that is 0 unsteered and grows with the square of a small multiplier.
+_QUADRATIC = ("kl",)
+
+
+def at_matched_damage(
+    effect: Scores,
+    damage: Scores,
+    levels: Sequence[float],
+    *,
+    metric: str,
+    damage_metric: str = "kl",
+    negative: bool = False,
+    **bootstrap: Any,
+) -> pd.DataFrame:
+    """What each method achieves at the multiplier at which it does a given damage.
+
+    Multipliers of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
+    along each method's multipliers, from 0 outwards, damage is interpolated to find the multiplier of each level, and
+    the
+    effect is interpolated there. The KL grows with the square of a small multiplier, so it is interpolated along its
+    square root; other damage along a line.
+
+    Args:
+        effect: Scores with labels such as "method", over multipliers that both have.
+        damage: Scores of `Damage` with the same labels.
+        levels: Levels of damage, such as KL of 0.05, 0.1, 0.2 nats.
+        metric: Metric of `effect`.
+        damage_metric: Metric of `damage` that grows with the multiplier.
+        negative: Along negative multipliers instead of positive ones.
+        **bootstrap: For `Scores.summary`.
+
+    Returns:
+        A row per level and labels: `multiplier`, `metric`, and the interval's ends interpolated in the same way; NaN
+        where the largest multiplier does less damage than that.
+
+    Raises:
+        ConfigError: Labels differ, there is no such metric or level, or there are no multipliers on that side of 0.
+    """
+    for scores, name in ((effect, metric), (damage, damage_metric)):
+        if name not in scores.metrics:
+            raise ConfigError(f"There is no metric {name!r}; the scores have {', '.join(map(repr, scores.metrics))}.")
+    if damage_metric in _QUADRATIC and min(levels, default=0) < 0:
+        raise ConfigError(f"levels={list(levels)}: {damage_metric} is nowhere negative.")
+    keys = [name for name in effect.labels if name != SEED]
+    if set(keys) != {name for name in damage.labels if name != SEED}:
+        raise ConfigError(
+            f"effect has the labels {effect.labels}, damage has {damage.labels}: give both the same ones."
+        )
+    effects, damages = effect.summary(**bootstrap), damage.summary(**bootstrap)
+    found: list[dict[str, Any]] = []
+    for labels, of_effect, of_damage in _groups(effects, damages, keys):
+        columns = ["multiplier", metric, f"{metric}_low", f"{metric}_high"]
+        both = of_effect[columns].merge(of_damage[["multiplier", damage_metric]], on="multiplier")
+        side = both[both["multiplier"] <= 0] if negative else both[both["multiplier"] >= 0]
+        side = side.sort_values("multiplier", ascending=not negative)
+        if len(side) < 2:
+            sign = "negative" if negative else "positive"
+            raise ConfigError(f"{labels or 'The scores'}: there are too few {sign} multipliers in common to go along.")
+        side = side.dropna()
+        for level in levels:
+            found.append({**labels, damage_metric: level, **_at(level, side, damage_metric, columns)})
+    return pd.DataFrame(found)
+
+
+def _groups(effects: pd.DataFrame, damages: pd.DataFrame, keys: list[str]) -> Any:
+    """Each combination of labels, and its part of both tables."""
+    if not keys:
+        yield {}, effects, damages
+        return
+    of_damage = dict(list(damages.groupby(keys, sort=False, dropna=False)))
+    for values, group in effects.groupby(keys, sort=False, dropna=False):
+        labels = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
+        if values not in of_damage:
+            raise ConfigError(f"There is an effect of {labels}, but no damage: measure both.")
+        yield labels, group, of_damage[cast(Any, values)]
+
+
+def _at(level: float, side: pd.DataFrame, damage_metric: str, columns: list[str]) -> dict[str, float]:
+    """The columns where the damage first reaches a level, between two multipliers; NaN if it never does."""
+    damage = side[damage_metric].to_numpy(dtype=float)
+    if damage_metric in _QUADRATIC:
+        level, damage = level**0.5, damage.clip(0) ** 0.5
+    reaches = np.flatnonzero(damage >= level)
+    if not len(reaches) or (reaches[0] == 0 and damage[0] > level):
+        return dict.fromkeys(columns, float("nan"))
+    end = int(reaches[0])
+    start = max(end - 1, 0)
+    share = (level - damage[start]) / (damage[end] - damage[start]) if end > start else 0.0
+    values = side[columns].to_numpy(dtype=float)
+    return dict(zip(columns, (values[start] + share * (values[end] - values[start])).tolist(), strict=True))

@@ -1,0 +1,222 @@
+"""Lays a batch of pairs out so that no token is computed twice: each prompt once, for both of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def head_on(model: Any, predictors: Tensor) -> Generator[None]:
+    """Within it, a causal language model's head runs on some tokens alone, as one row.
+
+    Args:
+        model: The causal language model.
+        predictors: Where in its flattened tokens they are, `(n,)`.
+    """
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        states = output["last_hidden_state"]
+        output["last_hidden_state"] = states.flatten(0, 1)[predictors.to(states.device)][None]
+        return output
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attention_cost(model: Any, block: nn.Module) -> float:
+    """What it costs a token to attend to another one, relative to all else that a block does for it."""
+    return 2 * model.config.get_text_config().hidden_size / sum(parameter.numel() for parameter in block.parameters())
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A collated batch of pairs, `(2 * pairs, seq)`, in another order and shape.
+
+    Its tokens, without padding and each prompt once, are called flat: pair after pair, the prompt, the chosen and the
+    rejected answer. A model gets them in rows.
+
+    Attributes:
+        flat: Flat index of each token in rows, `(rows, length)`; the first one's where there is padding.
+        is_chosen: Which tokens in rows are of a chosen answer, `(rows, length)`.
+        real: Which tokens in rows are no padding, `(rows, length)`.
+        place: Where in the flattened rows each flat token is, `(tokens,)`; the chosen row's place if there are two.
+        input_ids: `(rows, length)`.
+        labels: Of answers, the tokens; -100 elsewhere, `(rows, length)`.
+        position_ids: `(rows, length)`, or None where the model counts by itself.
+        attention_mask: Whom each token attends to, `(rows, 1, length, length)`, or which tokens are none of padding,
+            `(rows, length)`.
+        pairs_of_rows: The pairs in each row.
+        origin: Where in the flattened rows each token of the collated batch is, `(2 * pairs, seq)`.
+        scored: Whether the next token of the collated batch is one of an answer, `(2 * pairs, seq - 1)`.
+        predictors: Where in the flattened rows those answers' tokens are predicted, `(scored,)`.
+        targets: These tokens, `(scored,)`.
+        target_flat: Their flat indices, `(scored,)`.
+    """
+
+    flat: Tensor
+    is_chosen: Tensor
+    real: Tensor
+    place: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor
+    pairs_of_rows: list[list[int]]
+    origin: Tensor
+    scored: Tensor
+    predictors: Tensor
+    targets: Tensor
+    target_flat: Tensor
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a model is called with; masks of single pairs of tokens are added to scores of a dtype."""
+        mask = self.attention_mask
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        positions = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, "attention_mask": mask, "labels": self.labels, **positions}
+
+    def multiplier_of_rows(self, directions: Tensor) -> Tensor:
+        """The direction of each row, `(rows,)`, from that of each pair, `(pairs,)`; a row's pairs have the same."""
+        return torch.stack([directions[pairs[0]] for pairs in self.pairs_of_rows])
+
+
+def share_prompts(inputs: dict[str, Tensor], attention_cost: float, directions: Tensor | None = None) -> PackedBatch:
+    """Packs each pair as one sequence in which both answers follow the prompt and do not see each other.
+
+    Args:
+        inputs: A batch of TRL's preference collator.
+        attention_cost: What it costs a token to attend to another one, relative to all else that is done for it.
+        directions: That of each pair, `(pairs,)`, of which one row has the same, or None if it is one for all.
+    """
+    lengths = pair_lengths(inputs)
+    sizes = lengths.sum(dim=1).tolist()
+    groups = [0.0] * len(sizes) if directions is None else directions.tolist()
+    rows = _cheapest_rows(sizes, groups, attention_cost)
+    length = max(sum(sizes[pair] for pair in row) for row in rows)
+    starts = lengths.sum(dim=1).cumsum(0) - lengths.sum(dim=1)
+    flat = torch.full((len(rows), length), -1)
+    pair_of, part_of, position = (torch.full((len(rows), length), fill) for fill in (-1, 0, 0))
+    for index, row in enumerate(rows):
+        at = 0
+        for pair in row:
+            here = slice(at, at + sizes[pair])
+            prompt, chosen, rejected = lengths[pair].tolist()
+            flat[index, here] = starts[pair] + torch.arange(sizes[pair])
+            pair_of[index, here] = pair
+            part_of[index, here] = torch.arange(3).repeat_interleave(lengths[pair])
+            answers = (torch.arange(prompt, prompt + answer) for answer in (chosen, rejected))
+            position[index, here] = torch.cat([torch.arange(prompt), *answers])
+            at += sizes[pair]
+    place = torch.zeros(sum(sizes), dtype=torch.long)
+    place[flat[flat >= 0]] = (flat >= 0).flatten().nonzero().squeeze(-1)
+    sees = (pair_of[:, :, None] == pair_of[:, None, :]) & (position[:, None, :] <= position[:, :, None])
+    sees &= (part_of[:, None, :] == 0) | (part_of[:, None, :] == part_of[:, :, None])
+    flat_index = flat_of(inputs, lengths)
+    return _packed(inputs, flat_index, flat, place, place[flat_index], position, sees[:, None], rows)
+
+
+def keep_rows(inputs: dict[str, Tensor]) -> PackedBatch:
+    """Leaves a batch as it is, for models whose attention cannot be told who sees whom."""
+    attended, lengths = inputs["attention_mask"].bool(), pair_lengths(inputs)
+    flat_index = flat_of(inputs, lengths)
+    flat = flat_index.masked_fill(~attended.cpu(), -1)
+    origin = torch.arange(flat.numel()).view_as(flat)
+    place = torch.zeros(int(lengths.sum()), dtype=torch.long)
+    # The chosen rows last, so that a prompt is found in its chosen row.
+    for tokens, places in zip(flat.chunk(2)[::-1], origin.chunk(2)[::-1], strict=True):
+        place[tokens[tokens >= 0]] = places[tokens >= 0]
+    rows = [[pair] for pair in range(len(lengths))] * 2
+    return _packed(inputs, flat_index, flat, place, origin, None, inputs["attention_mask"], rows)
+
+
+def pair_lengths(inputs: dict[str, Tensor]) -> Tensor:
+    """Number of tokens of each pair's prompt, chosen and rejected answer, `(pairs, 3)`."""
+    answers = inputs["completion_mask"].sum(dim=1)
+    prompts = inputs["attention_mask"].sum(dim=1) - answers
+    chosen, rejected = answers.chunk(2)
+    return torch.stack([prompts.chunk(2)[0], chosen, rejected], dim=1).cpu()
+
+
+def flat_of(inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
+    """Flat index of each token of the collated batch, `(2 * pairs, seq)`; padding gets that of the first token."""
+    starts = lengths.sum(dim=1).cumsum(0) - lengths.sum(dim=1)
+    column = torch.arange(inputs["input_ids"].shape[1])
+    prompt, chosen = lengths[:, :1], lengths[:, 1:2]
+    rejected = torch.where(column < prompt, column, column + chosen)
+    index = torch.cat([column.expand_as(rejected), rejected]) + starts.repeat(2)[:, None]
+    return index.masked_fill(inputs["attention_mask"].cpu() == 0, 0)
+
+
+def _packed(
+    inputs: dict[str, Tensor],
+    flat_index: Tensor,
+    flat: Tensor,
+    place: Tensor,
+    origin: Tensor,
+    position: Tensor | None,
+    attention_mask: Tensor,
+    rows: list[list[int]],
+) -> PackedBatch:
+    device = inputs["input_ids"].device
+    ids, answers = inputs["input_ids"].cpu(), inputs["completion_mask"].cpu().bool()
+    attended = inputs["attention_mask"].cpu().bool()
+    flat_ids = torch.zeros(len(place), dtype=ids.dtype)
+    flat_ids[flat_index[attended]] = ids[attended]
+    is_chosen = torch.zeros(len(place), dtype=torch.bool)
+    is_chosen[flat_index.chunk(2)[0][answers.chunk(2)[0]]] = True
+    flat_labels = torch.full((len(place),), -100)
+    flat_labels[flat_index[answers]] = ids[answers]
+    padding = flat < 0
+    flat = flat.clamp(min=0)
+    scored = answers[:, 1:]
+    tensors = {
+        "flat": flat,
+        "is_chosen": is_chosen[flat] & ~padding,
+        "real": ~padding,
+        "place": place,
+        "input_ids": flat_ids[flat],
+        "labels": flat_labels[flat].masked_fill(padding, -100),
+        "attention_mask": attention_mask,
+        "origin": origin,
+        "scored": scored,
+        "predictors": origin[:, :-1][scored],
+        "targets": ids[:, 1:][scored],
+        "target_flat": flat_index[:, 1:][scored],
+    }
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    positions = None if position is None else position.to(device)
+    return PackedBatch(**on_device, position_ids=positions, pairs_of_rows=rows)
+
+
+def _cheapest_rows(sizes: list[int], groups: list[float], attention_cost: float) -> list[list[int]]:
+    """Which pairs share a row, of one group each: fewer rows have less padding, but all tokens of a row look around."""
+    members = [[pair for pair, own in enumerate(groups) if own == group] for group in dict.fromkeys(groups)]
+    ways = [[_balanced(sizes, pairs, count) for count in range(1, len(pairs) + 1)] for pairs in members]
+
+    def cost(way: tuple[tuple[list[list[int]], int], ...]) -> float:
+        count, length = sum(len(rows) for rows, _ in way), max(longest for _, longest in way)
+        return count * length * (1 + attention_cost * length)
+
+    return [row for rows, _ in min(product(*ways), key=cost) for row in rows]
+
+
+def _balanced(sizes: list[int], pairs: list[int], count: int) -> tuple[list[list[int]], int]:
+    """Some pairs in so many rows of similar length, and the longest one's."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for pair in sorted(pairs, key=lambda index: -sizes[index]):
+        shortest = loads.index(min(loads))
+        rows[shortest].append(pair)
+        loads[shortest] += sizes[pair]
+    return rows, max(loads)

@@ -1,0 +1,109 @@
+"""Preference pairs as padded batches of tokens, rendered as TRL renders them in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DatasetError
+
+Tokens = tuple[list[int], list[int], list[int]]
+
+
+def pair_batches(
+    dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Tokenises preference pairs and batches those of similar length, the longest first, padded on the right.
+
+    Args:
+        dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
+        tokenizer: The model's tokenizer; its chat template renders conversational pairs, as in training.
+        batch_size: Pairs per batch.
+
+    Returns:
+        Batches of `input_ids`, `attention_mask` and `answer_mask` (1 on the tokens of the answer), each
+        `(2 * pairs, seq)`: first the chosen rows, then the rejected ones; and `example`, `(pairs,)`, the indices of
+        the pairs in the dataset.
+
+    Raises:
+        ConfigError: `batch_size` is not positive.
+        DatasetError: The dataset is empty, or a pair lacks a column or an answer.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: need one pair at least.")
+    if not isinstance(dataset, Iterable):
+        raise DatasetError(f"The dataset is {dataset!r}: give preference pairs.")
+    rows = list(enumerate(_tokenize(row, tokenizer) for row in dataset))
+    rows.sort(key=lambda row: -len(row[1][0]) - max(map(len, row[1][1:])))
+    if not rows:
+        raise DatasetError("The dataset is empty: there is no preference pair in it.")
+    padding = padding_of(tokenizer)
+    return [_batch(rows[start : start + batch_size], padding) for start in range(0, len(rows), batch_size)]
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with; that of the end of a text where there is none for padding."""
+    return cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Ids of prompt, chosen and rejected answer; the answers start where they part from the prompt."""
+    if not isinstance(row, Mapping):
+        raise DatasetError(
+            f"A pair is {row!r}, and not a row with 'prompt', 'chosen' and 'rejected': give a list of rows or a "
+            "dataset (of a DataFrame: .to_dict('records'))."
+        )
+    missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
+    if missing:
+        raise DatasetError(
+            f"A pair lacks {missing}, or has nothing there: it has {sorted(row)}. Pairs need 'prompt', 'chosen', "
+            "'rejected'."
+        )
+    prompt = prompt_ids(row["prompt"], tokenizer)
+    chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
+    rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)
+    shared = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    return prompt[:shared], chosen[shared:], rejected[shared:]
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a prompt: of a text as it is, of messages as the chat template renders them for an answer to follow."""
+    return _ids(prompt, tokenizer, is_prompt=True)
+
+
+def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list[int]:
+    if isinstance(text, str):
+        return tokenizer(text if is_prompt else text + str(tokenizer.eos_token or ""))["input_ids"]
+    rendered = cast(str, tokenizer.apply_chat_template(text, add_generation_prompt=is_prompt, tokenize=False))
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists start with alike."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def _batch(rows: list[tuple[int, Tokens]], padding: int) -> dict[str, Tensor]:
+    pairs = [tokens for _, tokens in rows]
+    answers = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
+    batch = padded_answers(answers, padding)
+    return {**batch, "example": torch.tensor([index for index, _ in rows])}
+
+
+def padded_answers(answers: list[tuple[list[int], list[int]]], padding: int) -> dict[str, Tensor]:
+    """Prompts with their answers, padded on the right, and where the answers are."""
+    ids = [torch.tensor(prompt + answer) for prompt, answer in answers]
+    mask = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in answers]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "answer_mask": pad_sequence(mask, batch_first=True),
+    }

@@ -1,0 +1,216 @@
+"""Activations of training examples on disk, in files that are read in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._utils import hash_tensors, replacing
+from ..errors import ActivationCacheError
+
+# Tokens of a file: what a run that is killed has to compute again at most.
+_TOKENS = 32_768
+_OPEN_FILES = 64
+_RECORD = "activations.json"
+_HASH = "sha256"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What is stored of some tokens.
+
+    Attributes:
+        hidden: Output of the block, `(tokens, d_model)`.
+        count: Number of features that are on at each token, `(tokens,)`.
+        feature: Their indices, token after token, `(non-zeros,)`.
+        value: How far they are on, `(non-zeros,)`.
+        reference: Log-probability of each token of an answer under the unsteered model, in nats; 0 in prompts.
+    """
+
+    hidden: Tensor
+    count: Tensor
+    feature: Tensor
+    value: Tensor
+    reference: Tensor
+
+    def to(self, device: torch.device) -> Activations:
+        """Returns the same on another device."""
+        return Activations(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def split(self, sizes: list[int]) -> list[Activations]:
+        """Parts of so many tokens."""
+        actives = [int(count.sum()) for count in self.count.split(sizes)]
+        by_token = (tensor.split(sizes) for tensor in (self.hidden, self.count))
+        by_feature = (tensor.split(actives) for tensor in (self.feature, self.value))
+        columns = zip(*by_token, *by_feature, self.reference.split(sizes), strict=True)
+        return [Activations(*column) for column in columns]
+
+    @classmethod
+    def join(cls, parts: list[Activations]) -> Activations:
+        """The tokens of several, one after another."""
+        return cls(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+class ActivationStore:
+    """The activations of a dataset's examples, in a folder of safetensors files.
+
+    A file is written under a temporary name and then renamed: what has its name is whole.
+
+    Args:
+        folder: Where the files are.
+        sizes: Number of tokens of each example.
+        record: What the activations are of, for those who look into the folder.
+    """
+
+    def __init__(self, folder: Path, sizes: list[int], record: dict[str, Any]) -> None:
+        self.folder = folder
+        self._record = record
+        self._parts: list[range] = []
+        self._at: list[tuple[int, int, int]] = []
+        first = at = 0
+        for index, size in enumerate(sizes):
+            self._at.append((len(self._parts), at, at + size))
+            at += size
+            if at >= _TOKENS or index == len(sizes) - 1:
+                self._parts.append(range(first, index + 1))
+                first, at = index + 1, 0
+        self._open: OrderedDict[int, tuple[Any, Tensor]] = OrderedDict()
+        self._sound: set[int] = set()
+
+    @classmethod
+    def with_any_sae(cls, place: Path, sizes: list[int], record: dict[str, Any]) -> ActivationStore | None:
+        """A complete store of the same activations with the features of some SAE, for those who read no features."""
+        for file in sorted(place.glob(f"*/{_RECORD}")):
+            try:
+                there = json.loads(file.read_text())
+            except (OSError, ValueError):
+                continue
+            is_same = isinstance(there, dict) and {**there, "sae": None} == {**record, "sae": None}
+            # A copy under another name is nobody's cache.
+            store = cls(file.parent, sizes, there) if is_same and file.parent.name == fingerprint_of(there) else None
+            if store is not None and not store.missing:
+                return store
+        return None
+
+    @property
+    def missing(self) -> list[range]:
+        """The examples of the files that are not there."""
+        return [part for index, part in enumerate(self._parts) if not self._file(index).is_file()]
+
+    def remove_leftovers(self) -> None:
+        """Removes files that killed runs left half-written: none takes an hour to write."""
+        for partial in self.folder.glob("*.partial"):
+            if partial.stat().st_mtime < time.time() - 3600:
+                partial.unlink(missing_ok=True)
+
+    def write(self, examples: range, activations: Activations) -> None:
+        """Writes the file of some examples, one of `missing`.
+
+        Raises:
+            ActivationCacheError: The disk takes no more.
+        """
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_record()
+            with replacing(self._file(self._parts.index(examples))) as partial:
+                save_file(tensors, partial, metadata={_HASH: hash_tensors("", sorted(tensors.items()))})
+        except (OSError, SafetensorError) as error:
+            raise ActivationCacheError(
+                f"Activations could not be written to {str(self.folder)!r} ({error}). What is there stays: make room, "
+                "or give another activation_cache_dir, and start again."
+            ) from error
+
+    def read(self, examples: list[int]) -> Activations:
+        """Reads the tokens of some examples, one example after another.
+
+        Raises:
+            ActivationCacheError: A file is gone, truncated, or not of these examples.
+        """
+        parts = []
+        for example in examples:
+            part, start, end = self._at[example]
+            file, ends = self._opened(part)
+            active = slice(int(ends[start - 1]) if start else 0, int(ends[end - 1]))
+            tokens = slice(start, end)
+            wanted = {"hidden": tokens, "count": tokens, "feature": active, "value": active, "reference": tokens}
+            parts.append(Activations(**{name: file.get_slice(name)[where] for name, where in wanted.items()}))
+        return Activations.join(parts)
+
+    def _opened(self, part: int) -> tuple[Any, Tensor]:
+        """The file, and for each of its tokens the number of non-zeros up to it."""
+        if part not in self._open:
+            name = self._file(part)
+            try:
+                file = safe_open(name, framework="pt")
+                self._require_sound(part, file)
+                ends = file.get_tensor("count").cumsum(0)
+            except Exception as error:
+                raise ActivationCacheError(
+                    f"{str(name)!r} cannot be read ({error}). Delete it, and it is computed again when training starts."
+                ) from error
+            self._open[part] = (file, ends)
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(part)
+        return self._open[part]
+
+    def _require_sound(self, part: int, file: Any) -> None:
+        """Raises unless a file holds what was written; once in a run, for it is read as a whole."""
+        if part in self._sound:
+            return
+        tensors = ((name, file.get_tensor(name)) for name in sorted(Activations.__dataclass_fields__))
+        if hash_tensors("", tensors) != (file.metadata() or {}).get(_HASH):
+            raise ValueError("its content is not what was written")
+        tokens = max(end for index, _, end in self._at if index == part)
+        if (found := len(file.get_tensor("count"))) != tokens:
+            raise ValueError(f"it holds {found} tokens instead of {tokens}")
+        self._sound.add(part)
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.safetensors"
+
+    def _write_record(self) -> None:
+        file = self.folder / _RECORD
+        if not file.is_file():
+            with replacing(file) as partial:
+                partial.write_text(json.dumps(self._record, indent=2))
+
+
+def fingerprint_of(record: dict[str, Any]) -> str:
+    """The name of the folder with the activations of a record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cache_folder(chosen: str | Path | None) -> Path:
+    """Where activations are kept: where the user chose, or else beside the other caches of Hugging Face."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(chosen or Path(HF_HOME) / "yapo_peft" / "activations").expanduser().resolve()
+
+
+def delete_activation_cache(cache_dir: str | Path | None = None) -> int:
+    """Deletes all cached activations.
+
+    Args:
+        cache_dir: As given to the trainer as `activation_cache_dir`; the default place if None.
+
+    Returns:
+        The bytes that this freed.
+    """
+    freed = 0
+    for record in cache_folder(cache_dir).glob(f"*/{_RECORD}"):
+        freed += sum(file.stat().st_size for file in record.parent.iterdir())
+        shutil.rmtree(record.parent)
+    return freed

@@ -1,0 +1,1 @@
+"""The mathematics of steering, as pure functions of activations, codes and autoencoders."""

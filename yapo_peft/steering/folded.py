@@ -1,0 +1,108 @@
+"""A code at one multiplier, made ready to steer many tokens at the price of what can change between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sae import FrozenSAE
+from ..sae.weights import SAEWeights
+from .formula import Multiplier, steering_shift
+
+
+@dataclass
+class FoldedSteering:
+    """What `steering_shift` gives for a code and a multiplier, with all that is the same for every token computed once.
+
+    Where `multiplier * code > 0`, `ReLU(f + multiplier * code) - f` is `multiplier * code`, whatever `f` is: together
+    these
+    entries are one vector. Only features that the code lowers have to be read, so only they have to be encoded. Where
+    multipliers differ by row, so do the signs, and every feature that the code moves is read.
+
+    Attributes:
+        constant: The shift by the features that are raised, `(d_model,)`, or None if there are none.
+        entries: The code of the features that are read, `(n,)`.
+        sae: The autoencoder's part for these.
+        multiplier: Factor of the code, or None where it differs by row.
+        code: The code that was folded, `(d_sae,)`.
+        of_sae: Its autoencoder.
+        checked_in: The `generate` in which the code was last compared with this one.
+    """
+
+    constant: Tensor | None
+    entries: Tensor
+    sae: SAEWeights
+    multiplier: float | None
+    code: Tensor
+    of_sae: FrozenSAE
+    checked_in: object | None
+
+    @classmethod
+    def of(
+        cls, code: Tensor, sae: FrozenSAE, multiplier: Multiplier, like: Tensor, generation: object | None
+    ) -> FoldedSteering:
+        """Prepares a code, `(d_sae,)`, for activations of the device and dtype of `like`."""
+        # Made outside inference mode: what is made there could not be used outside it. And outside autocast, whose
+        # rounding would stay in it for calls without.
+        exact = torch.autocast(code.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact:
+            code, constant = code.detach().clone(), None
+            if isinstance(multiplier, Tensor):
+                read = code.nonzero().squeeze(-1)
+            else:
+                wanted = multiplier * code
+                # Asked so that NaN in a code is among these, and spreads to all tokens.
+                raised = (~(wanted < 0) & (wanted != 0)).nonzero().squeeze(-1)
+                if len(raised):
+                    decoder = sae.decoder_rows(raised, code.device, code.dtype)
+                    constant = (wanted[raised] @ decoder).to(like.device, like.dtype)
+                read = (wanted < 0).nonzero().squeeze(-1)
+            part = sae.select(read, like.device, like.dtype)
+            entries = code[read].to(like.device)
+            return cls(constant, entries, part, _one(multiplier), code, sae, generation)
+
+    def still_holds(
+        self, code: Tensor, sae: FrozenSAE, multiplier: Multiplier, like: Tensor, generation: object | None
+    ) -> bool:
+        """Whether this is what `of` would give. Codes are compared once per `generate`, and in every call outside.
+
+        By value, because optimizers and wrappers change parameters in ways that PyTorch's version counter misses.
+        """
+        dtype, device = self.sae.W_dec.dtype, self.sae.W_dec.device
+        if (self.multiplier, self.of_sae, dtype, device) != (_one(multiplier), sae, like.dtype, like.device):
+            return False
+        if generation is not None and self.checked_in is generation:
+            return True
+        self.checked_in = generation
+        return torch.equal(self.code, code)
+
+    def shift(self, h: Tensor, multiplier: Multiplier, track: bool) -> tuple[Tensor, Tensor | None]:
+        """As `steering_shift`, but instead of the features' shifts returns whether there are any.
+
+        Args:
+            h: Output of the block, `(batch, seq, d_model)`.
+            multiplier: Factor of the code, the one that was folded, or one per row, `(batch,)`.
+            track: Whether to find out which tokens have a feature that moved.
+
+        Returns:
+            The shift, shaped and typed as `h`, and which tokens have a feature that moved, `(batch, seq)`, or None.
+        """
+        moved = torch.full(h.shape[:2], self.constant is not None, device=h.device) if track else None
+        if not len(self.entries):
+            return self._constant_for(h), moved
+        shift, features = steering_shift(h, self.entries, self.sae, multiplier)
+        if moved is not None:
+            moved |= features.ne(0).any(dim=-1)
+        return shift if self.constant is None else shift + self._constant_for(h), moved
+
+    def _constant_for(self, h: Tensor) -> Tensor:
+        if self.constant is None:
+            return torch.zeros_like(h)
+        _, scale = self.sae.normalize(h)
+        return self.constant if scale is None else (self.constant * scale).to(h.dtype)
+
+
+def _one(multiplier: Multiplier) -> float | None:
+    return None if isinstance(multiplier, Tensor) else multiplier

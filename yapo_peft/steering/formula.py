@@ -1,0 +1,66 @@
+"""The steering itself, as a pure function of activations, code, autoencoder and multiplier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..sae.weights import SAEWeights
+
+Multiplier = float | Tensor
+
+
+def dense_shift(h: Tensor, vector: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
+    """What a plain vector adds to the output of a block: `multiplier * vector`, the same for every token.
+
+    Args:
+        h: Output of the block, `(batch, seq, d_model)`.
+        vector: The vector, `(d_model,)`, in float32.
+        multiplier: Its factor, one for all or one per row, `(batch,)`.
+
+    Returns:
+        The shift of the activations, shaped and typed as `h`, and which tokens moved, `(batch, seq)`.
+
+    Source: arXiv 2406.00045, the steered forward.
+    """
+    if isinstance(multiplier, Tensor):
+        multiplier = multiplier.to(vector).view(-1, 1, 1)
+    shift = (multiplier * vector).to(h.dtype)
+    moved = shift.detach().ne(0).any(dim=-1, keepdim=True)
+    return shift.expand_as(h), moved.expand_as(h)[..., 0]
+
+
+def moved_features(features: Tensor, wanted: Tensor) -> Tensor:
+    """`ReLU(features + wanted) - features`: what was wanted of each feature, or what cuts it to zero."""
+    # Asked this way round, so that NaN in a code does not pass for a feature that is cut.
+    return torch.where(features + wanted <= 0, -features, wanted)
+
+
+def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
+    """What steering adds to the output of a block.
+
+    The published forward is `Dec(ReLU(f + multiplier * code)) + (h - Dec(f))` with `f = Enc(h)`. The decoder is linear
+    and its bias cancels, so that is `h + (ReLU(f + multiplier * code) - f) @ W_dec`. The difference is formed as
+    `multiplier * code` where the feature stays on and `-f` where it is cut: the same values and the same gradient
+    (none where `f + multiplier * code <= 0`, as ReLU'(0) = 0), exactly zero for a zero code, and no overflow.
+
+    Args:
+        h: Output of the block, `(batch, seq, d_model)`.
+        code: The learned vector, `(d_sae,)`, in float32.
+        sae: The frozen autoencoder, on the device and in the dtype of `h`.
+        multiplier: Factor of the code, one for all or one per row, `(batch,)`.
+
+    Returns:
+        The shift of the activations, shaped and typed as `h`, and the shift of each feature, `(batch, seq, d_sae)`.
+
+    Source: arXiv 2601.08441, the sparse steering forward.
+    """
+    features, scale = sae.encode(h)
+    if isinstance(multiplier, Tensor):
+        multiplier = multiplier.to(code).view(-1, 1, 1)
+    wanted = multiplier * code
+    moved = moved_features(features.to(wanted.dtype), wanted)
+    shift = moved.to(sae.W_dec.dtype) @ sae.W_dec
+    if scale is not None:
+        shift = shift * scale
+    return shift.to(h.dtype), moved

@@ -1,0 +1,135 @@
+"""Dials adapters up, down or negative, for good or within a context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..steering.formula import Multiplier
+from .call import as_rows
+from .layer import YaPOLayer, require_single_hooks
+
+
+@contextmanager
+def steering(
+    model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None
+) -> Generator[None]:
+    """Steers with another multiplier within a `with` block, and restores what was before it, also on exceptions.
+
+    Contexts can be nested. Which parameters are trainable does not change. The multiplier is a state of the model, so
+    threads that share one cannot steer it differently at the same time.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a YaPO adapter.
+        multiplier: 1 as trained, 0 off, negative for the opposite; or one per row of the batch, `(batch,)`.
+        adapter_name: The adapter that steers within the block, instead of the active ones.
+
+    Raises:
+        ConfigError: The model has no such adapter, or the multiplier is not finite.
+    """
+    layers = _layers_with(model, adapter_name)
+    multiplier = _checked(multiplier)
+    if torch.is_grad_enabled():
+        for layer in layers:
+            require_single_hooks(layer.block)
+    before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
+    try:
+        for layer in layers:
+            if adapter_name is not None:
+                layer._active_adapter = [adapter_name]
+            for name in layer.active_adapters:
+                if name in layer.multiplier:
+                    layer.multiplier[name] = multiplier
+        mark_lowest(model)
+        yield
+    finally:
+        for layer, active, multipliers in before:
+            layer._active_adapter = active
+            layer.multiplier.update({name: value for name, value in multipliers.items() if name in layer.multiplier})
+        mark_lowest(model)
+
+
+def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None) -> None:
+    """Sets the multiplier of an adapter, active or not, until it is set again.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a YaPO adapter.
+        multiplier: 1 as trained, 0 off, negative for the opposite; or one per row of the batch, `(batch,)`.
+        adapter_name: Which adapter; None for the active ones.
+
+    Raises:
+        ConfigError: The model has no such adapter, or the multiplier is not finite.
+    """
+    layers = _layers_with(model, adapter_name)
+    multiplier = _checked(multiplier)
+    for layer in layers:
+        for name in [adapter_name] if adapter_name is not None else layer.active_adapters:
+            if name in layer.multiplier:
+                layer.multiplier[name] = multiplier
+    mark_lowest(model)
+
+
+def steered_layers(model: nn.Module) -> list[YaPOLayer]:
+    """The steered layers of a model, from the bottom up."""
+    found = [module for module in model.modules() if isinstance(module, YaPOLayer)]
+    return sorted(found, key=lambda layer: layer.index)
+
+
+def require_enabled(model: nn.Module) -> None:
+    """Raises if adapters are disabled, and a measurement at any multiplier would be one without steering.
+
+    Raises:
+        ConfigError: They are.
+    """
+    if any(layer.disable_adapters for layer in steered_layers(model)):
+        raise ConfigError("The adapters are disabled: leave disable_adapter(), or call enable_adapter_layers().")
+
+
+def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
+    """The lowest layer that an adapter in use steers, of layers from the bottom up; None if none does."""
+    return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
+
+
+def mark_lowest(model: nn.Module) -> None:
+    """Tells each steered layer whether it is the lowest that steers: there, and only there, the gradient ends."""
+    layers = steered_layers(model)
+    lowest = lowest_steered(layers)
+    for layer in layers:
+        layer.is_lowest = lowest is None or layer.index <= lowest.index
+
+
+def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
+    layers = steered_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no YaPO adapter: attach one with get_peft_model(model, YaPOConfig(...)), or "
+            "load one with PeftModel.from_pretrained."
+        )
+    known = sorted({name for layer in layers for name in layer.yapo_code})
+    if adapter_name is not None and adapter_name not in known:
+        raise ConfigError(f"There is no YaPO adapter {adapter_name!r}; the model has {', '.join(map(repr, known))}.")
+    if any(layer.merged for layer in layers):
+        raise ConfigError("The multiplier of a merged adapter is fixed: call unmerge_adapter() first.")
+    return layers
+
+
+def _checked(multiplier: Multiplier | Sequence[float]) -> Multiplier:
+    """A multiplier as layers keep it: a float, or a tensor with one per row."""
+    if isinstance(multiplier, Sequence) and not isinstance(multiplier, str):
+        return cast(Tensor, as_rows(multiplier))
+    if isinstance(multiplier, Tensor) and multiplier.dim() == 0:
+        multiplier = float(multiplier)
+    if isinstance(multiplier, Tensor):
+        if multiplier.dim() != 1 or not multiplier.isfinite().all():
+            raise ConfigError(f"multiplier={multiplier!r}: give one finite number per row of the batch, (batch,).")
+        return multiplier
+    if isinstance(multiplier, bool) or not isinstance(multiplier, Real) or not math.isfinite(multiplier):
+        raise ConfigError(f"multiplier={multiplier!r}: give a finite number, or one per row.")
+    return float(multiplier)
