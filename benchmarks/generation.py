@@ -26,7 +26,7 @@ from published import Published, pairs_of, random_sae, report
 from training import hidden_states
 
 from yapo_peft import YaPOConfig, steering
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 SIDES = ("unsteered", "ours", "published")
 

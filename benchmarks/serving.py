@@ -32,7 +32,7 @@ def save_adapters(folder: Path, features: dict[str, int]) -> dict[str, str]:
     from peft import get_peft_model
 
     from yapo_peft import YaPOConfig
-    from yapo_peft.tuner.multiplier import steered_layers
+    from yapo_peft.tuner.adapters import steered_layers
 
     torch.manual_seed(0)
     base, _ = load_model_and_tokenizer()

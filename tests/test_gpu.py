@@ -6,7 +6,7 @@ from peft import get_peft_model
 from tiny import ARCHITECTURES, make_model, make_sae, preference_rows, random_code, random_ids, set_code, trained_codes
 
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, steering
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 AVAILABLE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 DEVICES = [

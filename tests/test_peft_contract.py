@@ -17,8 +17,8 @@ from tiny import ARCHITECTURES, CHECKPOINTING, D_SAE, make_model, make_sae, rand
 from transformers import GenerationConfig
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, steering
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_peft.tuner.layer import REPEATS_HOOKS
-from yapo_peft.tuner.multiplier import steered_layers
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

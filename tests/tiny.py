@@ -112,7 +112,7 @@ def random_code(density: float = 0.5, d_sae: int = D_SAE, seed: int = 1, scale: 
 
 def set_code(model: nn.Module, code: torch.Tensor, adapter_name: str = "default") -> None:
     """Writes a code into every steered layer that has the adapter; a dense one gets as much of it as it takes."""
-    from yapo_peft.tuner.multiplier import steered_layers
+    from yapo_peft.tuner.adapters import steered_layers
 
     for layer in steered_layers(model):
         if adapter_name in layer.yapo_code:
@@ -145,6 +145,6 @@ def preference_rows(count: int = 8, conversational: bool = True, seed: int = 0) 
 
 def trained_codes(trainer) -> torch.Tensor:
     """The codes of a trainer's model, (layers, d_sae)."""
-    from yapo_peft.tuner.multiplier import steered_layers
+    from yapo_peft.tuner.adapters import steered_layers
 
     return torch.stack([layer.yapo_code["default"].detach() for layer in steered_layers(trainer.model)])

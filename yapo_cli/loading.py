@@ -144,7 +144,7 @@ def require_effect(model: Any, adapter_name: str = "default") -> None:
         ConfigError: All entries of its codes are zero.
     """
     from yapo_peft import ConfigError
-    from yapo_peft.methods.adapters import adapter_of
+    from yapo_peft.tuner.adapters import adapter_of
 
     if not any(bool(layer.code(adapter_name).any()) for layer in adapter_of(model, adapter_name)[2]):
         raise ConfigError("Nothing is left: all entries of the adapter are zero, so that it would do nothing.")

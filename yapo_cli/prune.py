@@ -37,6 +37,6 @@ def prune(
 
 
 def _entries(model: Any) -> int:
-    from yapo_peft.methods.adapters import adapter_of
+    from yapo_peft.tuner.adapters import adapter_of
 
     return sum(int(layer.code("default").count_nonzero()) for layer in adapter_of(model, "default")[2])

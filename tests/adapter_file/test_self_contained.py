@@ -23,7 +23,7 @@ from yapo_peft import (
     steering,
 )
 from yapo_peft.sae import SAEPart, loader
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 @pytest.fixture

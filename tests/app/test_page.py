@@ -10,7 +10,7 @@ from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import YaPOConfig
 from yapo_peft.app import Dials, Playground, build_page
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,7 +9,7 @@ from tiny import make_model, make_sae, random_code, set_code
 from yapo_peft import AdapterFileError, ConfigError, SAEError, YaPOConfig, steering
 from yapo_peft.app import Dials, Playground
 from yapo_peft.scoring.pairs import prompt_ids
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 PROMPT = "w1 w2 w3"
 

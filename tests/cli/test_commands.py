@@ -18,7 +18,7 @@ from yapo_peft.interpret import explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
 from yapo_peft.scoring.generation import answer
 from yapo_peft.scoring.pairs import prompt_ids
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 SHORT = ("--max-new-tokens", 4, "--json")
 

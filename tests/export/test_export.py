@@ -13,7 +13,7 @@ from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, steeri
 from yapo_peft.export import FORMATS, constant_steering, export_adapter
 from yapo_peft.export.constant import adding
 from yapo_peft.methods import import_vectors
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 97}" for j in range(12)) for i in range(10)]
 

@@ -6,7 +6,7 @@ from tiny import make_model, make_sae, preference_rows, random_code, set_code
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig, sweep
 from yapo_peft.interpret import attribute
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 def steered(architecture="llama", layers=(1, 2), density=0.6, **config):

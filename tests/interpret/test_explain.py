@@ -12,7 +12,7 @@ from yapo_peft import ConfigError, DatasetError, YaPOConfig
 from yapo_peft.interpret import explain
 from yapo_peft.interpret.neuronpedia import neuronpedia_labels
 from yapo_peft.sae import SAEIdentity
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 TEXTS = ["w1 w2 w3 w4", {"text": "w9 w8"}, {"prompt": "w5 ", "chosen": "w6"}, "w7 w1 w1"]
 

@@ -7,7 +7,7 @@ from tiny import D_MODEL, DEPTH, make_model, make_sae, random_code, set_code
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig, steering
 from yapo_peft.interpret import contexts, token_effects
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 TEXT = "w1 w2 w3 w4 w5 w6"
 

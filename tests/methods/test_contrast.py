@@ -32,7 +32,7 @@ from yapo_peft import (
 )
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
 from yapo_peft.methods.contrast import _special_tokens, _weights_of_tokens
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 ROWS = preference_rows(11)
 
@@ -180,11 +180,14 @@ def test_bad_arguments_are_named(tokenizer):
         (lambda: measure_contrast(make_model(), ROWS, tokenizer), "LlamaForCausalLM has no YaPO adapter"),
         (lambda: measure_contrast(model, ROWS, tokenizer, tokens="first"), "tokens='first': choose one of"),
         (lambda: measure_contrast(model, ROWS, tokenizer, batch_size=0), "batch_size=0"),
-        (lambda: fit_caa(model, contrast), "CAA gives codes of space='dense', and adapter 'sas'"),
-        (lambda: fit_sas(model, contrast, "caa"), "SAS gives codes of space='sae', and adapter 'caa'"),
+        (lambda: fit_caa(model, contrast), "CAA needs space='dense', but adapter 'sas'"),
+        (lambda: fit_sas(model, contrast, "caa"), "SAS needs space='sae', but adapter 'caa'"),
         (lambda: fit_sas(model, contrast, tau=1.5), r"tau=1\.5: give a share"),
         (lambda: fit_sas(model, contrast, tau=0.0), r"tau=0\.0 leaves no feature of block 2"),
-        (lambda: fit_caa(model, contrast, "nobody"), "adapter_name='nobody': name a YaPO adapter of the model; there"),
+        (
+            lambda: fit_caa(model, contrast, "nobody"),
+            "adapter_name='nobody': name a YaPO adapter of the model, which has",
+        ),
         (lambda: fit_caa(model, contrast, "other"), r"measured at blocks \[2\], not at 1"),
         (lambda: fit_sas(model, contrast, "gated"), "measured without the SAE of adapter 'gated'"),
         (lambda: fit_random(model, "nobody", "caa"), "like='nobody' names no adapter at block 2"),

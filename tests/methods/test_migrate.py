@@ -7,7 +7,7 @@ from tiny import D_MODEL, D_SAE, inference_sae, make_model, make_sae, random_cod
 from yapo_cli import main
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig
 from yapo_peft.methods import import_vectors
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 def steered(space, layers=(2,)):

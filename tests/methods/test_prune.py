@@ -5,7 +5,7 @@ from tiny import D_SAE, make_model, make_sae, random_code, set_code
 
 from yapo_peft import ConfigError, YaPOConfig
 from yapo_peft.methods import prune
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 def steered(layers, saes):
@@ -71,5 +71,5 @@ def test_bad_arguments_are_named():
         prune(model, 0)
     with pytest.raises(ConfigError, match=r"max_features=1.5: keep a whole number"):
         prune(model, 1.5)
-    with pytest.raises(ConfigError, match="Pruning gives codes of space='sae', and adapter 'dense'"):
+    with pytest.raises(ConfigError, match="Pruning needs space='sae', but adapter 'dense'"):
         prune(model, 5, "dense")

@@ -13,7 +13,7 @@ from tiny import make_model, preference_rows, random_ids
 
 from yapo_peft import ConfigError
 from yapo_peft.scripts.yapo import make_parser
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 # Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.
 STARTS = {

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny import inference_sae, make_model, make_sae, random_code
 
 from yapo_peft import YaPOConfig
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 @pytest.fixture

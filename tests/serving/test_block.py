@@ -7,7 +7,7 @@ from tiny import D_MODEL, D_SAE, SAE_KINDS
 from torch.testing import assert_close
 
 from yapo_peft.errors import UnsupportedOperationError
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_vllm.adapters import AdapterFile
 from yapo_vllm.block import BlockSteering, Room, Step
 

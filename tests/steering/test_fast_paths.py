@@ -18,9 +18,9 @@ from yapo_peft.sae import load_sae, register_sae
 from yapo_peft.steering.folded import FoldedSteering
 from yapo_peft.steering.formula import steering_shift
 from yapo_peft.steering.learning import ActiveFeatures, sparse_shift
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_peft.tuner.call import Call
 from yapo_peft.tuner.layer import YaPOLayer
-from yapo_peft.tuner.multiplier import steered_layers
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}

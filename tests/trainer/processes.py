@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_available
 
 from yapo_peft import NonFiniteLossError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
 from yapo_peft.adapter_file.codes import whole
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 FOLDER, WORLD = (Path(sys.argv[1]), int(sys.argv[2])) if __name__ == "__main__" else (Path(), 1)
 PAIRS = 4  # of the global batch

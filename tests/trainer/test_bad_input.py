@@ -18,7 +18,7 @@ from yapo_peft import (
     YaPOTrainer,
     YaPOTrainingConfig,
 )
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 @pytest.mark.feature(

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from yapo_peft import YaPOConfig
 from yapo_peft.scoring import cache
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_peft.tuner.layer import REPEATS_HOOKS
-from yapo_peft.tuner.multiplier import steered_layers
 
 
 def metrics_of(trainer):

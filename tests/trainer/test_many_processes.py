@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers.integrations import is_deepspeed_available
 
 from yapo_peft import register_sae
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent

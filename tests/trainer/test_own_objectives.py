@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig
 from yapo_peft.trainer.objective import draw_directions
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 def slow_reps(batch, code, direction):

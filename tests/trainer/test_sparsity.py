@@ -8,7 +8,7 @@ from tiny import D_SAE, make_model, make_sae, random_code, trained_codes
 
 from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
 from yapo_peft.trainer.sparsity import feature_budget
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 def nonzero(trainer):

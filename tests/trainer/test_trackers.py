@@ -5,7 +5,7 @@ import torch
 from tiny import trained_codes
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 def from_tensorboard(folder):

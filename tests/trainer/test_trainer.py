@@ -25,8 +25,8 @@ from yapo_peft import (
     YaPOTrainingConfig,
 )
 from yapo_peft.trainer.objective import draw_directions
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_peft.tuner.layer import REPEATS_HOOKS
-from yapo_peft.tuner.multiplier import steered_layers
 
 
 def first_batch(trainer):

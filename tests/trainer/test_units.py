@@ -5,7 +5,7 @@ from tiny import D_MODEL, make_model, make_sae, trained_codes
 from torch.optim import SGD, Adam
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 RAW = {"learning_rate_unit": "raw"}
 UNIT = {"learning_rate_unit": "activation"}

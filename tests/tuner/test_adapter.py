@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, SAEMismatchError, UnsupportedOperationError, YaPOConfig, steering
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 FILE = "adapter_model.safetensors"
 

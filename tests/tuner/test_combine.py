@@ -5,8 +5,8 @@ from peft.utils.merge_utils import ties
 from tiny import D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import ConfigError, SAEMismatchError, YaPOConfig, set_multiplier
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_peft.tuner.combine import combine_codes
-from yapo_peft.tuner.multiplier import steered_layers
 
 FIRST, SECOND = random_code(0.4, seed=1), random_code(0.4, seed=2)
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from yapo_peft import AdapterFileError, SAEMismatchError, YaPOConfig, steering
 from yapo_peft.tuner import model_card
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 FILE = "adapter_model.safetensors"
 VECTOR = random_code(1.0, D_MODEL)

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, ConfigError, UnsupportedOperationError, YaPOConfig, set_multiplier, steering
+from yapo_peft.tuner.adapters import steered_layers
 from yapo_peft.tuner.merging import block_outputs
-from yapo_peft.tuner.multiplier import steered_layers
 
 
 def steered(architecture="llama", code=None, dtype=torch.float32, **options):

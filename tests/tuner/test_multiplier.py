@@ -7,7 +7,7 @@ from peft import get_peft_model
 from tiny import D_SAE, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import ConfigError, YaPOConfig, set_multiplier, steering
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 PROMPT, ANSWER = 5, 4
 

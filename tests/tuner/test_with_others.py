@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, s
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from yapo_peft import ConfigError, YaPOConfig, steering
-from yapo_peft.tuner.multiplier import steered_layers
+from yapo_peft.tuner.adapters import steered_layers
 
 # PEFT says so whenever a model already has an adapter, of whatever method.
 pytestmark = pytest.mark.filterwarnings(

@@ -22,10 +22,10 @@ from ..adapter_file.saving import save_adapter
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
 from ..interpret.texts import device_and_dtype, padded, unsteered_outputs, window_of
-from ..methods.adapters import adapter_of, write
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
-from ..tuner.multiplier import mark_lowest, steered_layers
+from ..tuner.adapters import adapter_of, steered_layers, write_code
+from ..tuner.multiplier import mark_lowest
 from .streaming import RowStreamer, StopWhenSet
 
 _CODE = "adapter_model.safetensors"
@@ -243,11 +243,11 @@ class Playground:
                 for (adapter, index, feature), factor in dials.factors.items():
                     if (adapter, index) == (name, layer.index):
                         code[feature] *= factor
-                write(layer, name, code)
+                write_code(layer, name, code)
             yield
         finally:
             for layer, name, code in found:
-                write(layer, name, code)
+                write_code(layer, name, code)
 
     def _require_safetensors(self, source: str) -> None:
         config = PeftConfig.from_pretrained(source) if Path(source).is_dir() else _from_hub(source)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tuner.multiplier import steered_layers
+from ..tuner.adapters import steered_layers
 
 
 def share_above_zero(margin: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import evaluating
 from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner import steering
-from ..tuner.multiplier import steered_layers
+from ..tuner.adapters import steered_layers
 from .scores import Scores, distinct
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..scoring.agreement import SAME, SAME_IN_16_BITS, TOKENS_AT_ONCE
 from ..scoring.upper_half import UpperHalf
-from ..tuner.multiplier import lowest_steered, steered_layers
+from ..tuner.adapters import steered_layers
+from ..tuner.multiplier import lowest_steered
 from .answers import needs_labels
 from .prompts_once import PromptsOnce
 

@@ -17,8 +17,8 @@ from ..errors import ConfigError
 from ..interpret.checks import require_multiplier
 from ..interpret.parts import Parts
 from ..interpret.texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of
-from ..methods.adapters import adapter_of
 from ..tuner import YaPOLayer, steering
+from ..tuner.adapters import adapter_of
 from ..tuner.hooks import changed_outputs
 from ..tuner.merging import full_shift, token_dependence
 from ..tuner.multiplier import require_enabled

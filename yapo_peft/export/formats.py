@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import replacing
 from ..errors import ConfigError, UnsupportedOperationError
 from ..interpret.texts import base_of
-from ..methods.adapters import adapter_of
+from ..tuner.adapters import adapter_of
 from .constant import ConstantSteering, constant_steering
 
 Format = Literal["gguf", "lm-eval", "neuronpedia", "safetensors", "vec"]

@@ -18,8 +18,8 @@ from .._utils import evaluating
 from ..errors import ConfigError
 from ..evaluation.lower_half import LowerHalfOnce
 from ..evaluation.preference import Preference
-from ..methods.adapters import adapter_of
 from ..tuner import steering
+from ..tuner.adapters import adapter_of
 from ..tuner.hooks import changed_outputs
 from ..tuner.multiplier import require_enabled
 from .checks import require_counts, require_multiplier

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..evaluation.sweep import sweep
-from ..methods.adapters import adapter_of
 from ..sae import FrozenSAE
 from ..tuner import YaPOConfig, YaPOLayer
+from ..tuner.adapters import adapter_of
 from .checks import require_counts, require_multiplier
 from .regression import sparse_regression
 from .texts import device_and_dtype, tokenizer_of

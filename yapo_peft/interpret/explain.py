@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import evaluating
 from ..errors import ConfigError
-from ..methods.adapters import adapter_of
 from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
+from ..tuner.adapters import adapter_of
 from .checks import features_by_layer, require_counts, require_multiplier
 from .neuronpedia import neuronpedia_labels, neuronpedia_link
 from .parts import Parts

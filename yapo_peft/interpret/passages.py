@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import evaluating, hash_model, replacing
 from ..errors import ConfigError
-from ..methods.adapters import adapter_of
 from ..sae import FrozenSAE
+from ..tuner.adapters import adapter_of
 from ..tuner.layer import is_steering
 from .checks import features_by_layer, require_counts
 from .texts import base_of, device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs

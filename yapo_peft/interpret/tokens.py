@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import evaluating
 from ..errors import ConfigError
-from ..methods.adapters import adapter_of
 from ..tuner import YaPOLayer, steering
+from ..tuner.adapters import adapter_of
 from ..tuner.blocks import hidden_states
 from .checks import require_counts
 from .parts import Parts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapters import layers_of, statistics_at, write
-from .contrast import Contrast
+from ..tuner.adapters import layers_of, write_code
+from .contrast import Contrast, statistics_at
 
 
 def fit_caa(model: nn.Module, contrast: Contrast, adapter_name: str | None = None) -> None:
@@ -24,4 +24,4 @@ def fit_caa(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
     name, layers = layers_of(model, adapter_name, "dense", "CAA")
     found = [statistics_at(contrast, layer) for layer in layers]
     for layer, (chosen, rejected) in zip(layers, found, strict=True):
-        write(layer, name, (chosen.total - rejected.total) / contrast.pairs)
+        write_code(layer, name, (chosen.total - rejected.total) / contrast.pairs)

@@ -18,8 +18,8 @@ from ..sae import FrozenSAE
 from ..scoring.pairs import pair_batches
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer, steering
+from ..tuner.adapters import steered_layers
 from ..tuner.hooks import block_outputs
-from ..tuner.multiplier import steered_layers
 
 AnswerTokens = Literal["completion", "last"]
 
@@ -169,3 +169,17 @@ def _mean_features(read: Tensor, row: Tensor, weight: Tensor, rows: int, sae: Fr
     means = torch.zeros(rows, sae.identity.d_sae, device=read.device)
     means.index_put_((row[active.token], active.feature), active.value * weight[active.token], accumulate=True)
     return means
+
+
+def statistics_at(contrast: Contrast, layer: YaPOLayer) -> tuple[AnswerStatistics, AnswerStatistics]:
+    """The statistics of chosen and rejected answers at a layer.
+
+    Raises:
+        ConfigError: They were measured on other layers.
+    """
+    if layer.index not in contrast.chosen:
+        raise ConfigError(
+            f"The contrast was measured at blocks {sorted(contrast.chosen)}, not at {layer.index}: call "
+            "measure_contrast again, with this adapter in the model."
+        )
+    return contrast.chosen[layer.index], contrast.rejected[layer.index]

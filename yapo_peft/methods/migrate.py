@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError, ConfigError
 from ..tuner import YaPOLayer
-from .adapters import adapter_of, write
+from ..tuner.adapters import adapter_of, write_code
 
 _NAME = re.compile(r"layer_?(\d+)\D*\.pt")
 
@@ -46,7 +46,7 @@ def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], a
         )
     vectors = {layer: _read(by_block[layer.index], layer, name, config.space) for layer in layers}
     for layer, vector in vectors.items():
-        write(layer, name, vector)
+        write_code(layer, name, vector)
 
 
 def block_of(file: str | Path) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..steering.reach import keep_largest, reach
-from .adapters import layers_of, write
+from ..tuner.adapters import layers_of, write_code
 
 
 def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, *, rescale: bool = False) -> None:
@@ -39,7 +39,7 @@ def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, 
     if rescale:
         pruned = [_stretched(*parts) for parts in zip(pruned, codes, saes, strict=True)]
     for layer, code in zip(layers, pruned, strict=True):
-        write(layer, name, code)
+        write_code(layer, name, code)
 
 
 def _stretched(pruned: Tensor, code: Tensor, sae: FrozenSAE) -> Tensor:

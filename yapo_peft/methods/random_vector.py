@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..tuner import YaPOLayer
-from .adapters import layers_of, write
+from ..tuner.adapters import layers_of, write_code
 
 
 def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, seed: int = 0) -> None:
@@ -33,7 +33,7 @@ def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, 
     lengths = [_length_of_shift(layer, like) for layer in layers]
     for layer, length in zip(layers, lengths, strict=True):
         direction = torch.randn(len(layer.yapo_code[name]), generator=generator)
-        write(layer, name, direction * (length / direction.norm()))
+        write_code(layer, name, direction * (length / direction.norm()))
 
 
 def _length_of_shift(layer: YaPOLayer, adapter_name: str) -> float:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .adapters import layers_of, statistics_at, write
-from .contrast import Contrast, FeatureStatistics
+from ..tuner.adapters import layers_of, write_code
+from .contrast import Contrast, FeatureStatistics, statistics_at
 
 
 def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = None, *, tau: float = 0.7) -> None:
@@ -49,7 +49,7 @@ def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
             )
         codes.append(code)
     for layer, code in zip(layers, codes, strict=True):
-        write(layer, name, code)
+        write_code(layer, name, code)
 
 
 def sas_code(chosen: FeatureStatistics, rejected: FeatureStatistics, pairs: int, tau: float) -> Tensor:

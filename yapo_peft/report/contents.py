@@ -19,10 +19,10 @@ from ..evaluation import Damage, MultipleChoice, Preference, Scores, sweep
 from ..interpret import Attribution, attribute, contexts, explain
 from ..interpret.checks import require_counts, require_multiplier
 from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
-from ..methods.adapters import adapter_of
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
 from ..tuner import YaPOConfig, YaPOLayer, steering
+from ..tuner.adapters import adapter_of
 from ..tuner.multiplier import require_enabled
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)

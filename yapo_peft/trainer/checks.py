@@ -16,7 +16,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner import YaPOConfig, YaPOLayer
-from ..tuner.multiplier import steered_layers
+from ..tuner.adapters import steered_layers
 
 
 @contextmanager

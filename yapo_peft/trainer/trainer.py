@@ -17,9 +17,9 @@ from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..scoring.cache import COLUMN, ActivationCache, CollateWithRows
 from ..scoring.scorer import Scorer, WholeModel
 from ..tuner import steering
+from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
 from ..tuner.layer import require_single_hooks
-from ..tuner.multiplier import steered_layers
 from .card import training_card
 from .checks import no_reference_adapter, require_adapter, require_cacheable, require_same_adapters
 from .code_metrics import share_of_tokens_moved, size_of_codes

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae
+from .adapters import steered_layers
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .call import Call
 from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
 from .layer import CHILD_NAME, YaPOLayer
 from .merging import complete_biases, merge_adapters
-from .multiplier import mark_lowest, steered_layers
+from .multiplier import mark_lowest
 from .state_dict import from_file, to_file
 from .steered_calls import SteeredCalls
 

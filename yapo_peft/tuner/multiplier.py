@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..steering.formula import Multiplier
+from .adapters import steered_layers
 from .call import as_rows
 from .layer import YaPOLayer, require_single_hooks
 
@@ -74,12 +75,6 @@ def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], a
             if name in layer.multiplier:
                 layer.multiplier[name] = multiplier
     mark_lowest(model)
-
-
-def steered_layers(model: nn.Module) -> list[YaPOLayer]:
-    """The steered layers of a model, from the bottom up."""
-    found = [module for module in model.modules() if isinstance(module, YaPOLayer)]
-    return sorted(found, key=lambda layer: layer.index)
 
 
 def require_enabled(model: nn.Module) -> None:

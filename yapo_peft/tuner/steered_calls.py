@@ -9,8 +9,9 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import ConfigError, UnsupportedOperationError
+from .adapters import steered_layers
 from .call import Call
-from .multiplier import mark_lowest, steered_layers
+from .multiplier import mark_lowest
 
 
 class SteeredCalls:
