@@ -8,7 +8,7 @@ from tiny import make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, ConfigError, UnsupportedOperationError, YaPOConfig, set_multiplier, steering
 from yapo_peft.tuner.adapters import steered_layers
-from yapo_peft.tuner.merging import block_outputs
+from yapo_peft.tuner.merging import probe
 
 
 def steered(architecture="llama", code=None, dtype=torch.float32, **options):
@@ -146,10 +146,10 @@ def test_a_bias_that_is_not_added_to_the_output_as_it_is_is_noticed():
     model = steered("gpt2")
     block = steered_layers(model)[0].block
     block.mlp.dropout = torch.nn.Hardtanh(-0.01, 0.01)
-    before = block_outputs(model.base_model.model, steered_layers(model))
+    before = probe(model.base_model.model, steered_layers(model))
     with pytest.raises(UnsupportedOperationError, match="scale or normalise"):
         model.merge_adapter()
-    assert torch.equal(block_outputs(model.base_model.model, steered_layers(model))[0], before[0])
+    assert torch.equal(probe(model.base_model.model, steered_layers(model))[0], before[0])
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import pandas as pd
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, DatasetError
 from ..scoring.pairs import common_prefix, padding_of, prompt_ids
 from ..tuner import YaPOLayer, steering
-from ..tuner.hooks import block_outputs
+from ..tuner.hooks import block_outputs, forward_hooks
 from .checks import require_counts
 
 _SHAPES = "give texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
@@ -130,19 +131,13 @@ def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[st
     """
     base = base_of(model)
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
+    def stop(output: Any) -> None:
         raise _Enough
 
     can_stop = not any(hasattr(module, "_hf_hook") for module in base.modules())
-    with steering(model, 0.0), block_outputs(layers) as outputs:
-        handle = layers[-1].block.register_forward_hook(stop) if can_stop else None
-        try:
-            base.base_model(**inputs, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            if handle is not None:
-                handle.remove()
+    stopping = forward_hooks([(layers[-1].block, stop)] if can_stop else [])
+    with steering(model, 0.0), block_outputs(layers) as outputs, stopping, suppress(_Enough):
+        base.base_model(**inputs, use_cache=False)
     return outputs
 
 

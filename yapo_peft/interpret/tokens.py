@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import pandas as pd
@@ -15,6 +16,7 @@ from ..errors import ConfigError
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of
 from ..tuner.blocks import hidden_states
+from ..tuner.hooks import forward_hooks
 from .checks import require_counts
 from .parts import Parts
 from .texts import answer_start, device_and_dtype, padded, tokenizer_of, tokens_of, window_of
@@ -76,28 +78,20 @@ def token_effects(
     texts = [cast(str, tokenizer.decode([token])) for token in ids]
     found: dict[int, dict[str, Any]] = {}
 
-    def read(layer: YaPOLayer) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            h = hidden_states(output)
-            parts = Parts.of(layer, name, h.device, h.dtype)
-            on, _ = parts.on(h)
-            found[layer.index] = {"h": h[0], "on": on[0], "moved": parts.moved(h, multiplier)[0], "parts": parts}
-
-        return hook
+    def read(layer: YaPOLayer, output: Any) -> None:
+        h = hidden_states(output)
+        parts = Parts.of(layer, name, h.device, h.dtype)
+        on, _ = parts.on(h)
+        found[layer.index] = {"h": h[0], "on": on[0], "moved": parts.moved(h, multiplier)[0], "parts": parts}
 
     device, _ = device_and_dtype(model)
     inputs, start = padded([ids], tokenizer, device), answer_start(prompt, ids, tokenizer)
     if start is not None and any(layer.positions[name] != "all" for layer in layers):
         inputs["labels"] = inputs["input_ids"].clone()
         inputs["labels"][:, :start] = -100
-    with evaluating(model), torch.no_grad(), steering(model, multiplier, name):
-        # Before the hook that steers.
-        handles = [layer.block.register_forward_hook(read(layer), prepend=True) for layer in layers]
-        try:
-            model(**inputs, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+    reading = forward_hooks(((layer.block, partial(read, layer)) for layer in layers), prepend=True)
+    with evaluating(model), torch.no_grad(), steering(model, multiplier, name), reading:
+        model(**inputs, use_cache=False)
     tables = [_tables(layer.index, texts, top=top, **found[layer.index]) for layer in layers]
     tokens, features = (pd.concat(column, ignore_index=True) for column in zip(*tables, strict=True))
     return TokenEffects(tokens, features)

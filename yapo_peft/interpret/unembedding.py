@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import evaluating
 from ..errors import UnsupportedOperationError
 from ..tuner import steering
+from ..tuner.hooks import forward_hooks
 from .texts import base_of
 
 # Directions whose logits are held at once.
@@ -80,20 +82,16 @@ def _final_norm(model: nn.Module, base: Any) -> nn.Module | None:
     decoder = base.get_decoder()
     outputs: list[tuple[nn.Module, Any]] = []
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, output: Any) -> None:
         outputs.append((module, output))
 
     candidates = [
         module for module in decoder.modules() if not isinstance(module, nn.ModuleList) and module is not decoder
     ]
-    handles = [module.register_forward_hook(keep) for module in candidates]
-    try:
-        device = base.get_input_embeddings().weight.device
-        with torch.no_grad(), evaluating(model), steering(model, 0.0):
-            states = decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    keeping = forward_hooks((module, partial(keep, module)) for module in candidates)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+    with torch.no_grad(), evaluating(model), steering(model, 0.0), keeping:
+        states = decoder(input_ids=ids, use_cache=False)[0]
     for module, output in reversed(outputs):
         if isinstance(output, Tensor) and output.shape == states.shape and torch.equal(output, states):
             return None if any(True for _ in module.children()) else module

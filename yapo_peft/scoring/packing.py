@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tuner.hooks import forward_hooks
+
 
 @contextmanager
 def head_on(model: Any, predictors: Tensor) -> Generator[None]:
@@ -21,16 +23,13 @@ def head_on(model: Any, predictors: Tensor) -> Generator[None]:
         predictors: Where in its flattened tokens they are, `(n,)`.
     """
 
-    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+    def keep(output: Any) -> Any:
         states = output["last_hidden_state"]
         output["last_hidden_state"] = states.flatten(0, 1)[predictors.to(states.device)][None]
         return output
 
-    handle = model.base_model.register_forward_hook(keep)
-    try:
+    with forward_hooks([(model.base_model, keep)]):
         yield
-    finally:
-        handle.remove()
 
 
 def attention_cost(model: Any, block: nn.Module) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..tuner.blocks import decoder_blocks, hidden_states, with_hidden_states
+from ..tuner.hooks import forward_hooks
 
 
 class UpperHalf:
@@ -35,24 +37,18 @@ class UpperHalf:
         """
         outputs: dict[int, Any] = {}
 
-        def keep(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                # What else a block puts out (attention weights) is not passed on.
-                outputs[index] = output if isinstance(output, Tensor) else (None,) * len(output)
+        def keep(index: int, output: Any) -> None:
+            # Other outputs, such as attention weights, are not passed on.
+            outputs[index] = output if isinstance(output, Tensor) else (None,) * len(output)
 
-            return hook
-
-        def find(module: nn.Module, args: Any, output: Any) -> None:
+        def find(output: Any) -> None:
             found.append(hidden_states(output).detach())
 
-        handles = [block.register_forward_hook(keep(index)) for index, block in enumerate(self._lower)]
-        # Before the hook that steers it.
-        handles.append(self._lower[-1].register_forward_hook(find, prepend=True))
-        try:
+        with (
+            forward_hooks((block, partial(keep, index)) for index, block in enumerate(self._lower)),
+            forward_hooks([(self._lower[-1], find)], prepend=True),
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self._outputs = [outputs[index] for index in range(len(self._lower))]
 
     @contextmanager

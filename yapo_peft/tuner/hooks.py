@@ -1,9 +1,10 @@
-"""What steered blocks put out, for those who look, and for those who change it."""
+"""Temporary forward hooks: read or change what layers output for the time of a `with` block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,46 +14,49 @@ from .layer import YaPOLayer
 
 
 @contextmanager
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[[Any], Any]]], *, prepend: bool = False) -> Generator[None]:
+    """Registers forward hooks, and removes them on exit.
+
+    Args:
+        hooks: Modules, and a function of the output of each; what it returns, unless None, replaces the output.
+        prepend: Whether to run before the hooks that are there, such as the one that steers.
+    """
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.enter_context(module.register_forward_hook(partial(_call, hook), prepend=prepend))
+        yield
+
+
+@contextmanager
 def block_outputs(layers: Iterable[YaPOLayer]) -> Generator[dict[int, Tensor]]:
-    """Within it, the last outputs of steered blocks are kept, `(batch, seq, d_model)` by the block's index."""
+    """Yields a dict that keeps the last output of each steered layer, `(batch, seq, d_model)`, by its index."""
     outputs: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[index] = hidden_states(output)
+    def keep(index: int, output: Any) -> None:
+        outputs[index] = hidden_states(output)
 
-        return hook
-
-    handles = [layer.block.register_forward_hook(keep(layer.index)) for layer in layers]
-    try:
+    with forward_hooks((layer.block, partial(keep, layer.index)) for layer in layers):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def changed_outputs(changes: Iterable[tuple[YaPOLayer, Callable[[Tensor, Tensor], Tensor]]]) -> Generator[None]:
-    """Within it, blocks put out what is made of their output, given what it was before steering and after it."""
+    """Replaces the outputs of layers by functions of the output before steering and the one after it."""
+    changes = list(changes)
     before: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            before[index] = hidden_states(output)
+    def keep(index: int, output: Any) -> None:
+        before[index] = hidden_states(output)
 
-        return hook
+    def replace(index: int, change: Callable[[Tensor, Tensor], Tensor], output: Any) -> Any:
+        return with_hidden_states(output, change(before.pop(index), hidden_states(output)))
 
-    def replace(index: int, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return with_hidden_states(output, change(before.pop(index), hidden_states(output)))
-
-        return hook
-
-    changes = list(changes)
-    handles = [layer.block.register_forward_hook(keep(layer.index), prepend=True) for layer, _ in changes]
-    handles += [layer.block.register_forward_hook(replace(layer.index, change)) for layer, change in changes]
-    try:
+    with (
+        forward_hooks(((layer.block, partial(keep, layer.index)) for layer, _ in changes), prepend=True),
+        forward_hooks((layer.block, partial(replace, layer.index, change)) for layer, change in changes),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _call(hook: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return hook(output)

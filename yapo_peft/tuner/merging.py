@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .._utils import evaluating
 from ..errors import AdapterFileError, UnsupportedOperationError
 from ..steering.formula import Multiplier
-from .blocks import hidden_states
+from .hooks import block_outputs
 from .layer import YaPOLayer
 
 
@@ -47,11 +47,11 @@ def merge_adapters(
     try:
         for layer in layers:
             layer._active_adapter = names[layer]
-        steered = block_outputs(model, layers)
+        steered = probe(model, layers)
         fold(layers, shifts, safe_merge)
         for layer in layers:
             layer.merged_adapters.extend(names[layer])
-        require_same_outputs(steered, block_outputs(model, layers), shifts, next(model.parameters()).dtype)
+        require_same_outputs(steered, probe(model, layers), shifts, next(model.parameters()).dtype)
     except Exception:
         for layer in layers:
             layer.unmerge()
@@ -190,26 +190,13 @@ def complete_biases(model: Any, merged: list[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def block_outputs(model: nn.Module, layers: list[YaPOLayer]) -> list[Tensor]:
-    """Outputs of steered blocks on a few tokens, `(1, 8, d_model)` in float32, to compare before and after merging."""
-    outputs: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[index] = hidden_states(output).float()
-
-        return hook
-
-    handles = [layer.block.register_forward_hook(keep(layer.index)) for layer in layers]
+def probe(model: nn.Module, layers: list[YaPOLayer]) -> list[Tensor]:
+    """Outputs of steered layers on a few tokens, `(1, 8, d_model)` in float32, to compare before and after merging."""
     embeddings: nn.Embedding = model.get_input_embeddings()  # pyright: ignore
     ids = torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
-    try:
-        with evaluating(model):
-            model(input_ids=ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [outputs[layer.index] for layer in layers]
+    with evaluating(model), block_outputs(layers) as outputs:
+        model(input_ids=ids)
+    return [outputs[layer.index].float() for layer in layers]
 
 
 def require_same_outputs(before: list[Tensor], after: list[Tensor], shifts: list[Tensor], dtype: torch.dtype) -> None:
