@@ -8,13 +8,21 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL)
 SOURCES := yapo_peft yapo_cli yapo_vllm tests examples benchmarks
 
-.PHONY: demo test test-lowest test-vllm lint types docs wheel support format clean
+# Workers of the tests, one thread each.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-full test-lowest test-vllm lint types docs wheel support format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(VENV)/.deepspeed
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+# All combinations of parameters where make test runs a cover of them, and examples and benchmarks on the embedded model.
+test-full: $(VENV)/.ready $(VENV)/.deepspeed
+	$(BIN)/python $(PYTEST) --full
 
 # The core with the lowest versions that it supports, in an environment of its own.
 test-lowest: $(LOWEST)/.ready

@@ -1,7 +1,10 @@
 """Fixtures, and the settings that keep the tests offline."""
 
+import logging
 import os
 
+# Tiny models gain nothing from threads, and processes that share two cores lose by them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -17,6 +20,11 @@ from tiny import VOCABULARY, inference_sae, make_sae, preference_rows
 from transformers import PreTrainedTokenizerFast
 
 import yapo_peft
+
+# It warns on import of a kernel that it could fetch, past what pytest captures of its workers.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+pytest_plugins = ["combining", "pytester"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
-"""Every behaviour that PEFT promises of an adapter, for every architecture and kind of adapter."""
+"""Every behaviour that PEFT promises of an adapter, for each architecture and kind of adapter.
+
+All combinations run with `--full`. Otherwise each behaviour meets every architecture and every kind once, in
+combinations that differ between behaviours.
+"""
 
 import copy
 import json
 import pickle
 import re
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -25,23 +27,35 @@ GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_tok
 PROMPT = 5
 
 
-@dataclass
+KINDS = {
+    "one layer": {},
+    "several layers": {"layers": [0, 2], "sae_kinds": ("jumprelu", "jumprelu")},
+    "several SAEs": {"layers": [1, 3], "sae_kinds": ("standard", "topk")},
+    "completion": {"positions": "completion"},
+    "last": {"positions": "last"},
+    "dense": {"space": "dense"},
+    "bf16": {"dtype": torch.bfloat16},
+}
+# Where rounding does not decide between nearly equal tokens.
+EXACT = {name: options for name, options in KINDS.items() if name != "bf16"}
+pytestmark = pytest.mark.combine(architecture=ARCHITECTURES, kind=KINDS)
+# For what does not depend on the model.
+once = pytest.mark.combine(architecture=ARCHITECTURES[:1], kind={"one layer": {}})
+
+
 class Row:
     """A base model and a kind of adapter."""
 
-    architecture: str
-    options: dict[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
+    def __init__(self, architecture, dtype=torch.float32, sae_kinds=("jumprelu",), **options):
+        self.architecture, self.dtype, self.sae_kinds, self.options = architecture, dtype, sae_kinds, options
 
     def base(self):
         return make_model(self.architecture, self.dtype)
 
     def config(self, **changes):
-        kinds = self.options.get("sae_kinds", ("jumprelu",))
-        options = {key: value for key, value in self.options.items() if key != "sae_kinds"}
-        saes = [make_sae(kind, seed=seed) for seed, kind in enumerate(kinds)]
-        if self.options.get("space") != "dense":
-            options["sae"] = saes
+        options = dict(self.options)
+        if options.get("space") != "dense":
+            options["sae"] = [make_sae(kind, seed=seed) for seed, kind in enumerate(self.sae_kinds)]
         elif "sae" in changes:
             options["space"] = "sae"
         return YaPOConfig(**{"layers": [2], "task_type": "CAUSAL_LM"} | options | changes)
@@ -52,31 +66,9 @@ class Row:
         return model.eval()
 
 
-KINDS = {
-    "one layer": {},
-    "several layers": {"layers": [0, 2], "sae_kinds": ("jumprelu", "jumprelu")},
-    "several SAEs": {"layers": [1, 3], "sae_kinds": ("standard", "topk")},
-    "completion": {"positions": "completion"},
-    "last": {"positions": "last"},
-    "dense": {"space": "dense"},
-    "bf16": {},
-}
-ROWS = [
-    pytest.param(Row(name, options, torch.bfloat16 if kind == "bf16" else torch.float32), id=f"{name}-{kind}")
-    for name in ARCHITECTURES
-    for kind, options in KINDS.items()
-]
-
-
-@pytest.fixture(params=ROWS)
-def row(request):
-    return request.param
-
-
-@pytest.fixture(params=[row for row in ROWS if row.values[0].dtype == torch.float32])
-def exact_row(request):
-    """Rows where rounding does not decide between nearly equal tokens."""
-    return request.param
+@pytest.fixture
+def row(architecture, kind):
+    return Row(architecture, **kind)
 
 
 def run(model, ids=None, **inputs):
@@ -115,7 +107,7 @@ def test_config_survives_json(row, tmp_path):
 
 @pytest.mark.feature("PEFT", "Adapter names that contain each other, or parts of the prefix")
 @pytest.mark.filterwarnings("ignore:Adapter name '.*' should not be contained in the prefix")
-@pytest.mark.parametrize("name", ["yapo_", "apo", "code", "default2", "layer"])
+@pytest.mark.combine(name=["yapo_", "apo", "code", "default2", "layer"])
 def test_adapter_names(row, name, tmp_path):
     model = row.model(name)
     longer = f"{name}_{name}"
@@ -137,6 +129,7 @@ def test_adapter_names(row, name, tmp_path):
     refused="PEFT cannot tell their parameters apart",
 )
 @pytest.mark.filterwarnings("ignore:Adapter name '.*' should not be contained in the prefix")
+@once
 @pytest.mark.parametrize("name", ["a.b", "2", "yapo", "yapo_code", "base_model", "keys", "__base__"])
 def test_adapter_names_that_peft_would_mix_up_are_refused(row, name):
     with pytest.raises(ConfigError, match=f"adapter_name='{re.escape(name)}' cannot name an adapter"):
@@ -158,16 +151,14 @@ def test_save_selected_adapters(row, tmp_path):
 
 
 @pytest.mark.feature("PEFT", "`low_cpu_mem_usage`, `torch_device`, `is_trainable`, `autocast_adapter_dtype`")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"low_cpu_mem_usage": True},
-        {"is_trainable": True},
-        {"autocast_adapter_dtype": False},
-        {"torch_device": "cpu"},
-    ],
-    ids=lambda options: "-".join(options) or "plain",
+@pytest.mark.combine(
+    options={
+        "plain": {},
+        "low_cpu_mem_usage": {"low_cpu_mem_usage": True},
+        "is_trainable": {"is_trainable": True},
+        "autocast_adapter_dtype": {"autocast_adapter_dtype": False},
+        "torch_device": {"torch_device": "cpu"},
+    }
 )
 def test_load_options(row, options, tmp_path):
     model = row.model()
@@ -243,7 +234,7 @@ def test_disable_and_unload(row):
 
 
 @pytest.mark.feature("PEFT", "`copy.deepcopy` and `pickle` of a steered model")
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.combine(duplicate={"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))})
 def test_copies_are_independent(row, duplicate):
     model = row.model()
     expected, copied = run(model), duplicate(model)
@@ -276,7 +267,7 @@ def test_training_moves_only_codes(row):
 
 
 @pytest.mark.feature("PEFT", "Gradient checkpointing, reentrant and not")
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.combine(use_reentrant=[True, False])
 def test_gradient_checkpointing(row, use_reentrant):
     gradients = []
     for checkpointing in (False, True):
@@ -305,10 +296,13 @@ def test_gradient_checkpointing(row, use_reentrant):
 
 
 @pytest.mark.feature("PEFT", "`generate` with positional and keyword arguments, sampling, beams, several answers")
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}],
-    ids=["greedy", "sampling", "beams", "answers"],
+@pytest.mark.combine(
+    options={
+        "greedy": {},
+        "sampling": {"do_sample": True, "top_k": 5},
+        "beams": {"num_beams": 3},
+        "answers": {"num_beams": 2, "num_return_sequences": 2},
+    }
 )
 def test_generate(row, options):
     model, base, ids = row.model(), row.base(), random_ids(2, PROMPT)
@@ -325,14 +319,14 @@ def test_generate(row, options):
 
 
 @pytest.mark.feature("PEFT", "Assisted generation, with a draft model and by prompt lookup")
-@pytest.mark.parametrize("assistant", ["other model", "same model", "prompt lookup"])
-def test_assisted_generation(exact_row, assistant):
-    model, ids = exact_row.model(), random_ids(1, PROMPT)
+@pytest.mark.combine(kind=EXACT, assistant=["other model", "same model", "prompt lookup"])
+def test_assisted_generation(row, assistant):
+    model, ids = row.model(), random_ids(1, PROMPT)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GENERATE}
     if assistant == "prompt lookup":
         helper = {"prompt_lookup_num_tokens": 2}
     else:
-        draft = make_model(exact_row.architecture, seed=5 if assistant == "other model" else 0)
+        draft = make_model(row.architecture, seed=5 if assistant == "other model" else 0)
         draft.generation_config.eos_token_id = None
         helper = {"assistant_model": draft}
     assert torch.equal(model.generate(**inputs, **helper), model.generate(**inputs))
@@ -349,11 +343,15 @@ def test_inputs_embeds(row):
 
 
 @pytest.mark.feature("PEFT", "Static caches and prompts fed in chunks")
-@pytest.mark.parametrize(
-    "options", [{"cache_implementation": "static", "disable_compile": True}, {"prefill_chunk_size": 2}]
+@pytest.mark.combine(
+    kind=EXACT,
+    options={
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "chunks": {"prefill_chunk_size": 2},
+    },
 )
-def test_caches(exact_row, options):
-    model, ids = exact_row.model(), random_ids(2, PROMPT)
+def test_caches(row, options):
+    model, ids = row.model(), random_ids(2, PROMPT)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GENERATE}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs))
 
@@ -383,8 +381,7 @@ def test_device_map(row, tmp_path):
 
 
 @pytest.mark.feature("PEFT", "Accelerate's `cpu_offload` and `disk_offload`, before or after the adapter is attached")
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.combine(where=["cpu", "disk"], when=["before", "after"])
 def test_offloading(row, tmp_path, where, when):
     model = get_peft_model(row.base(), row.config()).eval()
     set_code(model, random_code())
