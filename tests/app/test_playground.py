@@ -73,7 +73,7 @@ def test_answers_are_those_of_the_model(playground, model, tokenizer, multiplier
 def test_several_adapters_have_multipliers_of_their_own(playground, model, tokenizer):
     _, steered = last(playground.answers(PROMPT, Dials({"one": 0.7, "two": -1.2}), max_new_tokens=8))
     for layer in steered_layers(model):
-        layer._active_adapter = [name for name in ("one", "two") if name in layer.yapo_code]
+        layer.activate([name for name in ("one", "two") if name in layer.yapo_code])
         layer.multiplier.update({"one": 0.7, "two": -1.2})
     assert generated(model, tokenizer) == steered
     unsteered, same = last(playground.answers(PROMPT, Dials(), max_new_tokens=8))

@@ -105,17 +105,12 @@ def test_rows_of_different_multipliers_learn_as_one_by_one(case):
 @given(cases())
 def test_the_gradient_of_the_activations_of_an_upper_layer_is_the_general_one(case):
     sae, h, code, multiplier = case
-    layer = YaPOLayer(nn.Identity(), 1, Call(nn.Identity()))
-    layer.update_layer(
-        "default",
-        load_sae(content_hash=register_sae(sae)),
-        D_SAE,
-        multiplier=multiplier,
-        positions="all",
-        init_weights=True,
-    )
-    layer.set_adapter("default")
-    layer.is_lowest = False
+    call = Call(nn.Identity())
+    for index in (0, 1):
+        layer = YaPOLayer(nn.Identity(), index, call)
+        layer.update_layer("default", D_SAE, multiplier=multiplier, positions="all", init_weights=True)
+        layer.yapo_sae["default"] = load_sae(content_hash=register_sae(sae))
+        layer.set_adapter("default")
     layer.yapo_code["default"].data = code
     weight_of_loss = torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
     below = h.clone().requires_grad_()

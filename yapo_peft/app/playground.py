@@ -25,7 +25,6 @@ from ..interpret.texts import device_and_dtype, padded, unsteered_outputs, windo
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
 from ..tuner.adapters import adapter_of, steered_layers, write_code
-from ..tuner.multiplier import mark_lowest
 from .streaming import RowStreamer, StopWhenSet
 
 _CODE = "adapter_model.safetensors"
@@ -221,10 +220,9 @@ class Playground:
         # Which puts everything back that is set here.
         with steering(self.model, 0.0), self._changed_codes(dials):
             for layer in steered_layers(self.model):
-                layer._active_adapter = [name for name in dials.multipliers if name in layer.yapo_code]
-                for name in layer._active_adapter:
+                layer.activate([name for name in dials.multipliers if name in layer.yapo_code])
+                for name in layer.active_adapters:
                     layer.multiplier[name] = torch.tensor([0.0, dials.multipliers[name]])
-            mark_lowest(self.model)
             yield
 
     @contextmanager

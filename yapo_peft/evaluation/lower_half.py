@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..scoring.agreement import SAME, SAME_IN_16_BITS, TOKENS_AT_ONCE
 from ..scoring.upper_half import UpperHalf
 from ..tuner.adapters import steered_layers
-from ..tuner.multiplier import lowest_steered
+from ..tuner.layer import lowest_steered
 from .answers import needs_labels
 from .prompts_once import PromptsOnce
 

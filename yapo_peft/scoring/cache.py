@@ -21,8 +21,7 @@ from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationErro
 from ..steering.learning import ActiveFeatures
 from ..trainer.config import YaPOTrainingConfig
 from ..tuner import YaPOLayer
-from ..tuner.layer import is_steering
-from ..tuner.multiplier import lowest_steered
+from ..tuner.layer import is_steering, lowest_steered
 from .agreement import distance, same, why_not_shared
 from .cacheable import one_sae, require_constant, require_no_noise
 from .fingerprint import survey

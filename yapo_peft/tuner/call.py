@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..steering.learning import ActiveFeatures
+
+if TYPE_CHECKING:
+    from .layer import YaPOLayer
 
 
 class Call:
@@ -28,6 +31,7 @@ class Call:
         multipliers: A multiplier for each row, `(batch,)`, instead of the adapters' own.
         generation: The `generate` that the current call is a step of; None outside.
         features: The features at the lowest steered layer, where they are known beforehand; None otherwise.
+        layers: The steered layers of the model, from the bottom up.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,6 +45,7 @@ class Call:
         self.multipliers: Tensor | None = None
         self.generation: object | None = None
         self.features: ActiveFeatures | None = None
+        self.layers: list[YaPOLayer] = []
         self._generate_multipliers: Tensor | None = None
         self._repeats = 1
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -70,19 +75,30 @@ class Call:
         )
 
     @contextmanager
-    def generating(self, prompt_length: int, repeats: int, multipliers: Any) -> Generator[None]:
-        """The calls within are steps of one `generate`, which repeats each row for beams or several answers."""
+    def generating(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any, multipliers: Any
+    ) -> Generator[None]:
+        """Treats the calls of a `with` block as steps of one `generate`, given its arguments and the model's config."""
         before = self.prompt_length, self._repeats, self._generate_multipliers, self.generation
-        self.prompt_length, self._repeats, self._generate_multipliers = prompt_length, repeats, as_rows(multipliers)
-        self.generation = object()
+        self.prompt_length, self._repeats = _prompt_length(args, kwargs), _repeats(args, kwargs, config)
+        self._generate_multipliers, self.generation = as_rows(multipliers), object()
         try:
             yield
         finally:
             self.prompt_length, self._repeats, self._generate_multipliers, self.generation = before
 
     @contextmanager
+    def routing(self, adapter_names: list[str]) -> Generator[None]:
+        """Steers each row of the calls of a `with` block with the adapter that is named for it."""
+        before, self.adapter_names = self.adapter_names, adapter_names
+        try:
+            yield
+        finally:
+            self.adapter_names = before
+
+    @contextmanager
     def knowing(self, features: ActiveFeatures) -> Generator[None]:
-        """The calls within find the features at the lowest steered layer computed already."""
+        """Takes the features at the lowest steered layer as given in the calls of a `with` block."""
         self.features = features
         try:
             yield
@@ -125,10 +141,25 @@ class Call:
         return args, {name: value for name, value in kwargs.items() if name != "multipliers"}
 
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Whoever calls a part of the model, past this hook, shall not be taken for the last one who called all."""
+        """Clears per-call state, so that direct calls of submodules don't see stale labels."""
         self.labels = self.attention_mask = self.multipliers = None
         self.uncounted = False
         self.past_length = 0
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    candidates = (kwargs.get("inputs_embeds"), args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+    # Without a prompt, `generate` starts from the BOS token.
+    return next((int(inputs.shape[1]) for inputs in candidates if inputs is not None), 1)
+
+
+def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:
+    """How often `generate` repeats each row: its arguments come first, then its config, then the model's."""
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    return max(
+        next((n for n in (kwargs.get(name), getattr(given, name, None), getattr(config, name, None)) if n), 1)
+        for name in ("num_beams", "num_return_sequences")
+    )
 
 
 def as_rows(multipliers: Tensor | Sequence[float] | None) -> Tensor | None:

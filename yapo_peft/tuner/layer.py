@@ -80,10 +80,9 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         multiplier: The multiplier of each adapter, or one per row of the batch, `(batch,)`.
         positions: The tokens that each adapter steers.
         index: Which block this is.
-        call: The current call of the model, shared by all its steered layers.
+        call: The current call of the model, shared by all its steered layers, and known to them.
         merged_adapters: The adapters whose shift is in a bias of the block.
         replaced_biases: The modules whose bias merging replaced, and the bias that was there.
-        is_lowest: Whether no block below is steered: the gradient ends here.
         track_moved: Whether `moved_tokens` is kept.
         moved_tokens: Whether any feature of a token moved in the last steered forward, `(batch, seq)`.
     """
@@ -95,7 +94,6 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.index = index
         self.call = call
-        self.is_lowest = True
         self.track_moved = False
         self.moved_tokens: Tensor | None = None
         self.yapo_code = nn.ParameterDict()
@@ -109,6 +107,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self._parent = [block]
         self._hook = block.register_forward_hook(self._steer_output, prepend=True)
         block.add_module(CHILD_NAME, self)
+        call.layers = sorted([*call.layers, self], key=lambda layer: layer.index)
         self.train(block.training)
 
     @property
@@ -119,19 +118,17 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        sae: FrozenSAE | None,
         size: int,
         *,
         multiplier: float,
         positions: str,
         init_weights: bool,
     ) -> None:
-        """Adds an adapter with a code of some size, or replaces one of the same name."""
+        """Adds an adapter with a code of some size, or replaces one of the same name. Its SAE is set afterwards."""
         code = torch.zeros(size, dtype=torch.float32)
         if not init_weights:
             code.normal_(std=0.02)
         self.yapo_code[adapter_name] = Code(code)
-        self.yapo_sae[adapter_name] = sae
         self.multiplier[adapter_name] = multiplier
         self.positions[adapter_name] = positions
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -194,6 +191,12 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return kept
 
     @property
+    def is_lowest(self) -> bool:
+        """Whether no adapter in use steers a layer below: the gradient ends here."""
+        lowest = lowest_steered(self.call.layers)
+        return lowest is None or self.index <= lowest.index
+
+    @property
     def used_adapters(self) -> list[str]:
         """The adapters that the current call asks for: those of its rows, or else the active ones."""
         if self.call.adapter_names is None:
@@ -231,6 +234,11 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         """Leaves the block as it was found."""
         self._hook.remove()
         delattr(self.block, CHILD_NAME)
+        self.call.layers = [layer for layer in self.call.layers if layer is not self]
+
+    def activate(self, adapter_names: list[str]) -> None:
+        """Makes adapters the active ones; unlike `set_adapter`, leaves alone which parameters are trainable."""
+        self._active_adapter = adapter_names
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; a merged shift is taken out where adapters are disabled."""
@@ -301,6 +309,11 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             if "meta" not in (code.device.type, codes[name].device.type):
                 code.data = codes[name].to(code.device)
         return self
+
+
+def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
+    """The lowest layer that an adapter in use steers, of layers from the bottom up; None if none does."""
+    return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
 
 
 def _index(rows: list[int], h: Tensor) -> Tensor:

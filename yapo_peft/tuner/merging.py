@@ -43,10 +43,10 @@ def merge_adapters(
     layers = [layer for layer in layers if names[layer]]
     shifts = [torch.stack([constant_shift(layer, name) for name in names[layer]]).sum(dim=0) for layer in layers]
     require_biases(model, layers, in_place)
-    active = [layer._active_adapter for layer in layers]
+    active = [layer.active_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._active_adapter = names[layer]
+            layer.activate(names[layer])
         steered = probe(model, layers)
         fold(layers, shifts, safe_merge)
         for layer in layers:
@@ -58,7 +58,7 @@ def merge_adapters(
         raise
     finally:
         for layer, before in zip(layers, active, strict=True):
-            layer._active_adapter = before
+            layer.activate(before)
 
 
 def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -20,12 +22,10 @@ from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
 from .layer import CHILD_NAME, YaPOLayer
 from .merging import complete_biases, merge_adapters
-from .multiplier import mark_lowest
 from .state_dict import from_file, to_file
-from .steered_calls import SteeredCalls
 
 
-class YaPOModel(SteeredCalls, BaseTuner):
+class YaPOModel(BaseTuner):
     """Gives decoder blocks a `YaPOLayer` each. PEFT makes one; users call `peft.get_peft_model`."""
 
     prefix: str = "yapo_"
@@ -56,20 +56,6 @@ class YaPOModel(SteeredCalls, BaseTuner):
             others.update(others_before)
             self.peft_config = peft_config
             cast(Any, model).peft_config = others
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        """Finds the blocks and loads the SAEs, before PEFT changes anything and outside its meta-device context."""
-        config = cast(YaPOConfig, peft_config)
-        _require_batches_of_rows(self.model, config)
-        name, blocks = decoder_blocks(self.model)
-        layers = resolve_layers(config.layer_indices(), len(blocks))
-        is_dense = config.space == "dense"
-        saes = [None if is_dense else self._checked_sae(config, *place) for place in enumerate(layers)]
-        config.layers = layers
-        config.target_modules = [f"{name}.{layer}" for layer in layers]
-        config.sae_identity = [sae.identity.to_dict() for sae in saes if sae is not None] or None
-        self._saes_to_attach = dict(zip(config.target_modules, zip(layers, saes, strict=True), strict=True))
-        return config
 
     def _checked_sae(self, config: YaPOConfig, position: int, layer: int) -> FrozenSAE:
         recorded, source = config.recorded_sae(position), config.sae_source(position)
@@ -107,14 +93,13 @@ class YaPOModel(SteeredCalls, BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = cast(YaPOConfig, peft_config)
-        index, sae = self._saes_to_attach[current_key]
+        position = (config.target_modules or []).index(current_key)
         layer = getattr(target, CHILD_NAME, None)
         if not isinstance(layer, YaPOLayer):
-            layer = YaPOLayer(target, index, self._call() or Call(self.model))
+            layer = YaPOLayer(target, config.layer_indices()[position], self._call() or Call(self.model))
         layer.update_layer(
             adapter_name,
-            sae,
-            hidden_size(self.model) if sae is None else sae.identity.d_sae,
+            config.recorded_sae(position).get("d_sae") or hidden_size(self.model),
             multiplier=config.multiplier,
             positions=config.positions,
             init_weights=config.init_weights,
@@ -123,27 +108,34 @@ class YaPOModel(SteeredCalls, BaseTuner):
             layer.yapo_code[adapter_name].requires_grad_(False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then lets each layer know whether it is the lowest.
+        """As PEFT's. Finds the layers and loads the SAEs first: before the model changes, and not on the meta device.
 
         A `state_dict`, from whose names PEFT would infer the modules, is not needed: the config names the layers.
 
         Raises:
-            ConfigError: The name cannot be one, because PEFT tells the parameters of adapters apart by it.
+            ConfigError: The name cannot be one, because PEFT tells the parameters of adapters apart by it; or the
+                config does not fit the model.
+            SAEMismatchError: An SAE was trained on another model or layer, or is not the one that the config records.
         """
-        parts = {"base_model", "model", *decoder_blocks(model)[0].split("."), CHILD_NAME, "yapo_code", "__base__"}
+        name, blocks = decoder_blocks(self.model)
+        parts = {"base_model", "model", *name.split("."), CHILD_NAME, "yapo_code", "__base__"}
         if "." in adapter_name or adapter_name.isdigit() or adapter_name in parts or hasattr(dict, adapter_name):
             raise ConfigError(
                 f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
                 f"methods, and none of {', '.join(sorted(parts))}."
             )
+        config = cast(YaPOConfig, self.peft_config[adapter_name])
+        _require_batches_of_rows(self.model, config)
+        layers = resolve_layers(config.layer_indices(), len(blocks))
+        is_dense = config.space == "dense"
+        saes = {layer: None if is_dense else self._checked_sae(config, i, layer) for i, layer in enumerate(layers)}
+        config.layers = layers
+        config.target_modules = [f"{name}.{layer}" for layer in layers]
+        config.sae_identity = [sae.identity.to_dict() for sae in saes.values() if sae is not None] or None
         super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
-        self._saes_to_attach = {}
-        mark_lowest(self.model)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's; then lets each layer know whether it is the lowest."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        mark_lowest(self.model)
+        for layer in steered_layers(self.model):
+            if layer.index in saes:
+                layer.yapo_sae[adapter_name] = saes[layer.index]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, which lets each layer choose the next active adapter; here all layers get the same one."""
@@ -153,7 +145,6 @@ class YaPOModel(SteeredCalls, BaseTuner):
         remaining = others or list(self.peft_config)[:1]
         if was_active and remaining:
             self.set_adapter(remaining)
-        mark_lowest(self.model)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         """Only this method's: another one's adapters in the model are none of its business."""
@@ -164,6 +155,48 @@ class YaPOModel(SteeredCalls, BaseTuner):
         """The modules of `modules_to_save`, by name."""
         wrappers = {n: m for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
         return {name: module for name, module in wrappers.items() if module._adapters & self.peft_config.keys()}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; `multipliers=`, `(batch,)`, sets a multiplier for each prompt."""
+        call, multipliers = self._call(), kwargs.pop("multipliers", None)
+        if call is None:
+            return cast(Any, self.model).generate(*args, **kwargs)
+        with call.generating(args, kwargs, self.model.generation_config, multipliers):
+            return cast(Any, self.model).generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which packs prompts as they come: rows cannot be told apart there.
+
+        Raises:
+            UnsupportedOperationError: `multipliers=` or `adapter_names=` is given.
+        """
+        given = [name for name in ("multipliers", "adapter_names") if kwargs.get(name) is not None]
+        if given:
+            raise UnsupportedOperationError(
+                f"{given[0]}= cannot be used in generate_batch, which packs prompts into one row: use generate."
+            )
+        return cast(Any, self.model).generate_batch(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        """PEFT calls this around each forward and `generate`; it is where `adapter_names` gets its meaning."""
+        adapter_names, call = kwargs.get("adapter_names"), self._call()
+        if adapter_names is None or call is None:
+            yield
+            return
+        if self.training:
+            raise ConfigError("adapter_names= cannot be used in training mode: call model.eval() first.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            known = ", ".join(map(repr, [*self.peft_config, "__base__"]))
+            raise ConfigError(f"adapter_names= names {unknown[0]!r}, but the model has {known}.")
+        with call.routing(list(adapter_names)):
+            yield
+
+    def _call(self) -> Call | None:
+        """The call that all steered layers share, also when another tuner attached the first of them."""
+        layers = steered_layers(self.model)
+        return layers[0].call if layers else None
 
     def add_weighted_adapter(
         self,

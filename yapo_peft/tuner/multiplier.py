@@ -44,17 +44,15 @@ def steering(
     try:
         for layer in layers:
             if adapter_name is not None:
-                layer._active_adapter = [adapter_name]
+                layer.activate([adapter_name])
             for name in layer.active_adapters:
                 if name in layer.multiplier:
                     layer.multiplier[name] = multiplier
-        mark_lowest(model)
         yield
     finally:
         for layer, active, multipliers in before:
-            layer._active_adapter = active
+            layer.activate(active)
             layer.multiplier.update({name: value for name, value in multipliers.items() if name in layer.multiplier})
-        mark_lowest(model)
 
 
 def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None) -> None:
@@ -74,7 +72,6 @@ def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], a
         for name in [adapter_name] if adapter_name is not None else layer.active_adapters:
             if name in layer.multiplier:
                 layer.multiplier[name] = multiplier
-    mark_lowest(model)
 
 
 def require_enabled(model: nn.Module) -> None:
@@ -85,19 +82,6 @@ def require_enabled(model: nn.Module) -> None:
     """
     if any(layer.disable_adapters for layer in steered_layers(model)):
         raise ConfigError("The adapters are disabled: leave disable_adapter(), or call enable_adapter_layers().")
-
-
-def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
-    """The lowest layer that an adapter in use steers, of layers from the bottom up; None if none does."""
-    return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
-
-
-def mark_lowest(model: nn.Module) -> None:
-    """Tells each steered layer whether it is the lowest that steers: there, and only there, the gradient ends."""
-    layers = steered_layers(model)
-    lowest = lowest_steered(layers)
-    for layer in layers:
-        layer.is_lowest = lowest is None or layer.index <= lowest.index
 
 
 def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
