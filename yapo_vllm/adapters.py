@@ -27,6 +27,7 @@ from yapo_peft.errors import (
 )
 from yapo_peft.sae import SAEIdentity, SAEPart, SAEWeights, load_sae
 from yapo_peft.sae.weights import Normalization
+from yapo_peft.steering.vector import vector_of
 
 from .settings import Settings, require_name
 
@@ -75,14 +76,16 @@ class BlockPart:
     """What an adapter needs at one block.
 
     Attributes:
-        values: Its code's entries that are not zero, `(n,)` in float32.
-        decoder: What each of them adds, `(n, d_model)`; for a dense adapter the one vector, with the value 1.
+        values: Its code's entries that are not zero, `(n,)` in float32; none of a dense code.
+        up: What all tokens get at multiplier 1, `(d_model,)` in float32.
+        down: What all tokens lose at multiplier -1, `(d_model,)` in float32.
         sae: Those features of the SAE, on the CPU; None where they cannot be read (TopK), or there is no SAE.
         normalization: Of the SAE.
     """
 
     values: Tensor
-    decoder: Tensor
+    up: Tensor
+    down: Tensor
     sae: SAEWeights | None
     normalization: Normalization
 
@@ -190,7 +193,7 @@ class AdapterFile:
     def _part(self, layer: int, code: Tensor) -> BlockPart:
         identity = self._identities[layer]
         if identity is None:
-            return BlockPart(torch.ones(1), code[None].float(), None, "none")
+            return BlockPart(code[:0], vector_of(code, None), vector_of(code, None), None, "none")
         indices = code.nonzero().squeeze(-1)
         load = partial(load_sae, **self.config.sae_source(self.config.layer_indices().index(layer)))
         if self.config.self_contained:
@@ -201,7 +204,8 @@ class AdapterFile:
             sae.identity.require_same(identity.to_dict(), f"layer {layer}")
         cpu = torch.device("cpu")
         part = None if sae.activation == "topk" else sae.select(indices, cpu, sae.dtype)
-        return BlockPart(code[indices], sae.decoder_rows(indices, cpu, torch.float32), part, sae.normalization)
+        up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if part is not None else (None, None)))
+        return BlockPart(code[indices], up, down, part, sae.normalization)
 
     def _digest(self, codes: dict[int, Tensor]) -> str:
         saes = {layer: identity and identity.content_hash for layer, identity in sorted(self._identities.items())}

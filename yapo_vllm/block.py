@@ -74,10 +74,8 @@ class _Vectors:
         self.down = torch.zeros(slots, d_model, device=device)
 
     def put(self, slot: int, part: BlockPart) -> None:
-        """Takes an adapter's; of features that are read, only what raises them at a sign is the same for all tokens."""
-        raised = part.values.clamp(min=0) if part.sae is not None else part.values
-        lowered = part.values.clamp(max=0) if part.sae is not None else part.values
-        self.up[slot], self.down[slot] = raised @ part.decoder, lowered @ part.decoder
+        """Takes an adapter's."""
+        self.up[slot], self.down[slot] = part.up, part.down
 
     def forget(self, slot: int) -> None:
         """Empties a slot."""
@@ -217,8 +215,7 @@ class BlockSteering:
             features.forget(slot)
         if part is None:
             return
-        device, kind = self._like.device, _kind_of(part)
-        part = dataclasses.replace(part, values=part.values.to(device), decoder=part.decoder.to(device))
+        kind = _kind_of(part)
         if kind is not None:
             self._features[kind].put(slot, part)
         if part.normalization == "none":

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError
 from ..evaluation.sweep import sweep
 from ..sae import FrozenSAE
+from ..steering.vector import vector_of
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of
 from .checks import require_counts, require_multiplier
@@ -190,11 +191,7 @@ def _at_block(
 
 def _code(layer: YaPOLayer, name: str, device: torch.device) -> _Code:
     values, sae = layer.code(name).detach().to(device), layer.yapo_sae[name]
-    if sae is None:
-        return _Code(values, None, values, -values)
-    features = values.nonzero().squeeze(-1)
-    entries, rows = values[features], sae.decoder_rows(features, device, torch.float32)
-    return _Code(values, sae, entries.clamp(min=0) @ rows, (-entries).clamp(min=0) @ rows)
+    return _Code(values, sae, vector_of(values, sae, sign=1), -vector_of(values, sae, sign=-1))
 
 
 def _same_space(one: _Code, two: _Code) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..steering.reach import keep_largest, reach
+from ..steering.vector import vector_of
 from ..tuner.adapters import layers_of, write_code
 
 
@@ -52,10 +53,5 @@ def _stretch(pruned: Tensor, code: Tensor, sae: FrozenSAE) -> float:
     if not pruned.any():
         return 1.0
     most = float(reach(code, sae).sum() / reach(pruned, sae).sum())
-    return min(_length(code, sae) / max(_length(pruned, sae), 1e-12), most)
-
-
-def _length(code: Tensor, sae: FrozenSAE) -> float:
-    """How far raising the features of a code moves every token."""
-    features = code.nonzero().squeeze(-1)
-    return float((code[features] @ sae.decoder_rows(features, code.device, code.dtype)).norm())
+    before, after = (float(vector_of(entries, sae).norm()) for entries in (code, pruned))
+    return min(before / max(after, 1e-12), most)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..steering.vector import vector_of
 from ..tuner import YaPOLayer
 from ..tuner.adapters import layers_of, write_code
 
@@ -43,8 +44,6 @@ def _length_of_shift(layer: YaPOLayer, adapter_name: str) -> float:
             f"like={adapter_name!r} has an SAE that scales each token by itself ({sae.normalization!r}): its shift "
             "has no one length. Take a dense adapter."
         )
-    support = code.nonzero().squeeze(-1)
-    if not len(support):
+    if not code.any():
         raise ConfigError(f"like={adapter_name!r} has a zero code at block {layer.index}: fit or train it first.")
-    shift = code if sae is None else code[support] @ sae.decoder_rows(support, code.device, torch.float32)
-    return float(shift.norm())
+    return float(vector_of(code, sae).norm())

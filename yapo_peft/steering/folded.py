@@ -10,6 +10,7 @@ from torch import Tensor
 from ..sae import FrozenSAE
 from ..sae.weights import SAEWeights
 from .formula import Multiplier, steering_shift
+from .vector import vector_of
 
 
 @dataclass
@@ -53,11 +54,9 @@ class FoldedSteering:
                 read = code.nonzero().squeeze(-1)
             else:
                 wanted = multiplier * code
-                # Asked so that NaN in a code is among these, and spreads to all tokens.
-                raised = (~(wanted < 0) & (wanted != 0)).nonzero().squeeze(-1)
-                if len(raised):
-                    decoder = sae.decoder_rows(raised, code.device, code.dtype)
-                    constant = (wanted[raised] @ decoder).to(like.device, like.dtype)
+                # NaN in a code is not below zero: it is in the constant, and spreads to all tokens.
+                if (~(wanted < 0) & (wanted != 0)).any():
+                    constant = vector_of(wanted, sae, sign=1).to(like.device, like.dtype)
                 read = (wanted < 0).nonzero().squeeze(-1)
             part = sae.select(read, like.device, like.dtype)
             entries = code[read].to(like.device)

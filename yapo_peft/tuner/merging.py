@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .._utils import evaluating
 from ..errors import AdapterFileError, UnsupportedOperationError
 from ..steering.formula import Multiplier
+from ..steering.vector import vector_of
 from .hooks import block_outputs
 from .layer import YaPOLayer
 
@@ -100,12 +101,8 @@ def token_dependence(layer: YaPOLayer, adapter_name: str, multiplier: float) -> 
 
 
 def full_shift(layer: YaPOLayer, adapter_name: str, multiplier: float) -> Tensor:
-    """What an adapter adds to the output of a block where no feature is cut, `(d_model,)` in float32."""
-    code, sae = layer.code(adapter_name).detach(), layer.yapo_sae[adapter_name]
-    if sae is None:
-        return multiplier * code
-    support = code.nonzero().squeeze(-1)
-    return (multiplier * code[support]) @ sae.decoder_rows(support, code.device, torch.float32)
+    """What an adapter adds to the output of a layer if no feature is cut, `(d_model,)` in float32."""
+    return vector_of(multiplier * layer.code(adapter_name), layer.yapo_sae[adapter_name])
 
 
 def fold(layers: list[YaPOLayer], shifts: list[Tensor], safe_merge: bool) -> None:
