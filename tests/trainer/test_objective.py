@@ -3,7 +3,7 @@ import torch
 from _reference.yapo import bidirectional_loss
 from torch.nn.functional import logsigmoid
 
-from yapo_peft.trainer.objective import draw_directions, orient, pair_order, preference_margin
+from yapo_peft.trainer.objective import draw_directions, pair_order, preference_margin, take_pairs
 
 
 @pytest.mark.parametrize("signs", [[1, 1, 1], [-1, -1, -1], [1, -1, 1], [-1, 1, 1]])
@@ -11,7 +11,7 @@ def test_the_oriented_pair_has_the_published_loss(signs):
     directions, beta = torch.tensor(signs, dtype=torch.float), 0.3
     w, lose, ref_w, ref_l = (torch.randn(3, dtype=torch.float64) * 5 for _ in range(4))
     batch = {"input_ids": torch.arange(6)[:, None], "ref_chosen_logps": ref_w, "ref_rejected_logps": ref_l}
-    oriented = orient(batch, directions)
+    oriented = take_pairs(batch, pair_order(directions))
     logps = torch.cat([w, lose])[oriented["input_ids"].squeeze(1)]
     chosen, rejected = logps.chunk(2)
     margin = preference_margin(chosen, rejected, oriented["ref_chosen_logps"], oriented["ref_rejected_logps"])
@@ -28,12 +28,12 @@ def test_orienting_swaps_whole_rows_and_twice_is_nothing():
         "ref_chosen_logps": torch.tensor([-1.0, -2.0]),
         "ref_rejected_logps": torch.tensor([-3.0, -4.0]),
     }
-    once = orient(batch, directions)
+    once = take_pairs(batch, pair_order(directions))
     assert once["input_ids"].flatten().tolist() == [1, 4, 3, 2]
     assert once["completion_mask"].flatten().tolist() == [1, 4, 3, 2]
     assert once["ref_chosen_logps"].tolist() == [-1.0, -4.0]
     assert once["ref_rejected_logps"].tolist() == [-3.0, -2.0]
-    twice = orient(once, directions)
+    twice = take_pairs(once, pair_order(directions))
     assert all(torch.equal(twice[name], value) for name, value in batch.items())
     order = pair_order(directions)
     assert torch.equal(order[order], torch.arange(4))

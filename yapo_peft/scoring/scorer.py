@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..steering.learning import ActiveFeatures
-from ..trainer.objective import pair_order
-from ..trainer.replay import Replay
 from ..tuner.call import Call
 from .lm_head import score_answers, score_rows
 from .packing import PackedBatch
@@ -32,9 +30,8 @@ class WholeModel:
     base: nn.Module
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Scores a batch as TRL's fused head does, but the answers' tokens alone; other calls go to the model."""
-        if not kwargs.pop("fused_lm_head", False):
-            return self.model(**kwargs)
+        """Scores a batch as TRL's fused head does, but the answers' tokens alone."""
+        del kwargs["fused_lm_head"]
         return score_rows(self.base, self.model, kwargs)
 
     @property
@@ -42,17 +39,13 @@ class WholeModel:
         """What scores the answers without steering, when steering is off."""
         return self
 
-    def replay(self, directions: Tensor) -> Replay:
-        """What TRL's loss gets as the model, for a batch oriented by directions, `(pairs,)`."""
-        return Replay(self)
-
     def multiplier_of_rows(self, directions: Tensor) -> Tensor:
-        """The multiplier of each row that the model sees, `(rows,)`."""
+        """The multiplier of each row that the model sees, `(rows,)`, from the direction of each pair, `(pairs,)`."""
         return torch.cat([directions, directions])
 
-    def collated(self, tokens: Tensor, directions: Tensor) -> Tensor:
+    def collated(self, tokens: Tensor) -> Tensor:
         """Something of each token that the model sees, as of each token of the collated batch, `(2 * pairs, seq)`."""
-        return tokens[pair_order(directions).to(tokens.device)]
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -78,9 +71,7 @@ class CachedPairs:
     unsteered: Tensor
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Scores the batch, in the order of its labels."""
-        if not kwargs.get("fused_lm_head"):
-            return self.model(**kwargs)
+        """Scores the batch; what it is called with is known already."""
         with self.upper.given(self.hidden), self.call.knowing(self.features):
             return score_packed(self.upper.model, self.model, self.batch)
 
@@ -89,15 +80,11 @@ class CachedPairs:
         """What scores the answers without steering."""
         return lambda **kwargs: SimpleNamespace(log_probs=self.unsteered)
 
-    def replay(self, directions: Tensor) -> Replay:
-        """As `WholeModel.replay`."""
-        return Replay(self, pair_order(directions))
-
     def multiplier_of_rows(self, directions: Tensor) -> Tensor:
         """As `WholeModel.multiplier_of_rows`."""
         return self.batch.multiplier_of_rows(directions)
 
-    def collated(self, tokens: Tensor, directions: Tensor) -> Tensor:
+    def collated(self, tokens: Tensor) -> Tensor:
         """As `WholeModel.collated`."""
         return tokens.flatten()[self.batch.origin.to(tokens.device)]
 

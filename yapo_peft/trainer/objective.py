@@ -107,36 +107,21 @@ def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int
     return drawn[-pairs:] if per == "example" else drawn.expand(pairs)
 
 
-def orient(inputs: dict[str, Any], directions: Tensor) -> dict[str, Any]:
-    """Swaps chosen and rejected in the pairs that point to -1.
+def take_pairs(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of a batch of pairs: all of them in another order, or those of one pair.
 
-    A pairwise loss of the swapped pair is the loss of the pair with `d = -1`: for the sigmoid,
+    A pairwise loss of a pair whose answers are swapped is its loss with `d = -1`: for the sigmoid,
     `-log sigmoid(d * beta * margin)`.
 
     Args:
         inputs: A batch of TRL's preference collator, `(2 * pairs, ...)`, chosen first, with `ref_chosen_logps` and
             `ref_rejected_logps`, `(pairs,)`.
-        directions: `(pairs,)`.
-
-    Returns:
-        The batch, oriented.
+        rows: Indices of the rows, those of the chosen answers first.
     """
-    order = pair_order(directions)
-    oriented = dict(inputs)
-    for name in _PAIRED:
-        if name in inputs:
-            oriented[name] = inputs[name][order.to(inputs[name].device)]
     reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-    chosen, rejected = reference[order.to(reference.device)].chunk(2)
-    return {**oriented, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-
-
-def one_pair(inputs: dict[str, Any], index: int, pairs: int) -> tuple[dict[str, Any], Tensor]:
-    """The batch of one pair of a batch, and the rows that it has there, `(2,)`."""
-    rows = torch.tensor([index, index + pairs])
-    part = {name: value[rows.to(value.device)] if name in _PAIRED else value for name, value in inputs.items()}
-    reference = {name: inputs[name][index : index + 1] for name in ("ref_chosen_logps", "ref_rejected_logps")}
-    return {**part, **reference}, rows
+    chosen, rejected = reference[rows.to(reference.device)].chunk(2)
+    paired = {name: inputs[name][rows.to(inputs[name].device)] for name in _PAIRED if name in inputs}
+    return {**inputs, **paired, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
 def pair_order(directions: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator
-from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
+
+from .objective import take_pairs
 
 
 class PairMetricsTrainer(DPOTrainer):
@@ -34,27 +36,45 @@ class PairMetricsTrainer(DPOTrainer):
         )
         return output
 
-    @contextmanager
-    def _given_reference(self) -> Generator[None]:
-        """TRL reads the reference from the batch only if it thinks that it was precomputed."""
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What TRL calls a model with to score the answers of a batch."""
+        others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        given = {name: value for name, value in inputs.items() if name not in others}
+        return {**given, **router, "use_cache": False, "labels": labels, "fused_lm_head": True}
+
+    def _logits_of(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The model's output for a batch as labelled, whose logits TRL hands to `compute_metrics`."""
+        given = self._model_inputs(inputs)
+        del given["labels"], given["fused_lm_head"]
+        with torch.no_grad():
+            return model(**given)
+
+    def _trl_loss(self, scores: Any, inputs: dict[str, Any], rows: Tensor | None = None, logs: bool = False) -> Tensor:
+        """TRL's loss of a batch that is scored already, with its reference.
+
+        Args:
+            scores: What TRL's fused head gives for the batch.
+            inputs: The batch, with the log-probabilities of its answers under the reference.
+            rows: Indices of the rows that enter, those of the chosen answers first; all, as they are, if None.
+            logs: Whether TRL's metrics of it, and its tokens, count.
+        """
+        if rows is not None:
+            inputs = take_pairs(inputs, rows)
+            taken = {name: value[rows.to(value.device)] if value.dim() else value for name, value in scores.items()}
+            scores = SimpleNamespace(**taken)
+        kept = self._metrics, self._total_train_tokens
+        # TRL reads the reference from the batch only if it thinks that it was precomputed.
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        if not logs:
+            self._metrics = {mode: defaultdict(list) for mode in self._metrics}
         try:
-            yield
+            return cast(Tensor, super()._compute_loss(lambda **_: scores, inputs, False))
         finally:
             self.precompute_ref_logps = precomputed
-
-    @contextmanager
-    def _metrics_kept(self, except_for: frozenset[str] = frozenset()) -> Generator[None]:
-        """Keeps the metrics and the count of tokens as they are, except for some that may grow."""
-        metrics, tokens = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in metrics}
-        try:
-            yield
-        finally:
-            for mode, values in self._metrics.items():
-                for name in values.keys() & except_for:
-                    metrics[mode][name].extend(values[name])
-            self._metrics, self._total_train_tokens = metrics, tokens
+            if not logs:
+                self._metrics, self._total_train_tokens = kept
 
     def _log_each(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Logs a metric of single pairs; the mean over all of them, or those of a mask, is what is reported."""

@@ -31,17 +31,15 @@ from .objective import (
     OrientedPairs,
     draw_directions,
     loss_of_each,
-    one_pair,
-    orient,
     pair_order,
     preference_margin,
+    take_pairs,
 )
 from .pair_metrics import PairMetricsTrainer
-from .replay import Replay
 from .sparsity import Sparsify, require_sparsifiable
 from .units import UnitsTrainer
 
-_SIGN_NAMES = {1.0: "plus", 0.0: "zero", -1.0: "minus"}
+_SIGN_NAMES = {1.0: "plus", -1.0: "minus"}
 
 
 class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
@@ -208,74 +206,63 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
             cached = self._cache.pairs(model, inputs, rows, directions[0])
         scorer: Scorer = cached or WholeModel(model, self._base_model)
         inputs = self._with_reference(scorer, inputs)
-        if not self.model.training:
-            return self._evaluation_loss(scorer, inputs, directions, return_outputs)
+        loss = (self._training_loss if self.model.training else self._evaluation_loss)(scorer, inputs, directions)
+        return (loss, self._logits_of(model, inputs)) if return_outputs else loss
+
+    def _training_loss(self, scorer: Scorer, inputs: dict[str, Any], directions: list[Tensor]) -> Tensor:
         seen = self._total_train_tokens
-        results = [self._directed_loss(scorer, inputs, direction, return_outputs) for direction in directions]
+        losses = [self._directed_loss(scorer, inputs, direction)[0] for direction in directions]
         # TRL counts the tokens of each pass; the batch is one, whichever ways it was steered.
         self._total_train_tokens = seen + (self._total_train_tokens - seen) // len(directions)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        loss = torch.stack([result.loss for result in results]).mean()
+        loss = torch.stack(losses).mean()
         self._require_finite(loss)
         for name, value in size_of_codes(self._layers).items():
             self._metrics["train"][name].append(value)
-        return (loss, results[0].outputs) if return_outputs else loss
+        return loss
 
-    def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], both: list[Tensor], return_outputs: bool) -> Any:
-        plus = self._directed_loss(scorer, inputs, both[0], return_outputs)
-        with self._metrics_kept(except_for=frozenset({"loss/minus", "margin/minus"})):
-            minus = self._directed_loss(scorer, inputs, both[1], return_outputs=False)
-        for sign, logps in ((1.0, plus.logps), (0.0, self._unsteered_logps(scorer, inputs)), (-1.0, minus.logps)):
-            chosen, rejected = logps
-            self._log_each(f"accuracy/{_SIGN_NAMES[sign]}", (chosen > rejected).float())
-        loss = (plus.loss + minus.loss) / 2
-        return (loss, plus.outputs) if return_outputs else loss
+    def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], both: list[Tensor]) -> Tensor:
+        plus, at_plus = self._directed_loss(scorer, inputs, both[0])
+        minus, at_minus = self._directed_loss(scorer, inputs, both[1], logs_shared=False)
+        at_zero = self._unsteered_logps(scorer, inputs)
+        for name, (chosen, rejected) in (("plus", at_plus), ("zero", at_zero), ("minus", at_minus)):
+            self._log_each(f"accuracy/{name}", (chosen > rejected).float())
+        return (plus + minus) / 2
 
     def _directed_loss(
-        self, scorer: Scorer, inputs: dict[str, Any], directions: Tensor, return_outputs: bool
-    ) -> _DirectedLoss:
-        """TRL's loss of one forward pass with pairs that point in given directions.
+        self, scorer: Scorer, inputs: dict[str, Any], directions: Tensor, logs_shared: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss of a forward pass with each pair steered in its direction, and the log-probabilities of its answers.
 
-        TRL's code runs twice on that pass: on the oriented batch for the loss, and on the batch as labelled for the
-        metrics, so that they keep their meaning whichever way the pairs point.
+        TRL's code runs on the scores of that pass as labelled, for its metrics, and as oriented, for the loss. Metrics
+        that don't name a direction are logged if `logs_shared`.
         """
         uniform = bool((directions == directions[0]).all())
-        multiplier = float(directions[0]) if uniform else scorer.multiplier_of_rows(directions)
-        oriented = orient(inputs, directions)
-        replay = scorer.replay(directions)
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
-        with self._given_reference():
-            with self._metrics_kept(), steering(unwrapped, multiplier):
-                loss = cast(Tensor, super()._compute_loss(cast(Any, replay), oriented, False))
-            if self._objective is not None:
-                each = loss_of_each(self._objective, OrientedPairs.of(replay.log_probs_with_gradient, oriented))
-                loss, losses = each.mean(), each.detach()
-            else:
-                losses = loss.detach()[None] if self.model.training else self._loss_of_each(replay, oriented)
-            seen = [layer.moved_tokens for layer in self._layers if layer.moved_tokens is not None]
-            collated = [scorer.collated(tokens, directions) for tokens in seen]
-            moved = share_of_tokens_moved(collated, inputs["attention_mask"])
-            replay.reorder(pair_order(directions))
+        with steering(unwrapped, float(directions[0]) if uniform else scorer.multiplier_of_rows(directions)):
+            scores = scorer(**self._model_inputs(inputs))
+        if logs_shared:
             with torch.no_grad():
-                labelled = super()._compute_loss(cast(Any, replay), inputs, return_outputs)
-        chosen, rejected = replay.log_probs.sum(dim=1).chunk(2)
+                self._trl_loss(scores, inputs, logs=True)
+            seen = [layer.moved_tokens for layer in self._layers if layer.moved_tokens is not None]
+            moved = share_of_tokens_moved([scorer.collated(tokens) for tokens in seen], inputs["attention_mask"])
+            self._log_each("code/tokens_moved", moved)
+        order = pair_order(directions)
+        if self._objective is not None:
+            log_probs = scores.log_probs[order.to(scores.log_probs.device)]
+            losses = loss_of_each(self._objective, OrientedPairs.of(log_probs, take_pairs(inputs, order)))
+        elif self.model.training:
+            losses = self._trl_loss(scores, inputs, order)[None]
+        else:
+            # One pair at a time: a mean over them does not depend on how they were batched.
+            losses = torch.stack([self._trl_loss(scores, inputs, rows) for rows in order.view(2, -1).T])
+        chosen, rejected = scores.log_probs.detach().sum(dim=1).chunk(2)
         margin = preference_margin(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
-        for sign in (1.0, -1.0):
-            self._log_each(f"margin/{_SIGN_NAMES[sign]}", margin, where=directions.to(margin.device) == sign)
+        for sign, name in _SIGN_NAMES.items():
+            self._log_each(f"margin/{name}", margin, where=directions.to(margin.device) == sign)
         if self.args.direction != "example" or not self.model.training:
             self._log_each(f"loss/{_SIGN_NAMES[float(directions[0])]}", losses)
-        self._log_each("code/tokens_moved", moved)
-        return _DirectedLoss(loss, (chosen, rejected), labelled[1] if return_outputs else None)
-
-    def _loss_of_each(self, replay: Replay, oriented: dict[str, Any]) -> Tensor:
-        """The loss of each pair alone, `(pairs,)`: a mean over them does not depend on how they were batched."""
-        pairs = len(oriented["ref_chosen_logps"])
-        losses: list[Tensor] = []
-        with self._metrics_kept(), torch.no_grad():
-            for index in range(pairs):
-                pair, rows = one_pair(oriented, index, pairs)
-                losses.append(cast(Tensor, super()._compute_loss(cast(Any, replay.of_rows(rows)), pair, False)))
-        return torch.stack(losses)
+        return losses.mean(), (chosen, rejected)
 
     def _with_reference(self, scorer: Scorer, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the log-probabilities of its answers under the reference; zeros where there is none."""
@@ -322,13 +309,6 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
             f"The loss is {bad} in step {step + 1}. {kept} Lower learning_rate (now {self.args.learning_rate}) "
             "or train in float32 if the model overflows."
         )
-
-
-class _DirectedLoss:
-    def __init__(self, loss: Tensor, logps: tuple[Tensor, Tensor], outputs: Any) -> None:
-        self.loss = loss
-        self.logps = logps
-        self.outputs = outputs
 
 
 def _default_output_dir(model: Any) -> str:
