@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Warns on import of a kernel that it could fetch, past what pytest captures of its workers.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +22,6 @@ from tiny import VOCABULARY, inference_sae, make_sae, preference_rows
 from transformers import PreTrainedTokenizerFast
 
 import yapo_peft
-
-# It warns on import of a kernel that it could fetch, past what pytest captures of its workers.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 pytest_plugins = ["combining", "pytester"]
 

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -7,9 +8,17 @@ from tiny import make_model, make_sae
 
 from yapo_cli import main
 from yapo_peft import ConfigError, Scores, UnsupportedOperationError, YaPOConfig, steering
-from yapo_peft.evaluation import evaluate_tasks, sweep_tasks
+from yapo_peft.evaluation import evaluate_tasks, lm_eval, sweep_tasks
 
 DOCUMENTS = [{"q": f"w{3 * i} w{i + 1}", "o": [f"w{i + 5} w3", f"w{i + 9} w7"], "a": i % 2} for i in range(8)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_index():
+    """lm-eval parses thousands of files to list its tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval, "task_manager", functools.cache(lm_eval.task_manager))
+        yield
 
 
 @pytest.fixture
