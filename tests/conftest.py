@@ -81,3 +81,13 @@ def saved_adapter(tmp_path: Path, tokenizer) -> Path:
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which examples find a small model in place of the embedded one."""
+    from stand_in import write_stand_in
+
+    cache = tmp_path_factory.mktemp("cache")
+    write_stand_in(cache)
+    return {"XDG_CACHE_HOME": str(cache)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked import run_script
 from nbclient import NotebookClient
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from tiny import inference_sae, make_model, make_sae, random_code, set_code
@@ -42,7 +43,7 @@ sys.modules["embedded"] = module
 
 @pytest.fixture
 def workplace(tmp_path, tokenizer, pairs):
-    """A folder with a model, an SAE, pairs, two adapters, and a `sitecustomize` that puts them into the examples."""
+    """A folder with a model, an SAE, pairs, and two adapters."""
     make_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     inference_sae(make_sae(layer=2), tmp_path / "sae")
@@ -52,17 +53,12 @@ def workplace(tmp_path, tokenizer, pairs):
         set_code(model, random_code(seed=seed))
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         model.save_pretrained(tmp_path / name)
-    stand_in = STAND_IN.format(tests=str(ROOT / "tests"), workplace=str(tmp_path))
-    (tmp_path / "run_example.py").write_text(
-        stand_in + "import runpy\nsys.argv = sys.argv[1:]\nsys.path.insert(0, str(Path(sys.argv[0]).parent))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
     return tmp_path
 
 
 def run(workplace, script, *arguments):
-    command = [sys.executable, str(workplace / "run_example.py"), str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    stand_in = STAND_IN.format(tests=str(ROOT / "tests"), workplace=str(workplace))
+    done = run_script(EXAMPLES / script, *arguments, cwd=workplace, before=stand_in)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

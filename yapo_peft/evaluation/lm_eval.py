@@ -53,7 +53,8 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    options.setdefault("task_manager", task_manager())
+    if options.get("task_manager") is None:
+        options["task_manager"] = task_manager()
     unknown = [task for task in tasks if isinstance(task, str) and task not in options["task_manager"].all_tasks]
     if not tasks or unknown:
         raise ConfigError(f"tasks={unknown or tasks!r}: name tasks or groups of lm-eval, such as 'mmlu'.")
@@ -96,7 +97,8 @@ def sweep_tasks(
     """
     multipliers = distinct(multipliers)
     options = cast(Any, {**options, "log_samples": True})
-    options.setdefault("task_manager", task_manager())
+    if options.get("task_manager") is None:
+        options["task_manager"] = task_manager()
     # A document of each task shows whether they have the metric, before the work of all of them.
     _rows(evaluate_tasks(model, tokenizer, tasks, multipliers[0], **cast(Any, {**options, "limit": 1})), metric, filter)
     rows: list[dict[str, Any]] = []
