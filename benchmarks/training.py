@@ -29,8 +29,8 @@ from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from published import Published, cached_arguments, pairs_of, random_sae, report
 
 from yapo_peft import YaPOConfig, YaPOTrainer
+from yapo_peft.scoring import scorer as scoring
 from yapo_peft.scoring.cache import COLUMN
-from yapo_peft.trainer import scoring
 
 SIDES = ("published", "ours", "dense")
 

@@ -23,7 +23,7 @@ def test_a_benchmark_runs(name, model, small_model, tmp_path):
 
 
 def test_the_benchmark_of_the_start_runs():
-    run = run_script(BENCHMARKS / "startup.py", "--rounds", 1)
+    run = run_script(BENCHMARKS / "startup.py", "--quick")
     assert run.returncode == 0, run.stderr[-2000:]
     assert "import yapo_peft / import peft: " in run.stdout
     assert "yapo --help / " in run.stdout
