@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
 
-from yapo_peft import YaPOConfig
 from yapo_peft._utils import hash_tensors
-from yapo_peft.adapter_file.codes import unpack_codes
-from yapo_peft.adapter_file.parts import is_of_part, unpack_part
+from yapo_peft.adapter_file.reading import SavedAdapter
 from yapo_peft.errors import (
-    AdapterFileError,
     ConfigError,
     SAEMismatchError,
     SAENotFoundError,
     UnsupportedOperationError,
-    YaPOError,
 )
-from yapo_peft.sae import SAEIdentity, SAEPart, SAEWeights, load_sae
+from yapo_peft.sae import SAEWeights
 from yapo_peft.sae.weights import Normalization
 from yapo_peft.steering.vector import vector_of
 
@@ -90,48 +82,8 @@ class BlockPart:
     normalization: Normalization
 
 
-class AdapterFile:
-    """A saved adapter.
-
-    Args:
-        source: Its folder or Hub id.
-
-    Raises:
-        AdapterFileError: It is damaged, or of another PEFT method.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        try:
-            kind = PeftConfig._get_peft_type(source)
-            if kind != "YAPO":
-                raise AdapterFileError(f"{source!r} is an adapter of PEFT's method {kind}, not of YaPO.")
-            self.config = cast(YaPOConfig, YaPOConfig.from_pretrained(source))
-            self._tensors = load_peft_weights(source, device="cpu")
-        except YaPOError:
-            raise
-        except Exception as error:
-            raise AdapterFileError(
-                f"No adapter can be read from {source!r} ({type(error).__name__}: {error}). Give the folder that "
-                "save_pretrained wrote, or the id of a Hub repository that can be reached."
-            ) from error
-        self._identities = {
-            layer: SAEIdentity.from_dict(self.config.recorded_sae(place)) if self.config.space == "sae" else None
-            for place, layer in enumerate(self.config.layer_indices())
-        }
-
-    def folder_in_cache(self) -> str:
-        """Where the Hub's cache has it, after it was read from there."""
-        return str(Path(hf_hub_download(self.source, CONFIG_NAME, local_files_only=True)).parent)
-
-    def codes(self, d_model: int) -> dict[int, Tensor]:
-        """The code of each block, `(d_sae,)` or `(d_model,)`.
-
-        Raises:
-            AdapterFileError: A tensor is missing, unknown, or does not fit.
-        """
-        packed = {name: tensor for name, tensor in self._tensors.items() if not is_of_part(name)}
-        return unpack_codes(packed, dict(self._identities), d_model)
+class AdapterFile(SavedAdapter):
+    """A saved adapter, as a server needs it."""
 
     def describe(self, id: int, slot: int, name: str, d_model: int, depth: int) -> Served:
         """What is to be known of it, and that it fits a model.
@@ -145,7 +97,7 @@ class AdapterFile:
             raise SAEMismatchError(
                 f"Adapter {name!r} steers block {max(layers)}, and the served model has {depth}: it is of another one."
             )
-        for identity in self._identities.values():
+        for identity in self.identities.values():
             if identity is not None and identity.d_in != d_model:
                 raise SAEMismatchError(
                     f"Adapter {name!r} steers activations of width {identity.d_in}, and the served model's are "
@@ -154,7 +106,7 @@ class AdapterFile:
         self._require_saes()
         codes = self.codes(d_model)
         signs = {1, -1}
-        for layer, identity in self._identities.items():
+        for layer, identity in self.identities.items():
             if identity is not None and identity.architecture == "topk":
                 signs &= {sign for sign in (1, -1) if not (sign * codes[layer] < 0).any()}
         is_sparse = self.config.space == "sae"
@@ -182,7 +134,7 @@ class AdapterFile:
 
     def _require_saes(self) -> None:
         """Raises if a folder that an SAE should be in is not there; nothing is read."""
-        folders = [self.config.sae_source(place)["path"] for place in range(len(self._identities))]
+        folders = [self.config.sae_source(place)["path"] for place in range(len(self.identities))]
         gone = [folder for folder in folders if folder is not None and not Path(folder, "cfg.json").is_file()]
         if gone and not self.config.self_contained:
             raise SAENotFoundError(
@@ -191,24 +143,17 @@ class AdapterFile:
             )
 
     def _part(self, layer: int, code: Tensor) -> BlockPart:
-        identity = self._identities[layer]
-        if identity is None:
+        sae = self.sae(layer)
+        if sae is None:
             return BlockPart(code[:0], vector_of(code, None), vector_of(code, None), None, "none")
         indices = code.nonzero().squeeze(-1)
-        load = partial(load_sae, **self.config.sae_source(self.config.layer_indices().index(layer)))
-        if self.config.self_contained:
-            sae = SAEPart(identity, load)
-            sae.fill(*unpack_part(layer, self._tensors, identity))
-        else:
-            sae = load()
-            sae.identity.require_same(identity.to_dict(), f"layer {layer}")
         cpu = torch.device("cpu")
         part = None if sae.activation == "topk" else sae.select(indices, cpu, sae.dtype)
         up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if part is not None else (None, None)))
         return BlockPart(code[indices], up, down, part, sae.normalization)
 
     def _digest(self, codes: dict[int, Tensor]) -> str:
-        saes = {layer: identity and identity.content_hash for layer, identity in sorted(self._identities.items())}
+        saes = {layer: identity and identity.content_hash for layer, identity in sorted(self.identities.items())}
         head = f"{self.config.positions}|{self.config.space}|{saes}"
         return hash_tensors(head, ((str(layer), code) for layer, code in sorted(codes.items())))
 

@@ -26,10 +26,8 @@ def describe(folder, name="polite"):
 
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_an_adapter_is_described_without_its_sae(write_adapter, self_contained, monkeypatch):
-    import yapo_vllm.adapters
-
     folder, model = write_adapter(layers=(1, 2), positions="last", self_contained=self_contained)
-    monkeypatch.setattr(yapo_vllm.adapters, "load_sae", lambda **source: pytest.fail("read an SAE"))
+    monkeypatch.setattr("yapo_peft.tuner.config.load_sae", lambda **source: pytest.fail("read an SAE"))
     found = describe(folder)
     counts = [int(p.count_nonzero()) for n, p in model.named_parameters() if "yapo_code" in n]
     assert (found.layers, found.positions, found.multiplier, found.signs) == ((1, 2), "last", 1.0, (-1, 1))

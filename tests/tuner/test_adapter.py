@@ -130,8 +130,8 @@ INDICES, VALUES = (f"base_model.model.model.layers.2.yapo.yapo_code.{part}" for 
         (lambda t: t.update({INDICES: torch.zeros_like(t[INDICES])}), "names a feature twice"),
         (lambda t: t.update({VALUES: t[VALUES] * float("nan")}), "NaN or infinite"),
         (lambda t: t.update({INDICES: t[INDICES].float()}), "float32 indices"),
-        (lambda t: t.pop(VALUES), r"holds \.indices, \.sae of .* asks for \.indices, \.sae, \.values"),
-        (lambda t: t.update({"lora_A.weight": torch.zeros(1)}), "'lora_A.weight', which is no YaPO code"),
+        (lambda t: t.pop(VALUES), r"holds \.indices, \.sae of .* needs \.indices, \.sae, \.values"),
+        (lambda t: t.update({"lora_A.weight": torch.zeros(1)}), "'lora_A.weight', which is not a YaPO code"),
         (lambda t: t.clear(), r"holds codes for layers \[\], its config steers \[2\]"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..errors import AdapterFileError, SAEMismatchError
 from ..sae.identity import SAEIdentity
 
 _INDICES, _VALUES, _SAE = ".indices", ".values", ".sae"
-_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values|\.sae)")
+_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values|\.sae|\.part_\w+)")
 
 
 def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) -> dict[str, Tensor]:
@@ -51,16 +52,16 @@ def whole(code: Tensor) -> Tensor:
     return code.detach()
 
 
-def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity | None], d_model: int) -> dict[int, Tensor]:
+def unpack_codes(packed: dict[str, Tensor], saes: Mapping[int, SAEIdentity | None], d_model: int) -> dict[int, Tensor]:
     """Restores the codes that `pack_codes` packed.
 
     Args:
-        packed: The tensors of an adapter's file, by the names in it.
-        saes: The SAE of each steered layer, by the index of its block; None for dense codes.
+        packed: The tensors of an adapter's file, by their names there; those of SAE parts are left alone.
+        saes: The SAE of each steered layer, by the layer's index; None for dense codes.
         d_model: The size of dense codes.
 
     Returns:
-        Codes by the index of the block, `(d_sae,)` or `(d_model,)` each in float32.
+        Codes by the layer's index, `(d_sae,)` or `(d_model,)` each in float32.
 
     Raises:
         AdapterFileError: A tensor is missing, unknown, or has a type, shape or index that does not fit.
@@ -72,7 +73,7 @@ def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity | None],
         match = _PACKED.fullmatch(name)
         if match is None:
             raise AdapterFileError(
-                f"The adapter's file holds {name!r}, which is no YaPO code: was it saved by another PEFT method?"
+                f"The adapter's file holds {name!r}, which is not a YaPO code: was it saved by another PEFT method?"
             )
         parts.setdefault(match["code"], {})[match["part"]] = tensor
         layers[match["code"]] = int(match["layer"])
@@ -84,11 +85,11 @@ def unpack_codes(packed: dict[str, Tensor], saes: dict[int, SAEIdentity | None],
 
 
 def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity | None, d_model: int) -> Tensor:
-    expected = {_VALUES} if sae is None else {_INDICES, _VALUES, _SAE}
-    if set(parts) != expected:
+    found, expected = parts.keys() & {_INDICES, _VALUES, _SAE}, {_VALUES} if sae is None else {_INDICES, _VALUES, _SAE}
+    if found != expected:
         raise AdapterFileError(
-            f"The adapter's file holds {', '.join(sorted(parts))} of {name!r}, and its config, with "
-            f"space={'dense' if sae is None else 'sae'!r}, asks for {', '.join(sorted(expected))}."
+            f"The adapter's file holds {', '.join(sorted(found))} of {name!r}, but its config, with "
+            f"space={'dense' if sae is None else 'sae'!r}, needs {', '.join(sorted(expected))}."
         )
     return _unpack_dense(name, parts[_VALUES], d_model) if sae is None else _unpack_sparse(name, parts, sae)
 

@@ -17,11 +17,6 @@ _PART = ".part_"
 _SETTINGS = "settings"
 
 
-def is_of_part(name: str) -> bool:
-    """Whether a tensor of an adapter's file is of a part of an autoencoder."""
-    return ".yapo_code" + _PART in name
-
-
 def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str, Tensor]:
     """What steering with a code needs of its SAE, to be saved beside it.
 

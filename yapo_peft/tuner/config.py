@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.peft_types import PeftType, TaskType
 
-from ..errors import AdapterFileError, ConfigError, UnsupportedOperationError
+from ..adapter_file.reading import require_whole
+from ..errors import ConfigError, UnsupportedOperationError
+from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae, register_sae
 from .positions import POSITIONS
 
 if TYPE_CHECKING:
@@ -96,12 +98,10 @@ class YaPOConfig(PeftConfig):
         """As PEFT's, and checks that the adapter's file beside a local config is whole before anything is loaded.
 
         Raises:
-            AdapterFileError: The file is truncated or no safetensors file.
+            AdapterFileError: The file is truncated or not a safetensors file.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if file.is_file():
-            _require_whole(file)
+        require_whole(Path(pretrained_model_name_or_path, subfolder or ""))
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -137,6 +137,20 @@ class YaPOConfig(PeftConfig):
         """What is remembered of the SAE of the layer at `position` in `layers`; empty before it was attached."""
         return self.sae_identity[position] if self.sae_identity else {}
 
+    def load_sae(self, position: int) -> FrozenSAE:
+        """Returns the SAE of the layer at `position` in `layers`.
+
+        Of a saved self-contained adapter, that is an empty part, which the adapter's file has yet to fill.
+
+        Raises:
+            SAENotFoundError: The SAE is not where the config says.
+            UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
+        """
+        recorded, source = self.recorded_sae(position), self.sae_source(position)
+        if self.self_contained and "d_sae" in recorded:
+            return SAEPart(SAEIdentity.from_dict(recorded), partial(load_sae, **source))
+        return load_sae(**source)
+
     @property
     def was_attached(self) -> bool:
         """Whether an adapter of this config has been in a model."""
@@ -149,8 +163,6 @@ class YaPOConfig(PeftConfig):
         return [int(index) for index in layers]
 
     def _take(self, saes: list[SAE[Any]]) -> None:
-        from ..sae import register_sae
-
         if self.sae_release or self.sae_id or self.sae_path or self.sae_identity:
             raise ConfigError("Give either sae= or sae_release and sae_id, or sae_path, not several of them.")
         self.sae_identity = [{"content_hash": register_sae(sae)} for sae in saes]
@@ -208,15 +220,3 @@ def _is_index(value: object) -> bool:
 
 def _pick(value: str | list[str] | None, position: int) -> str | None:
     return value[position] if isinstance(value, list) else value
-
-
-def _require_whole(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise AdapterFileError(
-            f"{str(file)!r} is truncated or no safetensors file ({error}). Save or download the adapter again."
-        ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 from peft import PeftConfig, TaskType
@@ -14,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
-from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae
+from ..sae import FrozenSAE
 from .adapters import steered_layers
 from .blocks import decoder_blocks, hidden_size, resolve_layers
 from .call import Call
@@ -58,12 +57,7 @@ class YaPOModel(BaseTuner):
             cast(Any, model).peft_config = others
 
     def _checked_sae(self, config: YaPOConfig, position: int, layer: int) -> FrozenSAE:
-        recorded, source = config.recorded_sae(position), config.sae_source(position)
-        if config.self_contained and "d_sae" in recorded:
-            sae = SAEPart(SAEIdentity.from_dict(recorded), partial(load_sae, **source))
-        else:
-            sae = load_sae(**source)
-        width = hidden_size(self.model)
+        recorded, sae, width = config.recorded_sae(position), config.load_sae(position), hidden_size(self.model)
         if sae.identity.d_in != width:
             raise SAEMismatchError(
                 f"The SAE for layer {layer} reads activations of width {sae.identity.d_in}, but the model's are "

@@ -1,12 +1,11 @@
-"""Between the tensors of an adapter in a model and those in its file."""
+"""Converts between the tensors of an adapter in a model and those in its file."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from ..adapter_file.codes import pack_codes, unpack_codes
-from ..adapter_file.parts import is_of_part, pack_part, unpack_part
-from ..errors import AdapterFileError
+from ..adapter_file.parts import pack_part, unpack_part
 from ..sae import FrozenSAE, SAEPart
 from .blocks import hidden_size
 from .config import YaPOConfig
@@ -14,10 +13,10 @@ from .layer import YaPOLayer, is_code
 
 
 def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is saved of an adapter's tensors, `selected` by their names without the adapter's.
+    """Packs the tensors of an adapter, `selected` by their names without the adapter's, for its file.
 
     Raises:
-        UnsupportedOperationError: The file shall be self-contained, and no part of the SAE is enough.
+        UnsupportedOperationError: The adapter is self-contained, but its code needs the whole SAE.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, YaPOLayer)}
     codes: dict[str, Tensor] = {}
@@ -35,7 +34,7 @@ def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: d
 
 
 def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter in a model, by their names there, from those of its file.
+    """Unpacks the tensors of an adapter's file, and returns them by their names in a model.
 
     Raises:
         AdapterFileError: A tensor is missing, unknown, or has a type, shape or index that does not fit.
@@ -43,8 +42,7 @@ def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -
     """
     # PEFT has already given those of `modules_to_save` their names in the model.
     others = {name: tensor for name, tensor in tensors.items() if f".modules_to_save.{adapter_name}." in name}
-    parts = {name: tensor for name, tensor in tensors.items() if is_of_part(name)}
-    packed = {name: tensor for name, tensor in tensors.items() if name not in others and name not in parts}
+    packed = {name: tensor for name, tensor in tensors.items() if name not in others}
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -52,11 +50,7 @@ def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -
     }
     saes = {layer.index: layer.yapo_sae[adapter_name] for layer in layers.values()}
     codes = unpack_codes(packed, {index: sae and sae.identity for index, sae in saes.items()}, hidden_size(model))
-    unknown = [name for name in parts if not any(f".{layer.index}.yapo.yapo_code" in name for layer in layers.values())]
-    if unknown:
-        raise AdapterFileError(f"The adapter's file holds {unknown[0]!r}, of a layer that its config does not steer.")
-    for layer in layers.values():
-        sae = layer.yapo_sae[adapter_name]
+    for index, sae in saes.items():
         if isinstance(sae, SAEPart):
-            sae.fill(*unpack_part(layer.index, packed | parts, sae.identity))
+            sae.fill(*unpack_part(index, packed, sae.identity))
     return others | {f"{name}.yapo_code.{adapter_name}": codes[layer.index] for name, layer in layers.items()}
