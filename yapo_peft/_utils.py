@@ -1,22 +1,38 @@
-"""Small helpers that several packages share: checks of arguments, files, modes, seeds and hashes."""
+"""Small helpers that several packages share: configs, checks of arguments, files, modes, seeds and hashes."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedOperationError
+
+Config = TypeVar("Config")
+
+
+def help_from_docstring(cls: type[Config]) -> type[Config]:
+    """Gives the fields of a dataclass their `help` from its docstring's `Attributes:`, for command-line parsers."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE))
+    for name, field in vars(cls)["__dataclass_fields__"].items():
+        # Inherited fields belong to the parent too.
+        if name in cls.__annotations__ and name in texts:
+            field.metadata = MappingProxyType({**field.metadata, "help": " ".join(texts[name].split())})
+    return cls
 
 
 def choice(options: Collection[str], **values: object) -> None:

@@ -11,8 +11,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from tiny import make_model, preference_rows, random_ids
 
-from yapo_peft import ConfigError
-from yapo_peft.scripts.yapo import make_parser
+from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
+from yapo_peft.scripts.yapo import SteeringArguments, make_parser
 from yapo_peft.tuner.adapters import steered_layers
 
 # Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.
@@ -122,6 +122,21 @@ def test_the_flags_are_those_of_trl_and_ours():
     config = steering.config()
     assert (config.layers, config.sae_release, config.sae_id) == ([-1, 3], "r", ["a", "b"])
     assert config.positions == "last"
+
+
+def test_help_describes_each_option_as_its_config_does():
+    shown = {action.dest: action.help for action in make_parser()._actions}
+    for name in [*SteeringArguments.__annotations__, *YaPOTrainingConfig.__annotations__]:
+        assert len(shown[name]) > 20, name
+    assert shown["multiplier"].startswith("Multiplier with which a loaded adapter starts: 1 as trained, 0 off")
+    assert shown["activation_cache_dtype"].endswith("the model's by default.")
+    assert shown["direction"].endswith("(twice the forward passes, and no noise from the draw).")
+
+
+@pytest.mark.parametrize("config", [YaPOConfig, YaPOTrainingConfig])
+def test_each_field_of_a_config_is_described(config):
+    described = [name for name, field in config.__dataclass_fields__.items() if field.metadata.get("help")]
+    assert set(config.__annotations__) <= set(described)
 
 
 GOOD = ("--model_name_or_path", "m", "--layers", "2", "--sae_path", "s", "--output_dir", "x", "--bf16", "False")

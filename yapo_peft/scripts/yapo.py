@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -21,46 +21,32 @@ from yapo_peft import ConfigError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
 
 @dataclass
 class SteeringArguments:
-    """The adapter, with the fields of `YaPOConfig`.
+    """The fields of `YaPOConfig` that a command line can set."""
 
-    Attributes:
-        layers: Blocks to steer; negative ones count from the end.
-        space: "sae" for a code with one entry per feature of an SAE, or "dense" for a plain vector (BiPO).
-        sae_release: Release of each layer's SAE in sae-lens' directory; one name serves all layers.
-        sae_id: SAE of each layer within the release.
-        sae_path: A local sae-lens folder for each layer, instead.
-        multiplier: Multiplier with which the saved adapter starts.
-        positions: Tokens to steer: "all", "completion" or "last".
-    """
-
-    layers: list[int] = field(default_factory=list, metadata={"help": "Blocks to steer; negative from the end."})
-    space: str = field(default="sae", metadata={"help": "'sae': a code per feature. 'dense': a plain vector."})
-    sae_release: list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE, or of all."})
-    sae_id: list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
-    sae_path: list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
-    multiplier: float = field(default=1.0, metadata={"help": "Multiplier with which the saved adapter starts."})
-    positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
+    layers: list[int] | None = None
+    space: str = YaPOConfig.space
+    sae_release: list[str] | None = None
+    sae_id: list[str] | None = None
+    sae_path: list[str] | None = None
+    multiplier: float = YaPOConfig.multiplier
+    positions: str = YaPOConfig.positions
 
     def config(self) -> YaPOConfig:
         """The config of the adapter.
 
         Raises:
-            ConfigError: An option is missing, or has a value that cannot work.
+            ConfigError: An option is missing or has an invalid value.
         """
         if not self.layers:
             raise ConfigError("There is no layer to steer: give --layers, or layers in the YAML config.")
-        release = self.sae_release
-        if release is not None and len(release) == 1:
-            release = release[0]
-        return YaPOConfig(
-            layers=self.layers,
-            space=self.space,
-            sae_release=release,
-            sae_id=self.sae_id,
-            sae_path=self.sae_path,
-            multiplier=self.multiplier,
-            positions=self.positions,
-        )
+        values: dict[str, Any] = dict(vars(self))
+        if self.sae_release is not None and len(self.sae_release) == 1:
+            values["sae_release"] = self.sae_release[0]
+        return YaPOConfig(**values)
+
+
+for _option in fields(SteeringArguments):
+    _option.metadata = YaPOConfig.__dataclass_fields__[_option.name].metadata
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
@@ -79,7 +65,7 @@ def main(
     """Trains, saves and, if asked, pushes an adapter.
 
     Raises:
-        ConfigError: An option has a value that cannot work, or belongs to LoRA.
+        ConfigError: An option has an invalid value or belongs to LoRA.
     """
     from trl import get_quantization_config
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
+from .._utils import help_from_docstring
 from ..errors import ConfigError, UnsupportedOperationError
 from .objective import OBJECTIVES
 
@@ -28,76 +29,66 @@ _FALLING = ("loss/plus", "loss/minus", "margin/minus", "accuracy/minus")
 _ABSOLUTE = ("reps", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
 
 
+@help_from_docstring
 @dataclass
 class YaPOTrainingConfig(DPOConfig):
-    """TRL's `DPOConfig` with the published defaults of YaPO and the choices of its bidirectional loss.
+    """TRL's `DPOConfig` with YaPO's published defaults and the options of its bidirectional loss.
 
-    Where nothing is said here, TRL's and transformers' defaults hold: beta 0.1 and AdamW without weight decay, as
-    published, and `max_length` 1024.
+    All other defaults are those of TRL and transformers: beta 0.1 and AdamW without weight decay, as published, and
+    `max_length` 1024.
 
     Attributes:
-        direction: How the direction `d` in {-1, +1} is drawn: one per "batch" as published, one per "example", or
+        direction: How the direction `d` in {-1, +1} is drawn: once per "batch", as published, once per "example", or
             "both" in each step (twice the forward passes, and no noise from the draw).
-        reference: What log-probabilities are compared to: the same model "unsteered", as published, or "none", which
-            leaves the reference out and is another objective.
-        cache_activations: Train and evaluate on the blocks above the lowest steered one alone. What it and those below
-            put out, its features and the reference are computed once, kept on disk, and used again by later runs.
-        activation_cache_dir: Where; a folder beside Hugging Face's caches if None.
-        activation_cache_dtype: "float32", "bfloat16" or "float16"; as the model computes if None.
-        max_features: How many entries the codes may have at the end, all layers together. Not as published, where every
-            feature that was ever on gets one.
-        sparsify_start: Share of the training's steps from which on the number of entries falls, by the same factor in
-            each step.
-        sparsify_end: Share of its steps after which there are `max_features` at most.
-        l1: Pull of each entry towards zero, in units of the loss (nats) per unit of the code: after each step entries
-            shrink by the learning rate times this.
-        loss_type: TRL's, or "reps", the loss of RePS; "sigmoid", as published, unless given.
-        learning_rate_unit: "activation" counts the learning rate in typical activations, measured on the first
-            examples: of an SAE the mean of a token's active features, of a dense vector the root mean square of a
-            token, and of that the median over tokens. "raw" counts it in units of the code, as published.
-        learning_rate: In that unit. Published are 5e-4 with "raw", which suits some SAEs and hardly moves others.
-        num_train_epochs: As published.
-        per_device_train_batch_size: As published.
-        lr_scheduler_type: As published.
-        warmup_steps: As published.
-        gradient_checkpointing: Older name of `activation_checkpointing`, which is off unless set, unlike in TRL: no
-            gradient reaches the blocks below the steered one, so there is less to save than in other training.
+        reference: Model that log-probabilities are compared to: the same model "unsteered", as published, or "none",
+            which drops the reference terms and is a different objective.
+        cache_activations: Train and evaluate only the layers above the lowest steered one. Its output, its active
+            features and the reference log-probabilities are computed once, stored on disk, and reused by later runs.
+        activation_cache_dir: Folder for cached activations; one beside Hugging Face's caches by default.
+        activation_cache_dtype: Dtype of cached activations: "float32", "bfloat16" or "float16"; the model's by default.
+        max_features: Maximum number of non-zero entries of the trained codes, over all layers. As published there is
+            no limit: every feature that was ever active gets one.
+        sparsify_start: Fraction of the training steps after which the number of entries decreases, by the same factor
+            in each step.
+        sparsify_end: Fraction of the training steps after which at most `max_features` entries are left.
+        l1: L1 penalty, in nats of the loss per unit of the code: each step shrinks entries by the learning rate times
+            this.
+        loss_type: One or several of TRL's losses, or "reps" (RePS); "sigmoid", as published, by default.
+        learning_rate_unit: "activation" scales the learning rate by the typical activation on the first examples (of an
+            SAE the mean of a token's active features, of a dense vector the root mean square of a token; the median
+            over tokens). "raw" takes it in units of the code, as published.
+        learning_rate: Learning rate in units of `learning_rate_unit`. Published is 5e-4 with "raw", which suits some
+            SAEs and hardly moves others.
+        num_train_epochs: Number of passes over the training set, as published.
+        per_device_train_batch_size: Preference pairs per device and step, as published.
+        lr_scheduler_type: Learning-rate schedule, as published.
+        warmup_steps: Number of warmup steps, as published.
+        gradient_checkpointing: Older name of `activation_checkpointing`. Off by default, unlike in TRL: no gradient
+            reaches the layers below the steered one, so it would save less than in other training.
 
     Raises:
-        ConfigError: A choice is unknown, or two of them contradict each other.
-        UnsupportedOperationError: A loss type or an option of TRL makes no sense when the direction alternates.
+        ConfigError: An option has an invalid value, or two options contradict each other.
+        UnsupportedOperationError: A loss type or an option of TRL does not work with alternating directions.
 
     Source: arXiv 2601.08441 (objective and hyper-parameters); arXiv 2406.00045 (bidirectional objective).
     """
 
-    direction: str = field(
-        default="batch", metadata={"help": "Draw the steering direction per 'batch', per 'example', or use 'both'."}
-    )
-    reference: str = field(
-        default="unsteered", metadata={"help": "Compare log-probabilities to the model 'unsteered', or to 'none'."}
-    )
-    cache_activations: bool = field(
-        default=False, metadata={"help": "Compute what does not depend on the code once, and keep it on disk."}
-    )
-    activation_cache_dir: str | None = field(default=None, metadata={"help": "Where cached activations are kept."})
-    activation_cache_dtype: str | None = field(
-        default=None, metadata={"help": "Keep activations in 'float32', 'bfloat16' or 'float16'."}
-    )
-    max_features: int | None = field(default=None, metadata={"help": "Entries that codes may have at the end."})
-    sparsify_start: float = field(default=0.2, metadata={"help": "Share of the steps before entries are removed."})
-    sparsify_end: float = field(default=0.8, metadata={"help": "Share of the steps when max_features is reached."})
-    l1: float = field(default=0.0, metadata={"help": "Pull of each entry towards zero, in nats per unit."})
-    learning_rate_unit: str = field(
-        default="activation", metadata={"help": "'activation': per typical activation. 'raw': per unit, as published."}
-    )
-    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate, in learning_rate_unit."})
-    num_train_epochs: float = field(default=20.0, metadata={"help": "Number of passes over the training set."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs per device and step."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=100, metadata={"help": "Steps over which the learning rate rises."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Older name of activation_checkpointing, which is off unless set."}
-    )
+    direction: str = "batch"
+    reference: str = "unsteered"
+    cache_activations: bool = False
+    activation_cache_dir: str | None = None
+    activation_cache_dtype: str | None = None
+    max_features: int | None = None
+    sparsify_start: float = 0.2
+    sparsify_end: float = 0.8
+    l1: float = 0.0
+    learning_rate_unit: str = "activation"
+    learning_rate: float = 1e-2
+    num_train_epochs: float = 20.0
+    per_device_train_batch_size: int = 4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 100
+    gradient_checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and not is_torch_bf16_gpu_available():

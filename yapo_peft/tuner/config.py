@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from enum import Enum
 from functools import partial
 from numbers import Integral, Real
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType, TaskType
 
+from .._utils import help_from_docstring
 from ..adapter_file.reading import require_whole
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae, register_sae
@@ -35,46 +36,47 @@ class YaPOPeftType(str, Enum):  # noqa: UP042 (as PEFT's own, whose members it s
     YAPO = "YAPO"
 
 
+@help_from_docstring
 @dataclass
 class YaPOConfig(PeftConfig):
-    """Config of a steering adapter: which blocks, in which space, how strong, on which tokens.
+    """Config of a steering adapter: which layers to steer, in which space, how strongly, and at which tokens.
 
     Attributes:
-        layers: Indices of the blocks whose output is steered, one or several; negative ones count from the end.
-        space: "sae" for a code with one entry per feature of a frozen SAE, as YaPO and SAS have; or "dense" for a
-            vector that is added to the block's output, as BiPO and CAA have, which takes no SAE.
-        sae_release: Release of each layer's SAE in sae-lens' directory. One name serves all layers.
-        sae_id: SAE of each layer within the release.
-        sae_path: A local sae-lens folder for each layer, instead of a release and an id.
+        layers: Index of each decoder layer whose output is steered; negative ones count from the end.
+        space: "sae" for a code with one entry per feature of a frozen SAE (YaPO, SAS), or "dense" for a vector that is
+            added to the layer's output (BiPO, CAA) and needs no SAE.
+        sae_release: Release of each layer's SAE in sae-lens' directory; a single name applies to all layers.
+        sae_id: Id of each layer's SAE within its release.
+        sae_path: Local sae-lens folder of each layer's SAE, instead of a release and an id.
         multiplier: Multiplier with which a loaded adapter starts: 1 as trained, 0 off, negative for the opposite.
         positions: Tokens to steer: "all" as published, "completion" for generated tokens only, or "last" for every
             token from which the next one is predicted.
-        init_weights: True starts from a zero code, which changes nothing; False from a small random one, for tests.
-        self_contained: Whether files of the adapter carry the part of each SAE that its code needs, some rows and
-            columns of it, so that steering with the saved adapter needs neither the SAE nor sae-lens.
-        sae_identity: What the adapter remembers of each SAE. Filled in when it is attached; leave it empty.
+        init_weights: True for a zero code, which changes nothing; False for a small random one, for tests.
+        self_contained: Whether to save the part of each SAE that the code needs (some of its rows and columns) with the
+            adapter, so that steering with it requires neither the SAE nor sae-lens.
+        sae_identity: Identity of each SAE. Filled in when the adapter is attached; leave it empty.
         modules_to_save: Names of other modules to train and save with the codes, such as the new head of a classifier;
             PEFT fills it in for task_type="SEQ_CLS".
-        sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Not saved: only their content
-            hash is, and whoever loads the adapter hands the same SAE in with `yapo_peft.register_sae`.
-        task_type: As PEFT's; "CAUSAL_LM" unless given. A model without a language-model head needs its own, such as
+        sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Only their content hash is saved;
+            to load the adapter, register the same SAE with `yapo_peft.register_sae`.
+        task_type: As in PEFT, but "CAUSAL_LM" by default. A model without a language-model head needs its own, such as
             "FEATURE_EXTRACTION" or "SEQ_CLS".
 
     Raises:
-        ConfigError: A field has a value that cannot work, or the SAEs do not match the layers in number.
+        ConfigError: A field has an invalid value, or the number of SAEs does not match the number of layers.
     """
 
-    layers: int | list[int] | None = field(default=None, metadata={"help": "Blocks to steer; negative from the end."})
-    space: str = field(default="sae", metadata={"help": "'sae': a code per feature. 'dense': a plain vector."})
-    sae_release: str | list[str] | None = field(default=None, metadata={"help": "sae-lens release of each SAE."})
-    sae_id: str | list[str] | None = field(default=None, metadata={"help": "Id of each SAE within its release."})
-    sae_path: str | list[str] | None = field(default=None, metadata={"help": "Local sae-lens folder of each SAE."})
-    multiplier: float = field(default=1.0, metadata={"help": "Multiplier with which a loaded adapter starts."})
-    positions: str = field(default="all", metadata={"help": "Tokens to steer: 'all', 'completion' or 'last'."})
-    init_weights: bool = field(default=True, metadata={"help": "True: zero code. False: small random code."})
-    self_contained: bool = field(default=False, metadata={"help": "Save the part of each SAE that the code needs."})
-    sae_identity: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Filled in by the library."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    layers: int | list[int] | None = None
+    space: str = "sae"
+    sae_release: str | list[str] | None = None
+    sae_id: str | list[str] | None = None
+    sae_path: str | list[str] | None = None
+    multiplier: float = 1.0
+    positions: str = "all"
+    init_weights: bool = True
+    self_contained: bool = False
+    sae_identity: list[dict[str, Any]] | None = None
+    modules_to_save: list[str] | None = None
     sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
 
     def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:
