@@ -30,7 +30,6 @@ from published import Published, cached_arguments, pairs_of, random_sae, report
 
 from yapo_peft import YaPOConfig, YaPOTrainer
 from yapo_peft.scoring import scorer as scoring
-from yapo_peft.scoring.cache import COLUMN
 
 SIDES = ("published", "ours", "dense")
 
@@ -102,8 +101,7 @@ class Dense:
 
     def step(self, batch: dict[str, Tensor], direction: float, beta: float = 0.1) -> None:
         """Trains on a collated batch of cached pairs."""
-        inputs = {name: value for name, value in batch.items() if name != COLUMN}
-        scorer = self._trainer._cache.pairs(self._trainer.model, inputs, batch[COLUMN])
+        scorer = self._trainer._cache.pairs(self._trainer.model, batch)
         handle = self._block.register_forward_hook(lambda module, args, output: output + direction * self._vector)
         try:
             log_probs = scorer(fused_lm_head=True).log_probs

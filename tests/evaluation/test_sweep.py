@@ -73,8 +73,8 @@ def test_the_lower_half_is_run_once_for_all_multipliers(tokenizer, architecture,
     # whether a prompt can be run once for both answers.
     checks = 1 + (3 if positions == "all" else 0)
     assert len(calls) == 2 + checks
-    monkeypatch.setattr("yapo_peft.evaluation.lower_half.UpperHalf", None)
-    monkeypatch.setattr("yapo_peft.evaluation.lower_half.lowest_steered", lambda layers: None)
+    monkeypatch.setattr("yapo_peft.scoring.scorer.UpperHalf", None)
+    monkeypatch.setattr("yapo_peft.scoring.scorer.lowest_steered", lambda layers: None)
     whole = sweep(model, rows, tokenizer, multipliers, batch_size=4)
     assert len(calls) == 2 + checks + 2 * 4 + (checks - 1)
     torch.testing.assert_close(
@@ -96,7 +96,7 @@ def tokens_run(model, rows, tokenizer, **options):
 def test_each_prompt_is_run_once_for_both_answers(tokenizer, monkeypatch):
     rows = [row | {"prompt": row["prompt"] * 3} for row in preference_rows(4, conversational=False)]
     tokens, margins = tokens_run(steered(), rows, tokenizer)
-    monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
+    monkeypatch.setattr("yapo_peft.scoring.scorer.attention_window", lambda base: 0)
     in_rows, expected = tokens_run(steered(), rows, tokenizer)
     assert tokens < 0.75 * in_rows
     torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
@@ -118,7 +118,7 @@ def test_prompts_are_run_twice_where_attention_looks_back_only_so_far(tokenizer,
     # Only the longer pairs' rejected answers would be beyond the window in a row with the chosen ones.
     rows = [row | {"prompt": row["prompt"] * size} for size in (1, 3) for row in preference_rows(3, False)]
     _, margins = tokens_run(model, rows, tokenizer, batch_size=2)
-    monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
+    monkeypatch.setattr("yapo_peft.scoring.scorer.attention_window", lambda base: 0)
     _, expected = tokens_run(model, rows, tokenizer, batch_size=2)
     torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
 
@@ -132,7 +132,7 @@ def test_prompts_are_run_twice_where_answers_would_see_each_other(tokenizer, mon
         model = steered()
         decoder_blocks(model.get_base_model())[1][3].register_forward_hook(shifted)
         if not may_share:
-            monkeypatch.setattr("yapo_peft.evaluation.prompts_once.window_of", lambda base: 0)
+            monkeypatch.setattr("yapo_peft.scoring.scorer.attention_window", lambda base: 0)
         found.append(tokens_run(model, preference_rows(4), tokenizer))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])

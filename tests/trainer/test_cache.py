@@ -209,7 +209,7 @@ def test_a_frozen_lora_beside_the_code_is_part_of_the_model(train, tmp_path):
     assert len(list((tmp_path / "activations").iterdir())) == 2
 
 
-def test_answers_that_would_see_each_other_keep_their_rows(train, capsys):
+def test_answers_that_would_attend_to_each_other_keep_their_rows(train, capsys):
     models = []
     for _ in range(2):
         base = make_model()
@@ -220,7 +220,7 @@ def test_answers_that_would_see_each_other_keep_their_rows(train, capsys):
         )
         models.append(get_peft_model(base, YaPOConfig(layers=2, sae=make_sae())))
     cached = train(True, model=models[0])
-    assert "rows as they are: answers would see each other" in capsys.readouterr().out
+    assert "rows as they are: answers would attend to each other" in capsys.readouterr().out
     assert_trained_alike(cached, train(False, model=models[1]))
 
 

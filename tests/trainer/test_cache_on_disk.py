@@ -140,7 +140,7 @@ def test_too_little_space_is_an_error_before_the_work(train, tmp_path, monkeypat
     train(True, init={})
     said = capsys.readouterr().out
     (part,) = parts_of(tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(activations.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     train(True, init={})
     with pytest.raises(ActivationCacheError, match="has 0 MB left"):
         train(True, init={}, max_length=13)

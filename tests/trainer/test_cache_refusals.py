@@ -25,7 +25,7 @@ def test_another_active_adapter_needs_another_trainer(build, tmp_path):
     trainer = build(model=model, **folder)
     for name in ("same layer", "above", "below"):
         model.set_adapter(name)
-        with pytest.raises(ConfigError, match="Make a new trainer"):
+        with pytest.raises(ConfigError, match="Create a new trainer"):
             trainer.train()
 
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_cached_is_refused_before_the_work(train, name, tmp_path)
 def test_dropout_and_other_trainable_parameters_are_refused(train):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     model.get_base_model().model.layers[0].mlp.drop = nn.Dropout(0.1)
-    with pytest.raises(UnsupportedOperationError, match="drops some at random"):
+    with pytest.raises(UnsupportedOperationError, match="applies dropout"):
         train(True, model=model, disable_dropout=False)
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), modules_to_save=["lm_head"]))
     with pytest.raises(UnsupportedOperationError, match="trained as well"):

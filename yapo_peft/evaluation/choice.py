@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.choices import choice_prompt, letters
 from ..errors import ConfigError, DatasetError
+from ..scoring.lm_head import answer_logps, log_probs_of_answers
 from ..scoring.pairs import common_prefix, padded_answers, padding_of, prompt_ids
-from .answers import answer_logps, log_probs_of_answers, share_above_zero
+from .preference import share_above_zero
 
 Normalisation = Literal["none", "tokens", "characters"]
 

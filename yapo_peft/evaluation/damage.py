@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
+from ..scoring.lm_head import needs_labels
 from ..tuner import steering
-from .answers import needs_labels
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..scoring.pairs import pair_batches
-from .answers import answer_logps, share_above_zero
-from .lower_half import LowerHalfOnce
-from .prompts_once import packed_log_probs
+from ..scoring.scorer import SweepScorer
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,14 @@ class Preference:
         """Batches of pairs: so many rows, at least the two of one pair."""
         return pair_batches(dataset, tokenizer, max(1, batch_size // 2))
 
-    def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
+    def score(self, model: SweepScorer, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
         """Metrics of each pair, `(pairs,)`."""
-        rows = {name: batch[name] for name in ("input_ids", "attention_mask", "answer_mask")}
-        prompts = model.prompts if isinstance(model, LowerHalfOnce) else None
-        if prompts is not None and "packed" not in kept:
-            kept["packed"] = prompts.packed(batch)
-        packed = kept.get("packed")
-        if packed is None:
-            logps = answer_logps(model, **rows)
-        else:
-            logps = packed_log_probs(model, model.base, packed).sum(dim=1)
-        tokens = rows["answer_mask"].sum(dim=1)
+        logps = model.pair_logps(batch, kept)
+        tokens = batch["answer_mask"].sum(dim=1)
         margin, per_token = (chosen - rejected for chosen, rejected in (logps.chunk(2), (logps / tokens).chunk(2)))
         return {"accuracy": share_above_zero(margin), "margin": margin, "margin_per_token": per_token}
+
+
+def share_above_zero(margin: Tensor) -> Tensor:
+    """1 where a margin is positive, 0 where it is not, and NaN where the model overflowed."""
+    return (margin > 0).float().masked_fill(~margin.isfinite(), torch.nan)

@@ -15,9 +15,9 @@ from .._utils import evaluating, mixed_seed
 from ..errors import ConfigError, DatasetError
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
+from ..scoring.scorer import SweepScorer
 from ..tuner import steering
 from ..tuner.multiplier import require_enabled
-from .lower_half import LowerHalfOnce
 from .preference import Preference
 from .scores import Scores, distinct
 
@@ -127,7 +127,7 @@ def _sweep_likelihoods(
     batches = measure.batches(dataset, tokenizer, batch_size)
     device = next(p.device for p in model.parameters() if not p.is_meta)
     with steering(model, 1.0, adapter_name):
-        lower = LowerHalfOnce(model, len(multipliers))
+        scorer = SweepScorer(model, len(multipliers))
     rows: list[dict[str, float]] = []
     with tqdm(total=len(multipliers) * len(batches), desc="Measuring", unit="batch") as progress:
         for batch in batches:
@@ -135,7 +135,7 @@ def _sweep_likelihoods(
             kept: dict[str, Any] = {}
             for multiplier in multipliers:
                 with steering(model, multiplier, adapter_name):
-                    found = measure.score(lower, batch, kept)
+                    found = measure.score(scorer, batch, kept)
                 columns = {name: values.float().tolist() for name, values in found.items()}
                 for index, example in enumerate(batch["example"].tolist()):
                     metrics = {name: values[index] for name, values in columns.items()}

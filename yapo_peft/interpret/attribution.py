@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import evaluating
 from ..errors import ConfigError
-from ..evaluation.lower_half import LowerHalfOnce
 from ..evaluation.preference import Preference
+from ..scoring.scorer import SweepScorer
 from ..tuner import steering
 from ..tuner.adapters import adapter_of
 from ..tuner.hooks import changed_outputs
@@ -137,7 +137,7 @@ class _Runs:
     def __init__(self, model: nn.Module, name: str, parts: list[Parts], batches: list[dict[str, Tensor]]) -> None:
         self._model, self._name, self._parts, self._batches = model, name, parts, batches
         with steering(model, 1.0, name):
-            self._lower = LowerHalfOnce(model, 2)
+            self._scorer = SweepScorer(model, 2)
 
     def margins(self, variants: list[tuple[float, list[_Change]]], bar: Any) -> Tensor:
         """The margin of each pair in each variant, `(variants, pairs)`, in the order of the batches."""
@@ -175,7 +175,7 @@ class _Runs:
         return torch.stack(found)
 
     def _score(self, batch: dict[str, Tensor], kept: dict[str, Any]) -> Tensor:
-        return Preference().score(self._lower, batch, kept)["margin"]
+        return Preference().score(self._scorer, batch, kept)["margin"]
 
 
 @contextmanager

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..tuner.hooks import forward_hooks
-
-
-@contextmanager
-def head_on(model: Any, predictors: Tensor) -> Generator[None]:
-    """Within it, a causal language model's head runs on some tokens alone, as one row.
-
-    Args:
-        model: The causal language model.
-        predictors: Where in its flattened tokens they are, `(n,)`.
-    """
-
-    def keep(output: Any) -> Any:
-        states = output["last_hidden_state"]
-        output["last_hidden_state"] = states.flatten(0, 1)[predictors.to(states.device)][None]
-        return output
-
-    with forward_hooks([(model.base_model, keep)]):
-        yield
 
 
 def attention_cost(model: Any, block: nn.Module) -> float:
@@ -84,10 +62,6 @@ class PackedBatch:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         positions = {} if self.position_ids is None else {"position_ids": self.position_ids}
         return {"input_ids": self.input_ids, "attention_mask": mask, "labels": self.labels, **positions}
-
-    def multiplier_of_rows(self, directions: Tensor) -> Tensor:
-        """The direction of each row, `(rows,)`, from that of each pair, `(pairs,)`; a row's pairs have the same."""
-        return torch.stack([directions[pairs[0]] for pairs in self.pairs_of_rows])
 
 
 def share_prompts(inputs: dict[str, Tensor], attention_cost: float, directions: Tensor | None = None) -> PackedBatch:

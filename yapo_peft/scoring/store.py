@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,30 @@ from torch import Tensor
 
 from .._utils import hash_tensors, replacing
 from ..errors import ActivationCacheError
+from .fingerprint import fingerprint_of
 
+# The columns that say in which store, and as which example of it, the activations of a row are.
+COLUMNS = ("activations_store", "activations_row")
 # Tokens of a file: what a run that is killed has to compute again at most.
 _TOKENS = 32_768
 _OPEN_FILES = 64
 _RECORD = "activations.json"
 _HASH = "sha256"
+
+
+@dataclass(frozen=True)
+class CollateWithRows:
+    """Wraps a collator: batches of cached examples keep the columns that locate their activations."""
+
+    collate: Callable[..., dict[str, Tensor]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collates some examples of a dataset."""
+        batch = self.collate(examples)
+        for name in COLUMNS:
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,30 @@ class ActivationStore:
         """The examples of the files that are not there."""
         return [part for index, part in enumerate(self._parts) if not self._file(index).is_file()]
 
+    def require_space(self, needed: float, name: str) -> str:
+        """Creates the folder, and checks that its disk has room for the activations of a dataset.
+
+        Returns:
+            The size, for people to read.
+
+        Raises:
+            ActivationCacheError: The folder cannot be created, or the disk is too full.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ActivationCacheError(
+                f"Activations cannot be kept in {str(self.folder)!r} ({error}): give another activation_cache_dir."
+            ) from error
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ActivationCacheError(
+                f"Caching the activations of the {name} dataset needs about {_size(needed)}, and {str(self.folder)!r} "
+                f"has {_size(free)} left: give another activation_cache_dir, activation_cache_dtype='bfloat16', or "
+                "call yapo_peft.delete_activation_cache()."
+            )
+        return _size(needed)
+
     def remove_leftovers(self) -> None:
         """Removes files that killed runs left half-written: none takes an hour to write."""
         for partial in self.folder.glob("*.partial"):
@@ -188,11 +230,6 @@ class ActivationStore:
                 partial.write_text(json.dumps(self._record, indent=2))
 
 
-def fingerprint_of(record: dict[str, Any]) -> str:
-    """The name of the folder with the activations of a record."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def cache_folder(chosen: str | Path | None) -> Path:
     """Where activations are kept: where the user chose, or else beside the other caches of Hugging Face."""
     from huggingface_hub.constants import HF_HOME
@@ -214,3 +251,7 @@ def delete_activation_cache(cache_dir: str | Path | None = None) -> int:
         freed += sum(file.stat().st_size for file in record.parent.iterdir())
         shutil.rmtree(record.parent)
     return freed
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

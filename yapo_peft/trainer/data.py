@@ -8,10 +8,10 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from ..errors import DatasetError
+from ..scoring.fingerprint import TOKENIZED
 
 _PREFERENCE = {"chosen", "rejected"}
 _COLUMNS = ("prompt", "chosen", "rejected")
-TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def require_preferences(dataset: Any, name: str) -> None:
@@ -106,7 +106,7 @@ def with_lengths(dataset: Any, args: DPOConfig) -> Any:
     if args.length_column_name in dataset.column_names:
         return dataset
     return dataset.map(
-        lambda pair: {args.length_column_name: sum(len(pair[name]) for name in TOKENISED)}, desc="Measuring lengths"
+        lambda pair: {args.length_column_name: sum(len(pair[name]) for name in TOKENIZED)}, desc="Measuring lengths"
     )
 
 

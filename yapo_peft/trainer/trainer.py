@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +12,13 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
+from trl.models.utils import disable_gradient_checkpointing
 
 from ..adapter_file.codes import whole
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
-from ..scoring.cache import COLUMN, ActivationCache, CollateWithRows
+from ..scoring.cache import ActivationCache, CacheOptions
 from ..scoring.scorer import Scorer, WholeModel
+from ..scoring.store import COLUMNS, CollateWithRows
 from ..tuner import steering
 from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
@@ -130,11 +133,24 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             require_cacheable(self)
-            self._cache = ActivationCache(self.model, self._layers, self.args, self.accelerator, self.data_collator)
+            self._cache = self._activation_cache()
             self.train_dataset, self.eval_dataset = self._cache.add_all(self.train_dataset, self.eval_dataset)
             self.data_collator = CollateWithRows(self.data_collator)
         else:
             self._say_what_could_be_skipped()
+
+    def _activation_cache(self) -> ActivationCache:
+        args = self.args
+        options = CacheOptions(
+            folder=args.activation_cache_dir,
+            dtype=args.activation_cache_dtype,
+            batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+        )
+        checkpointing = args.gradient_checkpointing_kwargs
+        training_mode = partial(disable_gradient_checkpointing, cast(Any, self.model), cast(Any, checkpointing))
+        return ActivationCache(self.model, self._layers, self.accelerator, self.data_collator, training_mode, options)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if not any(dataset is checked for checked in self._checked):
@@ -170,7 +186,7 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # transformers asks its samplers for lengths only after it has removed what is not named here.
-        ours = (COLUMN, self.args.length_column_name)
+        ours = (*COLUMNS, self.args.length_column_name)
         self._signature_columns += [name for name in ours if name not in self._signature_columns]
 
     def create_model_card(
@@ -195,15 +211,12 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         training_card(self).save(Path(output_dir or cast(str, self.args.output_dir)) / "README.md")
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        rows = inputs.get(COLUMN)
-        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
         pairs = len(inputs["input_ids"]) // 2
         directions = [torch.ones(pairs), -torch.ones(pairs)]
         if self.model.training and self.args.direction != "both":
             directions = [self._draw(pairs)]
-        cached = None
-        if rows is not None and self._cache is not None:
-            cached = self._cache.pairs(model, inputs, rows, directions[0])
+        cached = None if self._cache is None else self._cache.pairs(model, inputs, directions[0])
+        inputs = {name: value for name, value in inputs.items() if name not in COLUMNS}
         scorer: Scorer = cached or WholeModel(model, self._base_model)
         inputs = self._with_reference(scorer, inputs)
         loss = (self._training_loss if self.model.training else self._evaluation_loss)(scorer, inputs, directions)
