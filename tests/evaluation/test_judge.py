@@ -159,7 +159,7 @@ def test_the_score_that_a_reply_states(text, score):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"behaviour": "kindness"}, "behaviour='kindness': name one of 'power-seeking'"),
+        ({"behaviour": "kindness"}, "behaviour='kindness': must be one of 'power-seeking'"),
         ({"behaviour": " ", "opposite": "x"}, "behaviour=' '"),
         ({"workers": 0}, "workers=0"),
         ({"retries": -1}, "retries=-1"),
@@ -210,5 +210,5 @@ def _wait_for(url, process, log):
 
 
 def test_a_rubric_that_is_there_is_not_half_replaced():
-    with pytest.raises(ConfigError, match="'power-seeking' has a rubric of its own"):
+    with pytest.raises(ConfigError, match="'power-seeking' has a built-in rubric"):
         Judge(None, "power-seeking", opposite="does nothing")

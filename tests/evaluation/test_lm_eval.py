@@ -77,11 +77,11 @@ def test_neither_mode_nor_multiplier_is_left_changed(model, tokenizer, task):
     [
         ({"tasks": []}, r"tasks=\[\]"),
         ({"multipliers": []}, r"multipliers=\[\]"),
-        ({"multipliers": [1.0, 1.0]}, "each of them once"),
-        ({"metric": "f1"}, "'own_choices' has no metric 'f1' that is a number per document, but 'acc'"),
-        ({"filter": "strict"}, "filter='strict': the task 'own_choices' .* choose one of 'none'"),
-        ({"tasks": "mmluu"}, r"tasks=\['mmluu'\]: name tasks"),
-        ({"use_cache": "c"}, "use_cache= would take the answers"),
+        ({"multipliers": [1.0, 1.0]}, "without duplicates"),
+        ({"metric": "f1"}, "'own_choices' has no per-document number 'f1'; it has 'acc'"),
+        ({"filter": "strict"}, "filter='strict': must be one of 'none' for task 'own_choices'"),
+        ({"tasks": "mmluu"}, r"tasks=\['mmluu'\]: must be tasks"),
+        ({"use_cache": "c"}, "use_cache= is not supported"),
         ({"adapter_name": "x"}, "no YaPO adapter 'x'"),
     ],
 )
@@ -93,7 +93,7 @@ def test_bad_input_is_named(model, tokenizer, task, options, message):
 
 def test_an_adapter_that_steers_some_tokens_is_refused(tokenizer, task):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), positions="completion"))
-    with pytest.raises(UnsupportedOperationError, match="positions='completion': lm-eval scores answers without"):
+    with pytest.raises(UnsupportedOperationError, match="positions='completion': lm-eval does not mark"):
         evaluate_tasks(model, tokenizer, [task])
 
 

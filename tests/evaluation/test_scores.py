@@ -66,20 +66,20 @@ def test_scores_are_saved_and_loaded(tmp_path):
     assert loaded.metrics == found.metrics
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["scores.json"]
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(DatasetError, match=r"other.json' does not hold scores"):
+    with pytest.raises(DatasetError, match=r"other.json' is not a file of scores"):
         Scores.load(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is a column of the scores or their summary"),
+        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is already a column of the scores or of their summary"),
         (lambda: Scores.concat([]), "no scores"),
-        (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "do not go together"),
-        (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "do not go together"),
+        (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "cannot be concatenated"),
+        (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "cannot be concatenated"),
         (lambda: scores({0.0: [1]}).summary(confidence=95), "confidence=95"),
         (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x"), "at least two multipliers, got 1"),
-        (lambda: plot_dose_response(scores({0.0: [1], 1.0: [1]}), "dose", "x"), "has no ending"),
+        (lambda: plot_dose_response(scores({0.0: [1], 1.0: [1]}), "dose", "x"), "needs an extension"),
         (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x", metrics=["kl"]), r"metrics=\['kl'\]"),
         (lambda: plot_losses({"a": [{"step": 1}]}, "x.png", "x"), "'a' did not log 'loss'; it logged step"),
         (lambda: cultural_scores(scores({0.0: [1]})), "RCA and PNLG need 'accuracy'"),
@@ -168,7 +168,7 @@ def test_cultural_scores_have_a_row_per_country_and_multiplier():
     assert 0 <= table["rca_low"][0] < 0.375 < table["rca_high"][0] <= 1
     assert -2 <= table["pnlg_low"][0] < 1 < table["pnlg_high"][0] <= 2
     assert table["rca"][1] == 1.0
-    with pytest.raises(ConfigError, match=r"no \['nonlocalized'\]"):
+    with pytest.raises(ConfigError, match=r"lacks \['nonlocalized'\]"):
         cultural_scores(parts[0])
 
 
@@ -213,5 +213,5 @@ def test_parts_that_cannot_be_told_apart_are_not_put_together():
 @pytest.mark.parametrize("name", ["examples", "margin_low", "margin", "answer"])
 def test_labels_do_not_hide_what_a_summary_says(name):
     scores = Scores(pd.DataFrame({"multiplier": [0.0], "example": [0], "margin": [1.0]}), ("margin",))
-    with pytest.raises(ConfigError, match=f"'{name}' is a column"):
+    with pytest.raises(ConfigError, match=f"'{name}' is already a column"):
         scores.labelled(**{name: 1})

@@ -1,4 +1,4 @@
-"""Multiple choice, by likelihood and by what the model answers."""
+"""Multiple choice, by likelihood and by generated answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import choice
 from ..data.choices import choice_prompt, letters
-from ..errors import ConfigError, DatasetError
+from ..errors import DatasetError
 from ..scoring.lm_head import answer_logps, log_probs_of_answers
 from ..scoring.pairs import common_prefix, padded_answers, padding_of, prompt_ids
 from .preference import share_above_zero
@@ -25,17 +26,17 @@ Normalisation = Literal["none", "tokens", "characters"]
 class MultipleChoice:
     """Reads questions with `question`, `options` and `answer`, as `yapo_peft.data.load_choices` returns them.
 
-    Metrics of a question: `accuracy`, 1 if the right option is the most likely one; `margin`, its score less that of
+    Metrics of a question: `accuracy`, 1 if the right option is the most likely one; `margin`, its score minus that of
     the best wrong one, in nats. An option's score is the log-probability of its tokens.
 
     Attributes:
-        form: "letter": the question lists the options, and their letters are scored. "text": the question stands alone,
-            and the options themselves are scored.
-        normalise: "none" for sums over tokens; "tokens" for means, which do not favour short options; "characters" for
-            sums divided by the length of the text, which no tokenizer decides.
-        chat: Whether the question is rendered as a user's message; False for a model without a chat template, which
-            then completes `question` and "Answer:".
-        system_prompt: What the system says before each question, as a control for steering.
+        form: "letter" lists the options in the question and scores their letters; "text" shows only the question and
+            scores the options' texts.
+        normalise: "none" sums over tokens; "tokens" takes the mean, which does not favour short options; "characters"
+            divides the sum by the text's length, which does not depend on the tokenizer.
+        chat: Whether to render the question as a user message; False for models without a chat template, which
+            complete `question` and "Answer:".
+        system_prompt: System prompt before each question, as a baseline for steering.
     """
 
     form: str = "letter"
@@ -44,20 +45,19 @@ class MultipleChoice:
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        if self.normalise not in get_args(Normalisation):
-            raise ConfigError(f"normalise={self.normalise!r}: choose one of {get_args(Normalisation)}.")
+        choice(get_args(Normalisation), normalise=self.normalise)
         choice_prompt("", [], self.form)  # raises for an unknown form
 
     def batches(
         self, dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
     ) -> list[dict[str, Tensor]]:
-        """Batches of whole questions, of as many rows as fit.
+        """Batches of whole questions, with up to `batch_size` rows.
 
-        Where every option is one token, as letters are, a question is one row; otherwise each option is one.
+        If every option is one token, such as a letter, a question is one row; otherwise each option is a row.
         """
         questions = [self._tokenized(index, dict(row), tokenizer) for index, row in enumerate(dataset)]
         if not questions:
-            raise DatasetError("The dataset is empty: there is no question in it.")
+            raise DatasetError("The dataset is empty: it has no questions.")
         questions.sort(
             key=lambda question: (question.is_one_row, len(question.prompt) + max(map(len, question.options)))
         )
@@ -97,16 +97,16 @@ class MultipleChoice:
             whole = [tokenizer(rendered + answer, add_special_tokens=False)["input_ids"] for answer in answers]
         else:
             whole = [tokenizer(f"{prompt} {answer}")["input_ids"] for answer in answers]
-        # Some tokenizers join the prompt's last token with the answer's first one.
+        # Some tokenizers merge the prompt's last token with the answer's first one.
         shared = min(common_prefix(ids, tokens) for tokens in whole)
         return _Question(index, ids[:shared], [tokens[shared:] for tokens in whole], right, list(map(len, answers)))
 
 
 @dataclass(frozen=True)
 class GeneratedChoice:
-    """Reads the same questions, and the letter or the text in what the model answers to them.
+    """Reads the same questions, and finds the option that a generated answer names, by letter or by text.
 
-    Metrics of a question: `accuracy`, 1 if its answer names the right option; `answered`, 1 if it names exactly one.
+    Metrics of a question: `accuracy`, 1 if the answer names the right option; `answered`, 1 if it names exactly one.
 
     Attributes:
         chat: As for `MultipleChoice`.
@@ -132,11 +132,9 @@ class GeneratedChoice:
 
 
 def named_option(answer: str, options: Sequence[str]) -> int | None:
-    """The option that an answer names: by its letter at the start or behind "answer is", or by its text; None if none.
+    """The option that an answer names, by its letter at the start or after "answer is", or by its text; None if none.
 
-    Of several "answer is", the last one counts.
-
-    An answer that names several of them by their texts names none.
+    Of several "answer is", the last one counts. An answer that contains several options' texts names none.
     """
     names = "".join(letters(len(options)))
     start = re.match(rf"\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer, re.IGNORECASE)
@@ -149,7 +147,7 @@ def named_option(answer: str, options: Sequence[str]) -> int | None:
     if len(named) == 1:
         return names.index(named.pop())
     told = [i for i, text in enumerate(options) if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.I)]
-    # "New York City" names that one, and not "York" as well.
+    # "New York City" does not also name "York".
     longest = [i for i in told if not any(i != j and options[i].lower() in options[j].lower() for j in told)]
     return longest[0] if len(longest) == 1 else None
 
@@ -163,16 +161,19 @@ def question_of(row: dict[str, Any]) -> tuple[str, list[str], int]:
     missing = [name for name in ("question", "options", "answer") if name not in row]
     if missing:
         raise DatasetError(
-            f"A question lacks {missing}: it has {sorted(row)}. yapo_peft.data.load_choices gives them these columns."
+            f"A question lacks the columns {missing}; it has {sorted(row)}. Load questions with "
+            "yapo_peft.data.load_choices."
         )
     options, answer = row["options"], row["answer"]
     if not isinstance(answer, int) or not 0 <= answer < len(options):
-        raise DatasetError(f"answer={answer!r} is no index of {len(options)} options: read it with load_choices.")
+        raise DatasetError(
+            f"answer={answer!r} is not an index of {len(options)} options: load questions with load_choices."
+        )
     return row["question"], list(options), answer
 
 
 def _prompt(text: str, chat: bool, system_prompt: str | None) -> Any:
-    """A question as a chat, or as a text for the answer to follow."""
+    """A question as a chat, or as a text that the answer follows."""
     if not chat:
         return f"{system_prompt}\n\n{text}\nAnswer:" if system_prompt else f"{text}\nAnswer:"
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -197,14 +198,14 @@ class _Question:
 
 
 def _batch(questions: list[_Question], padding: int) -> dict[str, Tensor]:
-    """Rows for the model, and of each question's options, `(questions, options)`: lengths, 0 where there is none."""
+    """The model's rows, and tables of each question's options, `(questions, options)`, padded with 0."""
     width = max(len(question.options) for question in questions)
 
     def table(values: list[list[int]]) -> Tensor:
         return torch.tensor([[*row, *([0] * (width - len(row)))] for row in values])
 
     if questions[0].is_one_row:
-        # The first option stands for all: what follows the prompt is read.
+        # Only the next token after the prompt is read, so that any option will do.
         rows = padded_answers([(question.prompt, question.options[0]) for question in questions], padding)
         rows["candidates"] = table([[option[0] for option in question.options] for question in questions])
     else:

@@ -1,4 +1,4 @@
-"""Cultural alignment: does a model know a country also where the question does not name it?
+"""Cultural alignment: whether a model answers for a country even if the question does not name it.
 
 Both formulas follow the description in arXiv 2601.08441, which ships no code for them.
 """
@@ -48,13 +48,14 @@ def cultural_scores(
         seed: As for `Scores.summary`.
 
     Returns:
-        A row per multiplier and other labels (such as country or method): `localized`, `nonlocalized`, `rca` and
-        `pnlg`,
-        and of the latter two the ends of bootstrap intervals (`rca_low`, `rca_high`, ...). Questions of both kinds with
-        the same index are drawn together, as twins that differ in the country's name should be. Seeds are averaged.
+        A row per multiplier and combination of other labels (such as country or method): `localized`, `nonlocalized`,
+        `rca` and `pnlg`, and the bounds of bootstrap intervals for the latter two (`rca_low`, `rca_high`, ...).
+        Questions of both kinds with the same index are resampled together, as pairs that differ only in the country's
+        name. Seeds are averaged.
 
     Raises:
-        ConfigError: There is no such metric or label, one of the two is missing, or a bootstrap cannot be made so.
+        ConfigError: There is no such metric or label, one of the two kinds is missing, or a bootstrap argument is
+            invalid.
     """
     if "accuracy" not in scores.metrics or status not in scores.labels:
         raise ConfigError(
@@ -68,7 +69,7 @@ def cultural_scores(
         row = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
         missing = {LOCALIZED, NONLOCALIZED} - set(group[status])
         if missing:
-            raise ConfigError(f"{row}: {status} has no {sorted(missing)}: measure both kinds.")
+            raise ConfigError(f"{row}: {status} lacks {sorted(missing)}: measure both kinds.")
         parts = [cast(pd.DataFrame, group[group[status] == kind]) for kind in (LOCALIZED, NONLOCALIZED)]
         kinds = [by_seed_and_example(part, "accuracy") for part in parts]
         row[LOCALIZED], row[NONLOCALIZED] = map(mean_of_known, kinds)

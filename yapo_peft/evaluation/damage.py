@@ -1,4 +1,4 @@
-"""What steering costs: distance from the model unsteered, perplexity, and answers that go in circles."""
+"""The cost of steering: KL from the unsteered model, perplexity, and repetitive answers."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DatasetError
+from .._utils import at_least
+from ..errors import DatasetError
 from ..scoring.lm_head import needs_labels
 from ..tuner import steering
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Reads running text, a list of texts or a dataset with a column `text`, cut into blocks of equal length.
+    """Reads running text, a list of texts or a dataset with a column `text`, split into chunks of equal length.
 
-    Metrics of a block, means over its tokens: `kl`, the divergence KL(unsteered || steered) of the next token in nats;
+    Metrics of a chunk, means over its tokens: `kl`, the divergence KL(unsteered || steered) of the next token in nats;
     `nll`, the negative log-likelihood of the text in nats, whose exponential is the perplexity; `top_changed`, the
-    share of tokens after which another one is the most likely.
+    share of positions with another most likely next token.
 
     Attributes:
-        block_size: Tokens of a block, the tokenizer's first special token included.
-        max_blocks: How many blocks to read at most, from the start; None for all.
+        block_size: Tokens per chunk, including a BOS token if the tokenizer adds one.
+        max_blocks: Maximum number of chunks, from the start; None for all.
     """
 
     block_size: int = 256
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size < 2 or (self.max_blocks is not None and self.max_blocks < 1):
-            raise ConfigError(
-                f"block_size={self.block_size}, max_blocks={self.max_blocks}: give two tokens and one block at least."
-            )
+        at_least(2, block_size=self.block_size)
+        if self.max_blocks is not None:
+            at_least(1, max_blocks=self.max_blocks)
 
     def batches(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, Tensor]]:
         """Batches of `input_ids`, `(blocks, block_size)`."""
@@ -51,7 +51,7 @@ class Damage:
             if len(blocks) == self.max_blocks:
                 break
         if not blocks:
-            raise DatasetError(f"The text is shorter than one block of {self.block_size} tokens: give more of it.")
+            raise DatasetError(f"The text is shorter than block_size={self.block_size} tokens.")
         return [
             {
                 "input_ids": torch.tensor(blocks[first : first + batch_size]),
@@ -61,13 +61,13 @@ class Damage:
         ]
 
     def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
-        """Metrics of each block, `(blocks,)`."""
+        """Metrics of each chunk, `(chunks,)`."""
         if "base" not in kept:
             with steering(model.model, 0.0):
                 kept["base"] = _next_token_logits(model, batch["input_ids"])
         found: dict[str, list[Tensor]] = {"kl": [], "nll": [], "top_changed": []}
         steered = _next_token_logits(model, batch["input_ids"])
-        # A block at a time: the vocabulary makes temporaries large.
+        # One chunk at a time, because the vocabulary makes temporaries large.
         for base, own, ids in zip(kept["base"], steered, batch["input_ids"], strict=True):
             own = own.float().log_softmax(-1)
             base = base.float().log_softmax(-1)
@@ -80,19 +80,18 @@ class Damage:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Reads prompts, a dataset with a column `prompt`, and looks for what answers say twice.
+    """Measures repetition in generated answers to prompts, from a dataset with a column `prompt`.
 
-    Metrics of an answer: `repeated`, the share of its runs of `n` words that it has said before; `words`, its length.
+    Metrics of an answer: `repeated`, the share of its n-grams of words that occurred before; `words`, its length.
 
     Attributes:
-        n: Words of a run.
+        n: Words per n-gram.
     """
 
     n: int = 3
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ConfigError(f"n={self.n}: give one word at least.")
+        at_least(1, n=self.n)
 
     def prompts(self, dataset: Any) -> list[Any]:
         """The prompts."""
@@ -104,7 +103,7 @@ class Repetition:
 
 
 def repeated_share(text: str, n: int) -> float:
-    """The share of a text's runs of `n` words that occur in it before; 0 for a text of fewer words."""
+    """The share of a text's n-grams of words that occurred before; 0 for a text of fewer words."""
     words = text.casefold().split()
     runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
@@ -119,27 +118,27 @@ def prompts_of(dataset: Any) -> list[Any]:
     rows = [dict(row) for row in dataset]
     if not rows or "prompt" not in rows[0]:
         there = sorted(rows[0]) if rows else "nothing"
-        raise DatasetError(f"The dataset has {there}: it needs a column 'prompt', of texts or messages.")
+        raise DatasetError(f"The dataset needs a column 'prompt' with texts or messages; it has {there}.")
     return [row["prompt"] for row in rows]
 
 
 def _next_token_logits(model: Any, input_ids: Tensor) -> Tensor:
-    """Logits of each next token, `(blocks, block_size - 1, vocabulary)`."""
+    """Logits of each next token, `(chunks, block_size - 1, vocabulary)`."""
     labels = {"labels": input_ids} if needs_labels(model) else {}
     return model(input_ids=input_ids, use_cache=False, **labels).logits[:, :-1]
 
 
 def _texts(dataset: Any) -> Iterable[str]:
     if isinstance(dataset, str):
-        raise DatasetError("The dataset is one string: give a list of texts, or a dataset with a column 'text'.")
+        raise DatasetError("The dataset is a string: pass a list of texts, or a dataset with a column 'text'.")
     for row in dataset:
         text = row if isinstance(row, str) else dict(row).get("text")
         if not isinstance(text, str):
-            raise DatasetError(f"A row is {row!r}: give texts, or a dataset with a column 'text'.")
+            raise DatasetError(f"A row is {row!r}: pass texts, or a dataset with a column 'text'.")
         yield text
 
 
 def _starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a token before every text, as the model was trained to see."""
+    """Whether the tokenizer starts every text with its BOS token."""
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Any task of the Language Model Evaluation Harness, for a steered model."""
+"""Tasks of the Language Model Evaluation Harness, on a steered model."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def evaluate_tasks(
     Args:
         model: A model with a YaPO adapter.
         tokenizer: The model's tokenizer.
-        tasks: A task or group, such as "mmlu", or several, or configs of tasks of one's own.
-        multiplier: The multiplier; 0 for the model unsteered.
-        adapter_name: The adapter to dial; None for the active ones.
+        tasks: A task or group, such as "mmlu", or several, or custom task configs.
+        multiplier: The multiplier; 0 for the unsteered model.
+        adapter_name: The adapter that steers; None for the active ones.
         batch_size: Rows per forward pass.
         model_args: For `lm_eval.models.huggingface.HFLM`, such as `{"max_length": 2048}`.
         **options: For `lm_eval.simple_evaluate`, such as `num_fewshot`, `limit`, `apply_chat_template`,
             `log_samples`, `task_manager`.
 
     Returns:
-        What `lm_eval.simple_evaluate` returns.
+        The result of `lm_eval.simple_evaluate`.
 
     Raises:
         ConfigError: There is no such task or adapter, the multiplier is not finite, or `use_cache` is given.
         ImportError: lm-eval is not installed.
-        UnsupportedOperationError: An adapter steers some tokens only, which lm-eval's calls do not tell apart.
+        UnsupportedOperationError: An adapter steers only some tokens, which cannot be identified in lm-eval's calls.
     """
     harness = _harness()
     from lm_eval.models.huggingface import HFLM
@@ -57,9 +57,9 @@ def evaluate_tasks(
         options["task_manager"] = task_manager()
     unknown = [task for task in tasks if isinstance(task, str) and task not in options["task_manager"].all_tasks]
     if not tasks or unknown:
-        raise ConfigError(f"tasks={unknown or tasks!r}: name tasks or groups of lm-eval, such as 'mmlu'.")
+        raise ConfigError(f"tasks={unknown or tasks!r}: must be tasks or groups of lm-eval, such as 'mmlu'.")
     if options.get("use_cache"):
-        raise ConfigError("use_cache= would take the answers of one multiplier for those of another: leave it out.")
+        raise ConfigError("use_cache= is not supported, because it would mix up the answers of different multipliers.")
     with evaluating(model), steering(model, multiplier, adapter_name):
         _require_all_positions(model)
         given = {"batch_size": batch_size, **(model_args or {})}
@@ -85,21 +85,21 @@ def sweep_tasks(
         tasks: As for `evaluate_tasks`.
         multipliers: The multipliers.
         metric: A metric that the tasks compute for each document, such as "acc", "acc_norm", "exact_match".
-        filter: Which of a task's ways to read an answer counts, such as "strict-match", where it has several.
+        filter: The filter whose answers count, such as "strict-match", for tasks with several.
         **options: As for `evaluate_tasks`.
 
     Returns:
         The metric of each document at each multiplier, with the label `task`.
 
     Raises:
-        ConfigError: As `evaluate_tasks`; or a task has no such metric or filter. Found on one document of each task,
-            before the others are read.
+        ConfigError: As `evaluate_tasks`; or a task has no such metric or filter, which is checked on one document of
+            each task first.
     """
     multipliers = distinct(multipliers)
     options = cast(Any, {**options, "log_samples": True})
     if options.get("task_manager") is None:
         options["task_manager"] = task_manager()
-    # A document of each task shows whether they have the metric, before the work of all of them.
+    # Checks on one document of each task that it has the metric.
     _rows(evaluate_tasks(model, tokenizer, tasks, multipliers[0], **cast(Any, {**options, "limit": 1})), metric, filter)
     rows: list[dict[str, Any]] = []
     for multiplier in multipliers:
@@ -109,7 +109,7 @@ def sweep_tasks(
 
 
 def task_manager(include_path: str | None = None) -> Any:
-    """lm-eval's tasks, and those in a folder of one's own."""
+    """lm-eval's task manager, with the tasks in a folder added."""
     return _harness().tasks.TaskManager(include_path=include_path)
 
 
@@ -120,7 +120,7 @@ def _harness() -> Any:
         harness = import_module("lm_eval")
         import_module("lm_eval.tasks")
     except ImportError as error:
-        raise ImportError("Tasks of lm-eval need it: pip install 'yapo-peft[eval]'.") from error
+        raise ImportError("lm-eval is not installed: pip install 'yapo-peft[eval]'.") from error
     return harness
 
 
@@ -131,9 +131,7 @@ def _rows(found: dict[str, Any], metric: str, wanted: str | None) -> list[dict[s
         filters = sorted({sample["filter"] for sample in samples})
         if (wanted is None and len(filters) > 1) or (wanted is not None and wanted not in filters):
             there = ", ".join(map(repr, filters))
-            raise ConfigError(
-                f"filter={wanted!r}: the task {task!r} reads answers in several ways; choose one of {there}."
-            )
+            raise ConfigError(f"filter={wanted!r}: must be one of {there} for task {task!r}.")
         for sample in samples:
             if wanted is not None and sample["filter"] != wanted:
                 continue
@@ -142,10 +140,8 @@ def _rows(found: dict[str, Any], metric: str, wanted: str | None) -> list[dict[s
                 numbers = [
                     n for n in sample.get("metrics", []) if isinstance(sample[n], bool | int | float | np.number)
                 ]
-                there = ", ".join(map(repr, numbers)) or "none that is a number"
-                raise ConfigError(
-                    f"The task {task!r} has no metric {metric!r} that is a number per document, but {there}."
-                )
+                there = ", ".join(map(repr, numbers)) or "none"
+                raise ConfigError(f"Task {task!r} has no per-document number {metric!r}; it has {there}.")
             rows.append({"example": sample["doc_id"], metric: float(value), "task": task})
     return rows
 
@@ -155,6 +151,6 @@ def _require_all_positions(model: nn.Module) -> None:
         for name in layer.active_adapters:
             if layer.positions.get(name, "all") != "all":
                 raise UnsupportedOperationError(
-                    f"Adapter {name!r} steers positions={layer.positions[name]!r}: lm-eval scores answers without "
-                    "saying where they start, so it would be steered nowhere. Use an adapter of positions='all'."
+                    f"Adapter {name!r} steers positions={layer.positions[name]!r}: lm-eval does not mark "
+                    "where answers start, so nothing would be steered. Use an adapter with positions='all'."
                 )

@@ -1,4 +1,4 @@
-"""Methods side by side: at the same multiplier, or at the same damage."""
+"""Compares methods at the same damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from ..errors import ConfigError
 from .scores import SEED, Scores
 
-# Damage that is 0 unsteered and grows with the square of a small multiplier.
+# Damage that is 0 without steering and grows with the square of small multipliers.
 _QUADRATIC = ("kl",)
 
 
@@ -25,7 +25,7 @@ def at_matched_damage(
     negative: bool = False,
     **bootstrap: Any,
 ) -> pd.DataFrame:
-    """What each method achieves at the multiplier at which it does a given damage.
+    """The effect of each method at the multiplier that causes a given damage.
 
     Multipliers of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
     along each method's multipliers, from 0 outwards, damage is interpolated to find the multiplier of each level, and

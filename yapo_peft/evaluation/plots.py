@@ -1,4 +1,4 @@
-"""Pictures of measurements."""
+"""Plots of measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .scores import SEED, Scores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colours that those who see few can tell apart (Okabe and Ito, 2008).
+# A palette for readers with colour vision deficiency (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 _AXES = {
     "accuracy": "accuracy (% of examples)",
@@ -26,30 +26,30 @@ _AXES = {
     "nll": "negative log-likelihood (nats per token)",
     "repeated": "repeated runs of words (%)",
     "answered": "answers that name an option (%)",
-    "top_changed": "tokens after which another one is the likeliest (%)",
-    "score": "mean score of the judge",
+    "top_changed": "changed most likely next tokens (%)",
+    "score": "mean judge score",
 }
-_MISSING = "Pictures need matplotlib: pip install 'yapo-peft[plots]'."
+_MISSING = "Plots need matplotlib: pip install 'yapo-peft[plots]'."
 _SHARES = ("accuracy", "repeated", "answered", "top_changed")
 
 
 def plot_dose_response(
     scores: Scores, path: str | Path, title: str, *, metrics: Sequence[str] | None = None, **bootstrap: Any
 ) -> Path:
-    """Draws metrics against the multiplier of steering, a line per method, with bootstrap intervals.
+    """Plots metrics against the multiplier, one line per method, with bootstrap intervals.
 
     Args:
-        scores: What `sweep` returned, or several in one, with labels such as "method"; at least two multipliers.
-        path: File to write; its ending chooses the format, such as ".png" or ".svg".
-        title: What was measured.
-        metrics: Which to draw; all if None.
+        scores: Scores of `sweep`, or several concatenated with labels such as "method"; at least two multipliers.
+        path: File to write; the extension sets the format, such as ".png" or ".svg".
+        title: Title of the plot.
+        metrics: Metrics to plot; all if None.
         **bootstrap: For `Scores.summary`.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: There are fewer than two multipliers, there is no such metric, or the path has no ending.
+        ConfigError: There are fewer than two multipliers, there is no such metric, or the path has no extension.
         ImportError: matplotlib is not installed.
     """
     _require_ending(path)
@@ -59,11 +59,11 @@ def plot_dose_response(
 def dose_response_figure(
     scores: Scores, title: str, *, metrics: Sequence[str] | None = None, **bootstrap: Any
 ) -> Figure:
-    """As `plot_dose_response`, not saved yet."""
+    """As `plot_dose_response`, but returns the figure."""
     metrics = list(scores.metrics if metrics is None else metrics)
     unknown = [name for name in metrics if name not in scores.metrics]
     if unknown or not metrics:
-        raise ConfigError(f"metrics={metrics!r}: choose from {', '.join(map(repr, scores.metrics))}.")
+        raise ConfigError(f"metrics={metrics!r}: must be among {', '.join(map(repr, scores.metrics))}.")
     _require_multipliers(len(set(scores.table["multiplier"])))
     summary = scores.summary(**bootstrap)
     figure = _figure(len(metrics))
@@ -79,16 +79,16 @@ def dose_response_figure(
 def plot_matched_damage(
     table: pd.DataFrame, path: str | Path, title: str, *, metric: str, damage_metric: str = "kl"
 ) -> Path:
-    """Draws what `at_matched_damage` returned: effect against damage, a line per method.
+    """Plots the table of `at_matched_damage`: effect against damage, one line per method.
 
     Raises:
-        ConfigError: The table has no such columns, or the path has no ending.
+        ConfigError: The table has no such columns, or the path has no extension.
         ImportError: matplotlib is not installed.
     """
     missing = [name for name in (metric, damage_metric, "multiplier") if name not in table.columns]
     if missing:
         raise ConfigError(
-            f"The table has {list(table.columns)}, but no {missing}: give what at_matched_damage returned."
+            f"The table has the columns {list(table.columns)} and lacks {missing}: pass the table of at_matched_damage."
         )
     own = (damage_metric, "multiplier", metric, f"{metric}_low", f"{metric}_high")
     labels = [name for name in table.columns if name not in own]
@@ -102,16 +102,16 @@ def plot_matched_damage(
 def plot_losses(
     histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str, *, metric: str = "loss"
 ) -> Path:
-    """Draws a metric of training runs against their steps.
+    """Plots a metric of training runs against their steps.
 
     Args:
-        histories: The log of each run, `trainer.state.log_history`, by its name.
-        path: File to write; its ending chooses the format.
-        title: What was trained.
-        metric: Such as "loss", "eval_loss", "margin/plus" or "code/nonzero".
+        histories: Each run's `trainer.state.log_history`, by name.
+        path: File to write; the extension sets the format.
+        title: Title of the plot.
+        metric: The logged metric, such as "loss", "eval_loss", "margin/plus" or "code/nonzero".
 
     Raises:
-        ConfigError: A run did not log it, or the path has no ending.
+        ConfigError: A run did not log it, or the path has no extension.
         ImportError: matplotlib is not installed.
     """
     _require_ending(path)
@@ -128,14 +128,14 @@ def plot_losses(
 
 
 def require_picture(path: str | Path, multipliers: int) -> None:
-    """Raises before any work if a dose-response could not be drawn.
+    """Checks before any work that a dose-response plot can be saved.
 
     Args:
         path: The file.
-        multipliers: How many there will be.
+        multipliers: The number of multipliers.
 
     Raises:
-        ConfigError: There are fewer than two multipliers, or the path has no ending.
+        ConfigError: There are fewer than two multipliers, or the path has no extension.
         ImportError: matplotlib is not installed.
     """
     _require_ending(path)
@@ -146,12 +146,14 @@ def require_picture(path: str | Path, multipliers: int) -> None:
 
     known = FigureCanvasBase.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in known:
-        raise ConfigError(f"path={str(path)!r}: pictures end in one of {', '.join(f'.{kind}' for kind in known)}.")
+        raise ConfigError(
+            f"path={str(path)!r}: the extension must be one of {', '.join(f'.{kind}' for kind in known)}."
+        )
 
 
 def _require_ending(path: str | Path) -> None:
     if not Path(path).suffix:
-        raise ConfigError(f"path={str(path)!r} has no ending, which chooses the format: give one such as '.png'.")
+        raise ConfigError(f"path={str(path)!r} needs an extension, such as '.png', which sets the format.")
 
 
 def _require_multipliers(multipliers: int) -> None:
@@ -173,7 +175,7 @@ def _figure(panels: int) -> Figure:
 
 
 def _draw(axes: Any, table: pd.DataFrame, labels: Sequence[str], x: str, metric: str) -> None:
-    """A line with its interval for each of the labels' values."""
+    """Draws a line with its interval for each combination of label values."""
     factor = 100 if metric in _SHARES else 1
     for colour, (name, line) in zip(_cycle(), _lines(table, labels), strict=False):
         line = line.sort_values(x)
@@ -184,11 +186,11 @@ def _draw(axes: Any, table: pd.DataFrame, labels: Sequence[str], x: str, metric:
 
 
 def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None, pd.DataFrame]]:
-    """The parts of a table that are a line each, and their names."""
+    """Splits a table into lines, with their names."""
     keys = [name for name in labels if name != SEED]
     if not keys:
         return [(None, table)]
-    # A label that all lines share says nothing about one of them.
+    # A label with the same value on all lines does not tell them apart.
     said = [name for name in keys if len(set(table[name])) > 1] or keys[:1]
     return [
         (", ".join(str(part[name].iloc[0]) for name in said), part)
@@ -201,14 +203,14 @@ def _cycle() -> list[str]:
 
 
 def _legend(figure: Figure) -> Figure:
-    """The figure, with a legend if its lines have names."""
+    """Adds a legend if the lines have names."""
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.axes[-1].legend(frameon=False, fontsize="small")
     return figure
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    """Writes beside the target and renames, so that a failure leaves no half picture."""
+    """Saves to a temporary file first, so that a failure leaves no partial plot."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

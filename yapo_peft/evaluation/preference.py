@@ -1,4 +1,4 @@
-"""Preference: whether the chosen answer is the more likely one, and by how much."""
+"""Whether the chosen answer is more likely than the rejected one, and by how much."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Preference:
     def batches(
         self, dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
     ) -> list[dict[str, Tensor]]:
-        """Batches of pairs: so many rows, at least the two of one pair."""
+        """Batches of pairs with `batch_size` rows, two per pair."""
         return pair_batches(dataset, tokenizer, max(1, batch_size // 2))
 
     def score(self, model: SweepScorer, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Measurements of single examples at several multipliers, and what they say of all."""
+"""Scores of examples at several multipliers, with bootstrap intervals of their means."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .._utils import replacing
 from ..errors import ConfigError, DatasetError
 
 _OWN = ("multiplier", "example", "answer")
-# The label whose values are repetitions of one measurement, not different ones.
+# The label that numbers repetitions of one measurement.
 SEED = "seed"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a measure found, for each example at each multiplier.
+    """Metrics of each example at each multiplier.
 
     Attributes:
         table: A row per example and multiplier: `multiplier`, `example` (its index in the dataset), `answer` where one
-            was generated, a column per metric, and one per label. NaN stands for what could not be measured.
+            was generated, a column per metric, and one per label. NaN means not measurable.
         metrics: Names of the metrics' columns.
     """
 
@@ -34,36 +34,38 @@ class Scores:
 
     @property
     def labels(self) -> list[str]:
-        """Names of the columns that say what was measured, such as "method"."""
+        """Names of the label columns, such as "method"."""
         return [name for name in self.table.columns if name not in (*_OWN, *self.metrics)]
 
     def labelled(self, **labels: Any) -> Scores:
-        """The same, saying what it is of: `scores.labelled(method="CAA", seed=0)`.
+        """Adds labels: `scores.labelled(method="CAA", seed=0)`.
 
-        A `seed` tells repetitions of one measurement apart; all other labels tell measurements apart.
+        The label `seed` numbers repetitions of a measurement; other labels distinguish measurements.
         """
         summarised = (f"{metric}_{end}" for metric in self.metrics for end in ("low", "high"))
         taken = [name for name in labels if name in (*_OWN, *self.metrics, "examples", *summarised)]
         if taken:
-            raise ConfigError(f"{taken[0]!r} is a column of the scores or their summary: give the label another name.")
+            raise ConfigError(
+                f"{taken[0]!r} is already a column of the scores or of their summary: choose another label."
+            )
         return Scores(self.table.assign(**labels), self.metrics)
 
     @staticmethod
     def concat(parts: Sequence[Scores]) -> Scores:
-        """Several scores in one table.
+        """Concatenates scores.
 
         Raises:
-            ConfigError: They are of different metrics, have different labels, or measure an example twice at a
-                multiplier.
+            ConfigError: Metrics or labels differ, or an example occurs twice at a multiplier.
         """
         if not parts:
-            raise ConfigError("There are no scores to put together.")
+            raise ConfigError("There are no scores to concatenate.")
         first = parts[0]
         for part in parts:
             if set(part.metrics) != set(first.metrics) or set(part.labels) != set(first.labels):
                 raise ConfigError(
                     f"Scores of {sorted(part.metrics)} with the labels {sorted(part.labels)} and of "
-                    f"{sorted(first.metrics)} with {sorted(first.labels)} do not go together: compare like with like."
+                    f"{sorted(first.metrics)} with {sorted(first.labels)} cannot be concatenated: metrics and "
+                    "labels must be the same."
                 )
         table = pd.concat([part.table for part in parts], ignore_index=True)
         keys = ["multiplier", "example", *first.labels]
@@ -78,19 +80,19 @@ class Scores:
     def summary(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Means over examples, and over seeds where there are several, with bootstrap intervals.
 
-        An interval is the percentile bootstrap's: examples are drawn with replacement, and so are seeds.
+        Intervals are percentile bootstrap intervals over examples and seeds.
 
         Args:
-            confidence: Share of resamples within the interval.
-            resamples: How many are drawn.
-            seed: Of the drawing; all rows of the summary use the same draws, so that they can be compared.
+            confidence: Confidence level, between 0 and 1.
+            resamples: Number of resamples.
+            seed: Random seed; all rows use the same resamples, so that they can be compared.
 
         Returns:
-            A row per multiplier and labels other than `seed`: for each metric its mean and the interval's ends
+            A row per multiplier and labels other than `seed`: for each metric its mean and the interval's bounds
             (`accuracy`, `accuracy_low`, `accuracy_high`), and `examples`, the number of them.
 
         Raises:
-            ConfigError: `confidence` is no share, or `resamples` is not positive.
+            ConfigError: `confidence` or `resamples` is out of range.
         """
         require_bootstrap(confidence, resamples)
         keys = [*(name for name in self.labels if name != SEED), "multiplier"]
@@ -106,7 +108,7 @@ class Scores:
         return pd.DataFrame(found)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the table as JSON; a failure leaves what was there."""
+        """Saves the table as JSON; if that fails, an existing file is kept."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = json.loads(cast(str, self.table.to_json(orient="records", double_precision=15)))
@@ -116,10 +118,10 @@ class Scores:
 
     @staticmethod
     def load(path: str | Path) -> Scores:
-        """Reads what `save` wrote.
+        """Loads scores from a file of `save`.
 
         Raises:
-            DatasetError: The file holds something else.
+            DatasetError: The file has another format.
         """
         try:
             content = json.loads(Path(path).read_text())
@@ -127,29 +129,31 @@ class Scores:
             table = pd.DataFrame(content["rows"])
             return Scores(table.astype(dict.fromkeys(metrics, float)), metrics)
         except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"{str(path)!r} does not hold scores ({error!r}): measure again.") from error
+            raise DatasetError(f"{str(path)!r} is not a file of scores ({error!r}).") from error
 
 
 def distinct(multipliers: Iterable[float]) -> list[float]:
-    """The multipliers of a sweep.
+    """Returns the multipliers of a sweep as a list.
 
     Raises:
-        ConfigError: There is none, or one is there twice.
+        ConfigError: There are none, or one occurs twice.
     """
     multipliers = [float(value) for value in multipliers]
     if not multipliers or len(set(multipliers)) < len(multipliers):
-        raise ConfigError(f"multipliers={multipliers!r}: give one multiplier at least, and each of them once.")
+        raise ConfigError(f"multipliers={multipliers!r}: must be at least one multiplier, without duplicates.")
     return multipliers
 
 
 def require_bootstrap(confidence: float, resamples: int) -> None:
-    """Raises unless a bootstrap can be made with that.
+    """Checks the arguments of a bootstrap.
 
     Raises:
-        ConfigError: `confidence` is no share, or `resamples` is not positive.
+        ConfigError: `confidence` or `resamples` is out of range.
     """
     if not 0 < confidence < 1 or resamples < 1:
-        raise ConfigError(f"confidence={confidence}, resamples={resamples}: give a share, and a positive number.")
+        raise ConfigError(
+            f"confidence={confidence}, resamples={resamples}: confidence must be between 0 and 1, resamples at least 1."
+        )
 
 
 def by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
@@ -160,13 +164,13 @@ def by_seed_and_example(group: pd.DataFrame, metric: str) -> np.ndarray:
 
 
 def mean_of_known(matrix: np.ndarray) -> float:
-    """The mean of what could be measured; NaN if nothing could."""
+    """The mean of the finite values; NaN if there are none."""
     known = matrix[np.isfinite(matrix)]
     return float(known.mean()) if len(known) else float("nan")
 
 
 def resampled_means(matrix: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """The mean in each resample of seeds and of examples, `(resamples,)`; NaN where nothing in it could be measured."""
+    """The mean of each resample of seeds and examples, `(resamples,)`; NaN if it has no finite value."""
     seeds, examples = matrix.shape
     generator = np.random.default_rng(seed)
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(float)
@@ -178,7 +182,7 @@ def resampled_means(matrix: np.ndarray, resamples: int, seed: int) -> np.ndarray
 
 
 def interval(statistics: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Ends of the percentile interval of what resamples gave; NaN says nothing, and is left out."""
+    """Bounds of the percentile interval of resampled statistics, without NaN."""
     known = statistics[np.isfinite(statistics)]
     if not len(known):
         return float("nan"), float("nan")

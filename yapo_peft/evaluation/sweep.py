@@ -1,4 +1,4 @@
-"""One measure over many multipliers."""
+"""Measures a model over a range of multipliers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating, mixed_seed
+from .._utils import at_least, evaluating, mixed_seed
 from ..errors import ConfigError, DatasetError
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
@@ -23,29 +23,29 @@ from .scores import Scores, distinct
 
 
 class LikelihoodMeasure(Protocol):
-    """What reads log-probabilities."""
+    """A measure that reads log-probabilities."""
 
     def batches(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, Tensor]]:
-        """Batches of tensors; `example`, `(examples,)`, says which examples of the dataset are in it."""
+        """Batches of tensors; `example`, `(examples,)`, has the indices of the dataset's examples in it."""
         ...
 
     def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
-        """Metrics of a batch's examples, `(examples,)` each, of the model as it is steered now.
+        """Metrics of a batch's examples, `(examples,)` each, at the current multiplier.
 
-        `kept` holds what the measure puts into it for the same batch at other multipliers.
+        The measure may keep values in `kept` for the same batch at other multipliers.
         """
         ...
 
 
 class AnswerMeasure(Protocol):
-    """What reads generated answers."""
+    """A measure that reads generated answers."""
 
     def prompts(self, dataset: Any) -> list[Any]:
-        """A prompt per example, as a text or messages."""
+        """One prompt per example, a text or messages."""
         ...
 
     def score_answers(self, dataset: Any, examples: Sequence[int], answers: Sequence[str]) -> list[dict[str, float]]:
-        """Metrics of answers to the prompts of examples."""
+        """Metrics of each answer."""
         ...
 
 
@@ -88,16 +88,15 @@ def sweep(
         ConfigError: An argument has a value that cannot work, there is no such adapter, or adapters are disabled.
     """
     multipliers = distinct(multipliers)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: need one row at least.")
+    at_least(1, batch_size=batch_size)
     for multiplier in multipliers:
         with steering(model, multiplier, adapter_name):
-            pass  # so that a multiplier or an adapter that cannot work is an error before any work
+            pass  # raises before any work if the multiplier or the adapter is invalid
     if any(multipliers):
         require_enabled(model)
     measure = Preference() if measure is None else measure
     if isinstance(measure, type):
-        raise ConfigError(f"measure={measure.__name__} is a class: give one of it, measure={measure.__name__}(...).")
+        raise ConfigError(f"measure={measure.__name__} is a class: pass an instance, {measure.__name__}(...).")
     if not hasattr(dataset, "__getitem__"):
         dataset = list(dataset)
     with evaluating(model):
@@ -106,7 +105,7 @@ def sweep(
                 model, dataset, tokenizer, multipliers, measure, adapter_name, batch_size, seed, generation
             )
         elif generation:
-            raise ConfigError(f"{next(iter(generation))}= is for measures of answers; this one generates nothing.")
+            raise ConfigError(f"{next(iter(generation))}= is only supported by measures of generated answers.")
         else:
             rows = _sweep_likelihoods(model, dataset, tokenizer, multipliers, measure, adapter_name, batch_size)
     rows.sort(key=lambda row: (multipliers.index(row["multiplier"]), row["example"]))
@@ -157,13 +156,13 @@ def _sweep_answers(
 ) -> list[dict[str, Any]]:
     prompts = [prompt_ids(prompt, tokenizer) for prompt in measure.prompts(dataset)]
     if not prompts:
-        raise DatasetError("The dataset is empty: there is nothing to answer.")
+        raise DatasetError("The dataset is empty: it has no prompts.")
     taken = [name for name in ("max_length", "num_return_sequences", "num_beams") if name in generation]
     if taken:
         raise ConfigError(
-            f"{taken[0]}={generation[taken[0]]!r}: each prompt gets one answer of max_new_tokens; leave it out."
+            f"{taken[0]}={generation[taken[0]]!r}: not supported, each prompt gets one answer of up to max_new_tokens."
         )
-    # Whole prompts, where all multipliers of one fit.
+    # All multipliers of a prompt in one batch, if they fit.
     size = batch_size // len(multipliers) * len(multipliers) or batch_size
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     work = [(index, multiplier) for index in order for multiplier in multipliers]
