@@ -73,7 +73,7 @@ def test_scores_are_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is already a column of the scores or of their summary"),
+        (lambda: scores({0.0: [1]}).labelled(margin=1), "'margin' is already a column"),
         (lambda: Scores.concat([]), "no scores"),
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "cannot be concatenated"),
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "cannot be concatenated"),

@@ -188,14 +188,14 @@ def test_scoring_changes_neither_mode_nor_multiplier(tokenizer):
     ("rows", "options", "error", "message"),
     [
         ([], {}, DatasetError, "The dataset is empty"),
-        ([{"prompt": "w1", "chosen": "w2"}], {}, DatasetError, r"A pair lacks \['rejected'\]"),
-        ([{"prompt": "", "chosen": "w2", "rejected": "w3"}], {}, DatasetError, r"A pair lacks \['prompt'\]"),
+        ([{"prompt": "w1", "chosen": "w2"}], {}, DatasetError, r"A pair has no \['rejected'\]"),
+        ([{"prompt": "", "chosen": "w2", "rejected": "w3"}], {}, DatasetError, r"A pair has no \['prompt'\]"),
         (preference_rows(1), {"multipliers": []}, ConfigError, r"multipliers=\[\]"),
         (preference_rows(1), {"multipliers": [1.0, 1]}, ConfigError, "without duplicates"),
         (preference_rows(1), {"batch_size": 0}, ConfigError, "batch_size=0"),
         (preference_rows(1), {"multipliers": [1.0, float("nan")]}, ConfigError, "multiplier=nan"),
         (preference_rows(1), {"adapter_name": "x"}, ConfigError, "no YaPO adapter 'x'"),
-        (preference_rows(1), {"max_new_tokens": 3}, ConfigError, "max_new_tokens= is only supported by measures of generated answers"),
+        (preference_rows(1), {"max_new_tokens": 3}, ConfigError, "max_new_tokens= is only supported"),
     ],
 )
 def test_bad_input_is_named(tokenizer, rows, options, error, message):

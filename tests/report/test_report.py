@@ -95,7 +95,7 @@ def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
             write_report(steered(), file, pairs, tokenizer, **options)
     with pytest.raises(DatasetError, match="The texts are one str"):
         write_report(steered(), file, pairs, tokenizer, text="w1 w2")
-    with pytest.raises(DatasetError, match="A pair lacks"):
+    with pytest.raises(DatasetError, match="A pair has no"):
         write_report(steered(), file, [{"prompt": "w1"}], tokenizer)
 
 

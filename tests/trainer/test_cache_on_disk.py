@@ -76,7 +76,7 @@ def test_damaged_activations_are_noticed(train, tmp_path, tensor):
     start, end = json.loads(content[8 : 8 + header])[tensor]["data_offsets"]
     content[8 + header + (start + end) // 2] ^= 0x41
     file.write_bytes(content)
-    with pytest.raises(ActivationCacheError, match=r"its content is not what was written.*Delete it"):
+    with pytest.raises(ActivationCacheError, match=r"its content does not match its hash.*Delete it"):
         train(True, max_steps=1)
 
 
@@ -175,7 +175,7 @@ def test_activations_stored_in_16_bits_take_half_the_space_and_train_close(train
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(train, build, tmp_path, monkeypatch):
     (tmp_path / "activations").write_text("a file")
-    with pytest.raises(ActivationCacheError, match="give another activation_cache_dir"):
+    with pytest.raises(ActivationCacheError, match="set another activation_cache_dir"):
         train(True)
     monkeypatch.setenv("HOME", str(tmp_path))
     build(train_dataset=MANY, cache_activations=True, activation_cache_dir="~/cache")

@@ -21,11 +21,10 @@ from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
 from ..tuner.layer import is_steering, lowest_steered
 from .checks import distance, one_sae, require_constant, require_no_noise, same, why_not_shared
-from .fingerprint import fingerprint_of, survey
 from .lm_head import score_packed
-from .packing import PackedBatch, attention_cost, keep_rows, share_prompts
+from .packing import PackedBatch, attention_cost, keep_rows, share_prompts, survey
 from .scorer import CachedPairs
-from .store import COLUMNS, Activations, ActivationStore, cache_folder
+from .store import COLUMNS, Activations, ActivationStore, cache_folder, fingerprint_of
 from .upper_half import UpperHalf
 
 _FORMAT = 2

@@ -1,4 +1,4 @@
-"""Answers of a model to many prompts, a batch of similar length at a time."""
+"""Generates answers to a batch of prompts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def answer(
     seed: int | None = None,
     **generation: Any,
 ) -> list[tuple[str, bool]]:
-    """Answers prompts in one batch, padded on the left.
+    """Generates an answer to each prompt, in one batch padded on the left.
 
     Args:
         model: A causal language model, in eval mode.
         tokenizer: Its tokenizer.
-        prompts: Ids of each prompt.
-        seed: Of the sampling, which leaves the generators of the process as they were; None to draw from these.
+        prompts: The token ids of each prompt.
+        seed: Seed of sampling, which does not affect the global generators; None to use those.
         **generation: For `model.generate`.
 
     Returns:
-        The text of each answer, without special tokens, and whether it was ended rather than cut.
+        Each answer's text without special tokens, and whether it ended before the length limit.
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)
     padding = padding_of(tokenizer)

@@ -1,42 +1,50 @@
-"""Lays a batch of pairs out so that no token is computed twice: each prompt once, for both of its answers."""
+"""Packs a batch of pairs so that no token is computed twice: each prompt once, followed by both answers."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+
+from ..errors import UnsupportedOperationError
+
+# The columns of a preference dataset that TRL has tokenized.
+TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def attention_cost(model: Any, block: nn.Module) -> float:
-    """What it costs a token to attend to another one, relative to all else that a block does for it."""
+    """The cost of attending to one token, relative to everything else that a layer computes per token."""
     return 2 * model.config.get_text_config().hidden_size / sum(parameter.numel() for parameter in block.parameters())
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A collated batch of pairs, `(2 * pairs, seq)`, in another order and shape.
+    """A collated batch of pairs, `(2 * pairs, seq)`, laid out in other rows.
 
-    Its tokens, without padding and each prompt once, are called flat: pair after pair, the prompt, the chosen and the
-    rejected answer. A model gets them in rows.
+    Flat indices count its tokens without padding and with each prompt once: pair after pair, the prompt, the chosen and
+    the rejected answer.
 
     Attributes:
         flat: Flat index of each token in rows, `(rows, length)`; the first one's where there is padding.
-        is_chosen: Which tokens in rows are of a chosen answer, `(rows, length)`.
-        real: Which tokens in rows are no padding, `(rows, length)`.
-        place: Where in the flattened rows each flat token is, `(tokens,)`; the chosen row's place if there are two.
+        is_chosen: Which tokens in rows belong to a chosen answer, `(rows, length)`.
+        real: Which tokens in rows are not padding, `(rows, length)`.
+        place: Index in the flattened rows of each flat token, `(tokens,)`; of the chosen row if there are two.
         input_ids: `(rows, length)`.
-        labels: Of answers, the tokens; -100 elsewhere, `(rows, length)`.
-        position_ids: `(rows, length)`, or None where the model counts by itself.
-        attention_mask: Whom each token attends to, `(rows, 1, length, length)`, or which tokens are none of padding,
-            `(rows, length)`.
+        labels: The answers' tokens; -100 elsewhere, `(rows, length)`.
+        position_ids: `(rows, length)`, or None to leave them to the model.
+        attention_mask: Which tokens each token attends to, `(rows, 1, length, length)`, or which tokens are not
+            padding, `(rows, length)`.
         pairs_of_rows: The pairs in each row.
-        origin: Where in the flattened rows each token of the collated batch is, `(2 * pairs, seq)`.
-        scored: Whether the next token of the collated batch is one of an answer, `(2 * pairs, seq - 1)`.
-        predictors: Where in the flattened rows those answers' tokens are predicted, `(scored,)`.
-        targets: These tokens, `(scored,)`.
+        origin: Index in the flattened rows of each token of the collated batch, `(2 * pairs, seq)`.
+        scored: Whether the next token of the collated batch belongs to an answer, `(2 * pairs, seq - 1)`.
+        predictors: Indices in the flattened rows of the tokens that predict those, `(scored,)`.
+        targets: The predicted tokens, `(scored,)`.
         target_flat: Their flat indices, `(scored,)`.
     """
 
@@ -56,7 +64,7 @@ class PackedBatch:
     target_flat: Tensor
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What a model is called with; masks of single pairs of tokens are added to scores of a dtype."""
+        """The model's inputs; a mask per pair of tokens becomes an additive one of the given dtype."""
         mask = self.attention_mask
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -65,12 +73,12 @@ class PackedBatch:
 
 
 def share_prompts(inputs: dict[str, Tensor], attention_cost: float, directions: Tensor | None = None) -> PackedBatch:
-    """Packs each pair as one sequence in which both answers follow the prompt and do not see each other.
+    """Packs each pair as one sequence in which both answers follow the prompt and don't attend to each other.
 
     Args:
         inputs: A batch of TRL's preference collator.
-        attention_cost: What it costs a token to attend to another one, relative to all else that is done for it.
-        directions: That of each pair, `(pairs,)`, of which one row has the same, or None if it is one for all.
+        attention_cost: The result of `attention_cost`.
+        directions: The direction of each pair, `(pairs,)`; pairs in a row have the same one. None if all do.
     """
     lengths = pair_lengths(inputs)
     sizes = lengths.sum(dim=1).tolist()
@@ -100,7 +108,7 @@ def share_prompts(inputs: dict[str, Tensor], attention_cost: float, directions: 
 
 
 def keep_rows(inputs: dict[str, Tensor]) -> PackedBatch:
-    """Leaves a batch as it is, for models whose attention cannot be told who sees whom."""
+    """Keeps the rows of a batch, for models that don't support a mask per pair of tokens."""
     attended, lengths = inputs["attention_mask"].bool(), pair_lengths(inputs)
     flat_index = flat_of(inputs, lengths)
     flat = flat_index.masked_fill(~attended.cpu(), -1)
@@ -113,8 +121,33 @@ def keep_rows(inputs: dict[str, Tensor]) -> PackedBatch:
     return _packed(inputs, flat_index, flat, place, origin, None, inputs["attention_mask"], rows)
 
 
+def survey(dataset: Dataset, max_length: int | None, truncation_mode: str, name: str) -> tuple[Tensor, str]:
+    """Returns the lengths of each pair's prompt and answers after truncation, `(pairs, 3)`, and a hash of their tokens.
+
+    Raises:
+        UnsupportedOperationError: Truncation would cut a pair's prompt differently for its two answers.
+    """
+    digest = hashlib.sha256(str(max_length).encode())
+    lengths = []
+    for rows in dataset.select_columns(list(TOKENIZED)).iter(1000):
+        columns = [cast(dict[str, Any], rows)[column] for column in TOKENIZED]
+        digest.update(json.dumps(columns).encode())
+        lengths += [[len(part) for part in pair] for pair in zip(*columns, strict=True)]
+    found = torch.tensor(lengths)
+    if max_length is None:
+        return found, digest.hexdigest()
+    too_long = (found[:, :1] + found[:, 1:] > max_length).any()
+    if too_long and truncation_mode != "keep_start":
+        raise UnsupportedOperationError(
+            f"truncation_mode={truncation_mode!r} cuts the prompts of the longest pairs of the {name} dataset "
+            "differently for each answer: cache_activations needs truncation_mode='keep_start', or a larger max_length."
+        )
+    found[:, 1:] = torch.minimum(found[:, 1:], max_length - found[:, :1])
+    return found, digest.hexdigest()
+
+
 def pair_lengths(inputs: dict[str, Tensor]) -> Tensor:
-    """Number of tokens of each pair's prompt, chosen and rejected answer, `(pairs, 3)`."""
+    """Lengths of each pair's prompt, chosen and rejected answer in tokens, `(pairs, 3)`."""
     answers = inputs["completion_mask"].sum(dim=1)
     prompts = inputs["attention_mask"].sum(dim=1) - answers
     chosen, rejected = answers.chunk(2)
@@ -122,7 +155,7 @@ def pair_lengths(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def flat_of(inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
-    """Flat index of each token of the collated batch, `(2 * pairs, seq)`; padding gets that of the first token."""
+    """Flat index of each token of the collated batch, `(2 * pairs, seq)`; padding has that of the first token."""
     starts = lengths.sum(dim=1).cumsum(0) - lengths.sum(dim=1)
     column = torch.arange(inputs["input_ids"].shape[1])
     prompt, chosen = lengths[:, :1], lengths[:, 1:2]
@@ -173,7 +206,7 @@ def _packed(
 
 
 def _cheapest_rows(sizes: list[int], groups: list[float], attention_cost: float) -> list[list[int]]:
-    """Which pairs share a row, of one group each: fewer rows have less padding, but all tokens of a row look around."""
+    """Groups pairs into rows, each within one group: fewer rows mean less padding, but longer attention."""
     members = [[pair for pair, own in enumerate(groups) if own == group] for group in dict.fromkeys(groups)]
     ways = [[_balanced(sizes, pairs, count) for count in range(1, len(pairs) + 1)] for pairs in members]
 
@@ -185,7 +218,7 @@ def _cheapest_rows(sizes: list[int], groups: list[float], attention_cost: float)
 
 
 def _balanced(sizes: list[int], pairs: list[int], count: int) -> tuple[list[list[int]], int]:
-    """Some pairs in so many rows of similar length, and the longest one's."""
+    """Distributes pairs over `count` rows of similar length; returns the rows and the longest length."""
     rows: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for pair in sorted(pairs, key=lambda index: -sizes[index]):

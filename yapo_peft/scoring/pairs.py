@@ -1,4 +1,4 @@
-"""Preference pairs as padded batches of tokens, rendered as TRL renders them in training."""
+"""Preference pairs as padded batches of tokens, tokenized as TRL does in training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DatasetError
+from .._utils import at_least
+from ..errors import DatasetError
 
 Tokens = tuple[list[int], list[int], list[int]]
 
@@ -18,11 +19,11 @@ Tokens = tuple[list[int], list[int], list[int]]
 def pair_batches(
     dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Tokenises preference pairs and batches those of similar length, the longest first, padded on the right.
+    """Tokenizes preference pairs and batches those of similar length, longest first, padded on the right.
 
     Args:
         dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
-        tokenizer: The model's tokenizer; its chat template renders conversational pairs, as in training.
+        tokenizer: The model's tokenizer, whose chat template renders conversational pairs.
         batch_size: Pairs per batch.
 
     Returns:
@@ -34,35 +35,34 @@ def pair_batches(
         ConfigError: `batch_size` is not positive.
         DatasetError: The dataset is empty, or a pair lacks a column or an answer.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: need one pair at least.")
+    at_least(1, batch_size=batch_size)
     if not isinstance(dataset, Iterable):
-        raise DatasetError(f"The dataset is {dataset!r}: give preference pairs.")
+        raise DatasetError(f"The dataset is {dataset!r}: must be preference pairs.")
     rows = list(enumerate(_tokenize(row, tokenizer) for row in dataset))
     rows.sort(key=lambda row: -len(row[1][0]) - max(map(len, row[1][1:])))
     if not rows:
-        raise DatasetError("The dataset is empty: there is no preference pair in it.")
+        raise DatasetError("The dataset is empty: it has no preference pairs.")
     padding = padding_of(tokenizer)
     return [_batch(rows[start : start + batch_size], padding) for start in range(0, len(rows), batch_size)]
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with; that of the end of a text where there is none for padding."""
+    """The padding token's id, or the EOS token's if the tokenizer has no padding token."""
     return cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
 def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Ids of prompt, chosen and rejected answer; the answers start where they part from the prompt."""
+    """Ids of prompt, chosen and rejected answer; answers start at their first token that differs from the prompt's."""
     if not isinstance(row, Mapping):
         raise DatasetError(
-            f"A pair is {row!r}, and not a row with 'prompt', 'chosen' and 'rejected': give a list of rows or a "
-            "dataset (of a DataFrame: .to_dict('records'))."
+            f"A pair is {row!r}: must be a row with 'prompt', 'chosen' and 'rejected'. Pass a list of rows or a "
+            "dataset (for a DataFrame: .to_dict('records'))."
         )
     missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
     if missing:
         raise DatasetError(
-            f"A pair lacks {missing}, or has nothing there: it has {sorted(row)}. Pairs need 'prompt', 'chosen', "
-            "'rejected'."
+            f"A pair has no {missing}, or it is empty; its columns are {sorted(row)}. Pairs need 'prompt', 'chosen' "
+            "and 'rejected'."
         )
     prompt = prompt_ids(row["prompt"], tokenizer)
     chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
@@ -72,7 +72,7 @@ def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt: of a text as it is, of messages as the chat template renders them for an answer to follow."""
+    """Ids of a prompt: a text as it is, or messages rendered by the chat template with a generation prompt."""
     return _ids(prompt, tokenizer, is_prompt=True)
 
 
@@ -84,7 +84,7 @@ def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
-    """How many tokens two lists start with alike."""
+    """Length of the common prefix of two lists of tokens."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return index
@@ -99,7 +99,7 @@ def _batch(rows: list[tuple[int, Tokens]], padding: int) -> dict[str, Tensor]:
 
 
 def padded_answers(answers: list[tuple[list[int], list[int]]], padding: int) -> dict[str, Tensor]:
-    """Prompts with their answers, padded on the right, and where the answers are."""
+    """Prompts followed by answers, padded on the right, with masks of all tokens and of the answers."""
     ids = [torch.tensor(prompt + answer) for prompt, answer in answers]
     mask = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in answers]
     return {

@@ -1,7 +1,8 @@
-"""Activations of training examples on disk, in files that are read in place."""
+"""Activations of training examples on disk, in safetensors files that are read in slices."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -18,11 +19,10 @@ from torch import Tensor
 
 from .._utils import hash_tensors, replacing
 from ..errors import ActivationCacheError
-from .fingerprint import fingerprint_of
 
 # The columns that say in which store, and as which example of it, the activations of a row are.
 COLUMNS = ("activations_store", "activations_row")
-# Tokens of a file: what a run that is killed has to compute again at most.
+# Tokens per file: the most that an interrupted run has to compute again.
 _TOKENS = 32_768
 _OPEN_FILES = 64
 _RECORD = "activations.json"
@@ -46,14 +46,14 @@ class CollateWithRows:
 
 @dataclass(frozen=True)
 class Activations:
-    """What is stored of some tokens.
+    """The stored activations of some tokens.
 
     Attributes:
-        hidden: Output of the block, `(tokens, d_model)`.
-        count: Number of features that are on at each token, `(tokens,)`.
+        hidden: Output of the lowest steered layer, `(tokens, d_model)`.
+        count: Number of active features of each token, `(tokens,)`.
         feature: Their indices, token after token, `(non-zeros,)`.
-        value: How far they are on, `(non-zeros,)`.
-        reference: Log-probability of each token of an answer under the unsteered model, in nats; 0 in prompts.
+        value: Their activations, `(non-zeros,)`.
+        reference: Log-probability of each answer token under the unsteered model, in nats; 0 in prompts.
     """
 
     hidden: Tensor
@@ -63,11 +63,11 @@ class Activations:
     reference: Tensor
 
     def to(self, device: torch.device) -> Activations:
-        """Returns the same on another device."""
+        """Moves the tensors to a device."""
         return Activations(*(tensor.to(device) for tensor in vars(self).values()))
 
     def split(self, sizes: list[int]) -> list[Activations]:
-        """Parts of so many tokens."""
+        """Splits into parts of the given numbers of tokens."""
         actives = [int(count.sum()) for count in self.count.split(sizes)]
         by_token = (tensor.split(sizes) for tensor in (self.hidden, self.count))
         by_feature = (tensor.split(actives) for tensor in (self.feature, self.value))
@@ -76,19 +76,19 @@ class Activations:
 
     @classmethod
     def join(cls, parts: list[Activations]) -> Activations:
-        """The tokens of several, one after another."""
+        """Concatenates the tokens of several."""
         return cls(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class ActivationStore:
     """The activations of a dataset's examples, in a folder of safetensors files.
 
-    A file is written under a temporary name and then renamed: what has its name is whole.
+    Files are written under a temporary name and then renamed, so that a file is always complete.
 
     Args:
-        folder: Where the files are.
+        folder: The folder.
         sizes: Number of tokens of each example.
-        record: What the activations are of, for those who look into the folder.
+        record: What identifies the activations, saved with them.
     """
 
     def __init__(self, folder: Path, sizes: list[int], record: dict[str, Any]) -> None:
@@ -108,14 +108,14 @@ class ActivationStore:
 
     @classmethod
     def with_any_sae(cls, place: Path, sizes: list[int], record: dict[str, Any]) -> ActivationStore | None:
-        """A complete store of the same activations with the features of some SAE, for those who read no features."""
+        """Finds a complete store of the same activations, whatever its SAE, for adapters that need no features."""
         for file in sorted(place.glob(f"*/{_RECORD}")):
             try:
                 there = json.loads(file.read_text())
             except (OSError, ValueError):
                 continue
             is_same = isinstance(there, dict) and {**there, "sae": None} == {**record, "sae": None}
-            # A copy under another name is nobody's cache.
+            # A folder that was renamed or copied does not count.
             store = cls(file.parent, sizes, there) if is_same and file.parent.name == fingerprint_of(there) else None
             if store is not None and not store.missing:
                 return store
@@ -123,7 +123,7 @@ class ActivationStore:
 
     @property
     def missing(self) -> list[range]:
-        """The examples of the files that are not there."""
+        """The examples of the files that don't exist yet."""
         return [part for index, part in enumerate(self._parts) if not self._file(index).is_file()]
 
     def require_space(self, needed: float, name: str) -> str:
@@ -139,19 +139,19 @@ class ActivationStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ActivationCacheError(
-                f"Activations cannot be kept in {str(self.folder)!r} ({error}): give another activation_cache_dir."
+                f"Activations cannot be kept in {str(self.folder)!r} ({error}): set another activation_cache_dir."
             ) from error
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ActivationCacheError(
                 f"Caching the activations of the {name} dataset needs about {_size(needed)}, and {str(self.folder)!r} "
-                f"has {_size(free)} left: give another activation_cache_dir, activation_cache_dtype='bfloat16', or "
+                f"has {_size(free)} left: set another activation_cache_dir, activation_cache_dtype='bfloat16', or "
                 "call yapo_peft.delete_activation_cache()."
             )
         return _size(needed)
 
     def remove_leftovers(self) -> None:
-        """Removes files that killed runs left half-written: none takes an hour to write."""
+        """Removes partial files of interrupted runs, which are older than an hour."""
         for partial in self.folder.glob("*.partial"):
             if partial.stat().st_mtime < time.time() - 3600:
                 partial.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ class ActivationStore:
         """Writes the file of some examples, one of `missing`.
 
         Raises:
-            ActivationCacheError: The disk takes no more.
+            ActivationCacheError: Writing failed.
         """
         tensors = {name: tensor.contiguous().cpu() for name, tensor in vars(activations).items()}
         try:
@@ -170,15 +170,15 @@ class ActivationStore:
                 save_file(tensors, partial, metadata={_HASH: hash_tensors("", sorted(tensors.items()))})
         except (OSError, SafetensorError) as error:
             raise ActivationCacheError(
-                f"Activations could not be written to {str(self.folder)!r} ({error}). What is there stays: make room, "
-                "or give another activation_cache_dir, and start again."
+                f"Activations could not be written to {str(self.folder)!r} ({error}). Finished files are kept: make "
+                "room, or set another activation_cache_dir, and start again."
             ) from error
 
     def read(self, examples: list[int]) -> Activations:
-        """Reads the tokens of some examples, one example after another.
+        """Reads the tokens of some examples, in order.
 
         Raises:
-            ActivationCacheError: A file is gone, truncated, or not of these examples.
+            ActivationCacheError: A file is missing, damaged, or belongs to other examples.
         """
         parts = []
         for example in examples:
@@ -191,7 +191,7 @@ class ActivationStore:
         return Activations.join(parts)
 
     def _opened(self, part: int) -> tuple[Any, Tensor]:
-        """The file, and for each of its tokens the number of non-zeros up to it."""
+        """An open file, and the cumulative number of non-zeros at each of its tokens."""
         if part not in self._open:
             name = self._file(part)
             try:
@@ -200,7 +200,7 @@ class ActivationStore:
                 ends = file.get_tensor("count").cumsum(0)
             except Exception as error:
                 raise ActivationCacheError(
-                    f"{str(name)!r} cannot be read ({error}). Delete it, and it is computed again when training starts."
+                    f"{str(name)!r} cannot be read ({error}). Delete it; it is computed again when training starts."
                 ) from error
             self._open[part] = (file, ends)
             if len(self._open) > _OPEN_FILES:
@@ -209,12 +209,12 @@ class ActivationStore:
         return self._open[part]
 
     def _require_sound(self, part: int, file: Any) -> None:
-        """Raises unless a file holds what was written; once in a run, for it is read as a whole."""
+        """Checks a file's hash, once in a run because that reads all of it."""
         if part in self._sound:
             return
         tensors = ((name, file.get_tensor(name)) for name in sorted(Activations.__dataclass_fields__))
         if hash_tensors("", tensors) != (file.metadata() or {}).get(_HASH):
-            raise ValueError("its content is not what was written")
+            raise ValueError("its content does not match its hash")
         tokens = max(end for index, _, end in self._at if index == part)
         if (found := len(file.get_tensor("count"))) != tokens:
             raise ValueError(f"it holds {found} tokens instead of {tokens}")
@@ -230,8 +230,13 @@ class ActivationStore:
                 partial.write_text(json.dumps(self._record, indent=2))
 
 
+def fingerprint_of(record: dict[str, Any]) -> str:
+    """The name of the folder that holds the activations of a record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def cache_folder(chosen: str | Path | None) -> Path:
-    """Where activations are kept: where the user chose, or else beside the other caches of Hugging Face."""
+    """The folder of cached activations: the given one, or one beside Hugging Face's other caches."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(chosen or Path(HF_HOME) / "yapo_peft" / "activations").expanduser().resolve()
@@ -241,10 +246,10 @@ def delete_activation_cache(cache_dir: str | Path | None = None) -> int:
     """Deletes all cached activations.
 
     Args:
-        cache_dir: As given to the trainer as `activation_cache_dir`; the default place if None.
+        cache_dir: The trainer's `activation_cache_dir`; None for the default folder.
 
     Returns:
-        The bytes that this freed.
+        The number of bytes freed.
     """
     freed = 0
     for record in cache_folder(cache_dir).glob(f"*/{_RECORD}"):

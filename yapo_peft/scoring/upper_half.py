@@ -1,4 +1,4 @@
-"""Runs only the blocks above the lowest steered one, on what that block put out for the same tokens before."""
+"""Runs only the layers above the lowest steered one, on that layer's output from an earlier pass."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..tuner.hooks import forward_hooks
 class UpperHalf:
     """The part of a causal language model that depends on the code.
 
-    The model's own forward runs, and so do all hooks. Within `given`, the blocks up to the lowest steered one only pass
-    on what they get, and that one puts out what it is given; nothing is known here of any architecture.
+    The model's own forward and all hooks run. Within `given`, the layers below the lowest steered one return their
+    input, and that one returns the given output, whatever the architecture.
 
     Args:
         model: The causal language model, without PEFT's wrapper.
-        lowest: Index of the lowest steered block.
+        lowest: Index of the lowest steered layer.
     """
 
     def __init__(self, model: nn.Module, lowest: int) -> None:
@@ -31,9 +31,9 @@ class UpperHalf:
 
     @contextmanager
     def observed(self, found: list[Tensor]) -> Generator[None]:
-        """Within it, what the lowest steered block puts out, before it is steered, is added to a list.
+        """Appends the output of the lowest steered layer before steering to a list.
 
-        The form of the blocks' outputs is learned too, for `given`.
+        Records the form of the layers' outputs, too, for `given`.
         """
         outputs: dict[int, Any] = {}
 
@@ -45,7 +45,7 @@ class UpperHalf:
             found.append(hidden_states(output).detach())
 
         with (
-            forward_hooks((block, partial(keep, index)) for index, block in enumerate(self._lower)),
+            forward_hooks((layer, partial(keep, index)) for index, layer in enumerate(self._lower)),
             forward_hooks([(self._lower[-1], find)], prepend=True),
         ):
             yield
@@ -53,24 +53,24 @@ class UpperHalf:
 
     @contextmanager
     def given(self, hidden: Tensor) -> Generator[None]:
-        """Within it, the lowest steered block puts out `hidden`, `(rows, length, d_model)`, and no block below runs."""
+        """Makes the lowest steered layer output `hidden`, `(rows, length, d_model)`, and skips the layers below."""
 
-        def passing(form: Any, put_out: Tensor | None) -> Callable[..., Any]:
+        def passing(form: Any, replacement: Tensor | None) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                passed = hidden_states if put_out is None else put_out
+                passed = hidden_states if replacement is None else replacement
                 return with_hidden_states(form, passed)
 
             return forward
 
-        replaced = [(block, block.__dict__.get("forward")) for block in self._lower]
-        for index, block in enumerate(self._lower):
-            last = index == len(self._lower) - 1
-            block.__dict__["forward"] = passing(self._outputs[index], hidden if last else None)
+        replaced = [(layer, layer.__dict__.get("forward")) for layer in self._lower]
         try:
+            for index, layer in enumerate(self._lower):
+                last = index == len(self._lower) - 1
+                layer.__dict__["forward"] = passing(self._outputs[index], hidden if last else None)
             yield
         finally:
-            for block, own in replaced:
+            for layer, own in replaced:
                 if own is None:
-                    del block.__dict__["forward"]
+                    layer.__dict__.pop("forward", None)
                 else:
-                    block.__dict__["forward"] = own
+                    layer.__dict__["forward"] = own

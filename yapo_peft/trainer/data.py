@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from ..errors import DatasetError
-from ..scoring.fingerprint import TOKENIZED
+from ..scoring.packing import TOKENIZED
 
 _PREFERENCE = {"chosen", "rejected"}
 _COLUMNS = ("prompt", "chosen", "rejected")
