@@ -245,4 +245,4 @@ def test_rows_of_another_cache_are_not_taken_for_these(train, build):
 
 def test_a_run_without_the_cache_says_what_it_repeats(train, capsys):
     train(False)
-    assert "runs through all 4 blocks" in capsys.readouterr().out
+    assert "runs all 4 layers" in capsys.readouterr().out

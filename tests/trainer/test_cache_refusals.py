@@ -58,7 +58,7 @@ REFUSED = {
     "keep_end": ({"max_length": 13, "truncation_mode": "keep_end"}, UnsupportedOperationError, "keep_start"),
     "torch_compile": ({"torch_compile": True}, UnsupportedOperationError, "torch_compile"),
     "reference twice": ({"precompute_ref_log_probs": True}, ConfigError, "part of cache_activations"),
-    "dtype": ({"activation_cache_dtype": "int8"}, ConfigError, "float32, bfloat16, float16"),
+    "dtype": ({"activation_cache_dtype": "int8"}, ConfigError, "'float32', 'bfloat16', 'float16'"),
     "collator": ({"init": {"data_collator": lambda rows: {}}}, UnsupportedOperationError, "data_collator"),
 }
 

@@ -93,11 +93,16 @@ def test_reps_trains_and_evaluates(build):
 @pytest.mark.parametrize(
     ("options", "init", "error", "message"),
     [
-        ({"loss_type": ["reps", "sft"]}, {}, ConfigError, r"\['reps'\] stand alone"),
+        ({"loss_type": ["reps", "sft"]}, {}, ConfigError, r"\['reps'\] cannot be combined"),
         ({"loss_type": "reps", "label_smoothing": 0.1}, {}, ConfigError, "label_smoothing=0.1 changes TRL's losses"),
         ({"loss_type": "reps", "ld_alpha": 0.5}, {}, ConfigError, "ld_alpha=0.5"),
         ({"loss_type": "reps", "loss_weights": [2.0]}, {}, ConfigError, r"loss_weights=\[2.0\]"),
-        ({"loss_type": "reps", "reference": "none"}, {}, UnsupportedOperationError, "its own ratio to the reference"),
+        (
+            {"loss_type": "reps", "reference": "none"},
+            {},
+            UnsupportedOperationError,
+            "compares each answer",
+        ),
         ({"loss_type": "hinge"}, {"objective": published}, ConfigError, r"objective= and loss_type=\['hinge'\]"),
         ({"use_weighting": True}, {"objective": published}, ConfigError, "use_weighting=True"),
     ],

@@ -80,10 +80,10 @@ def test_frozen_adapters_keep_their_codes(build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_features": 0}, "max_features=0: give a positive number"),
-        ({"sparsify_start": 0.8, "sparsify_end": 0.5}, r"sparsify_start=0\.8, sparsify_end=0\.5: give shares"),
+        ({"max_features": 0}, "max_features=0: must be a whole number, at least 1"),
+        ({"sparsify_start": 0.8, "sparsify_end": 0.5}, r"sparsify_start=0\.8, sparsify_end=0\.5: must be fractions"),
         ({"sparsify_end": 1.5}, r"sparsify_end=1\.5"),
-        ({"l1": -1.0}, r"l1=-1\.0: give a number"),
+        ({"l1": -1.0}, r"l1=-1\.0: must be a finite number, at least 0"),
         ({"adapter": {"space": "dense", "sae": None}, "l1": 0.1}, "adapter 'default' has space='dense'"),
     ],
 )

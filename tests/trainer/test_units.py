@@ -132,7 +132,7 @@ def test_what_cannot_be_measured_in_units_is_refused(build, options, adapter, er
 
 
 def test_an_unknown_unit_is_named(build):
-    with pytest.raises(ConfigError, match="learning_rate_unit='activations': choose one of"):
+    with pytest.raises(ConfigError, match="learning_rate_unit='activations': must be one of"):
         build(learning_rate_unit="activations")
 
 

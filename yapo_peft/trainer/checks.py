@@ -1,9 +1,7 @@
-"""What the trainer asks of the adapter that it is given."""
+"""Checks of the adapter that is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,35 +9,10 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import nn
-from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ..errors import ConfigError, UnsupportedOperationError
+from ..errors import ConfigError
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import steered_layers
-
-
-@contextmanager
-def no_reference_adapter(model: Any) -> Generator[None]:
-    """Keeps TRL from adding a frozen copy of a ready adapter, named "ref": steering off is the reference.
-
-    TRL reads `peft_config["default"]`, calls `add_adapter("ref", ...)`, and copies parameters of any adapter "default"
-    to those of "ref"; all three are answered without effect.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    alias = "default" not in model.peft_config
-    if alias:
-        model.peft_config["default"] = model.peft_config[model.active_adapters[0]]
-    model.__dict__["add_adapter"] = lambda *args, **kwargs: None
-    model.__dict__["get_parameter"] = lambda name: nn.Module.get_parameter(model, name.replace(".ref.", ".default."))
-    try:
-        yield
-    finally:
-        del model.__dict__["add_adapter"], model.__dict__["get_parameter"]
-        if alias:
-            del model.peft_config["default"]
 
 
 def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
@@ -64,25 +37,6 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
         raise ConfigError(
             "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
         )
-
-
-def require_cacheable(trainer: DPOTrainer) -> None:
-    """Raises where the upper half of a model cannot be trained alone, before anything is computed.
-
-    Raises:
-        UnsupportedOperationError: The trainer's setting needs the lower blocks, or another way to call the model.
-    """
-    settings = {
-        "FSDP": trainer.is_fsdp_enabled,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "a vision dataset": trainer._is_vision_dataset,
-        "torch_compile": trainer.args.torch_compile,
-        "a load-balancing loss (router_aux_loss_coef)": trainer.aux_loss_enabled,
-        "a data_collator of one's own": not isinstance(trainer.data_collator, DataCollatorForPreference),
-    }
-    found = [name for name, is_set in settings.items() if is_set]
-    if found:
-        raise UnsupportedOperationError(f"cache_activations=True does not work with {found[0]}: train without either.")
 
 
 def require_same_adapters(model: nn.Module, folder: Path) -> None:

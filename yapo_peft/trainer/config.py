@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
-from .._utils import help_from_docstring
+from .._utils import at_least, choice, help_from_docstring
 from ..errors import ConfigError, UnsupportedOperationError
 from .objective import OBJECTIVES
 
@@ -16,17 +16,20 @@ Direction = Literal["batch", "example", "both"]
 Reference = Literal["unsteered", "none"]
 LearningRateUnit = Literal["activation", "raw"]
 
-_ONE_SIDED = {
-    "apo_down": "it lowers the likelihood of both answers, so its two directions do not oppose each other",
-}
-_SORTED = {
-    "aot": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
-    "aot_unpaired": "it sorts a batch, which must then point in one direction: use direction='batch' or 'both'",
-}
+_ONE_SIDED = "it lowers the likelihood of both answers, so its two directions do not oppose each other"
+_SORTED = "it sorts a batch, which must then have one direction: use direction='batch' or 'both'"
+_RATIO = "it compares each answer to the reference, and reference='none' has none"
 _CACHE_DTYPES = ("float32", "bfloat16", "float16")
 # Metrics that a good code lowers.
 _FALLING = ("loss/plus", "loss/minus", "margin/minus", "accuracy/minus")
-_ABSOLUTE = ("reps", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
+_RATIO_LOSSES = ("reps", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
+_TRL_DEFAULTS = {
+    "loss_weights": None,
+    "ld_alpha": None,
+    "use_weighting": False,
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+}
 
 
 @help_from_docstring
@@ -92,94 +95,74 @@ class YaPOTrainingConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and not is_torch_bf16_gpu_available():
-            # TRL turns bf16 on unless told not to, and then refuses machines without it.
+            # TRL enables bf16 by default, which machines without it reject.
             self.bf16 = False
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_FALLING):
-            # transformers takes every metric that does not end in "loss" for one that should grow.
+            # transformers assumes that every metric whose name does not end in "loss" should grow.
             self.greater_is_better = False
         super().__post_init__()
+        choice(get_args(Direction), direction=self.direction)
+        choice(get_args(Reference), reference=self.reference)
+        choice(get_args(LearningRateUnit), learning_rate_unit=self.learning_rate_unit)
         if self.beta <= 0:
-            raise ConfigError(f"beta={self.beta}: give a positive number; at 0 the loss does not depend on the code.")
-        if self.direction not in get_args(Direction):
-            raise ConfigError(f"direction={self.direction!r}: choose one of {get_args(Direction)}.")
-        if self.learning_rate_unit not in get_args(LearningRateUnit):
-            raise ConfigError(
-                f"learning_rate_unit={self.learning_rate_unit!r}: choose one of {get_args(LearningRateUnit)}."
-            )
-        if self.reference not in get_args(Reference):
-            raise ConfigError(f"reference={self.reference!r}: choose one of {get_args(Reference)}.")
+            raise ConfigError(f"beta={self.beta}: must be positive; at 0 the loss does not depend on the code.")
         for loss_type in self.loss_type:
             self._check_loss(loss_type)
         if set(self.loss_type) & set(OBJECTIVES):
             self.require_plain_loss()
         self._check_cache()
         self._check_sparsity()
-        if self.sync_ref_model:
-            raise UnsupportedOperationError(
-                "sync_ref_model=True moves the reference during training; here the reference is the model unsteered."
-            )
         if self.reference == "none":
             self._check_without_reference()
 
     def _check_loss(self, loss_type: str) -> None:
-        reason = _ONE_SIDED.get(loss_type)
-        if reason is None and self.direction == "example":
-            reason = _SORTED.get(loss_type)
-        if reason is None and self.reference == "none" and loss_type in _ABSOLUTE:
-            reason = "it judges each answer by its own ratio to the reference, and reference='none' has none"
+        reason = None
+        if loss_type == "apo_down":
+            reason = _ONE_SIDED
+        elif loss_type in ("aot", "aot_unpaired") and self.direction == "example":
+            reason = _SORTED
+        elif loss_type in _RATIO_LOSSES and self.reference == "none":
+            reason = _RATIO
         if reason is not None:
             raise UnsupportedOperationError(f"loss_type={loss_type!r} cannot train a steering code: {reason}.")
 
     def require_plain_loss(self) -> None:
-        """Raises where an option changes TRL's losses, which are not the ones to train with.
+        """Raises if an option would change TRL's losses, when another loss is used.
 
         Raises:
-            ConfigError: One of them is set, or there are several losses.
+            ConfigError: An option is set, or there are several losses.
         """
-        defaults = {
-            "loss_weights": None,
-            "ld_alpha": None,
-            "use_weighting": False,
-            "label_smoothing": 0.0,
-            "f_divergence_type": "reverse_kl",
-        }
-        found = [name for name, default in defaults.items() if getattr(self, name) != default]
-        if found:
-            raise ConfigError(f"{found[0]}={getattr(self, found[0])!r} changes TRL's losses, and none of them is used.")
+        for name, default in _TRL_DEFAULTS.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"{name}={getattr(self, name)!r} changes TRL's losses, and none of them is used.")
         if len(self.loss_type) > 1:
-            raise ConfigError(f"loss_type={self.loss_type!r}: {sorted(OBJECTIVES)} stand alone, without others.")
+            raise ConfigError(f"loss_type={self.loss_type!r}: {sorted(OBJECTIVES)} cannot be combined with others.")
 
     def _check_cache(self) -> None:
-        if self.activation_cache_dtype not in (None, *_CACHE_DTYPES):
-            raise ConfigError(
-                f"activation_cache_dtype={self.activation_cache_dtype!r}: choose one of {', '.join(_CACHE_DTYPES)}."
-            )
+        if self.activation_cache_dtype is not None:
+            choice(_CACHE_DTYPES, activation_cache_dtype=self.activation_cache_dtype)
         for name in ("activation_cache_dir", "activation_cache_dtype"):
             if getattr(self, name) is not None and not self.cache_activations:
                 raise ConfigError(f"{name}={getattr(self, name)!r} needs cache_activations=True.")
         if self.cache_activations and self.precompute_ref_log_probs:
-            raise ConfigError(
-                "precompute_ref_log_probs=True is part of cache_activations=True: leave it out, or TRL does it again."
-            )
+            raise ConfigError("precompute_ref_log_probs=True is part of cache_activations=True: set only the latter.")
 
     def _check_sparsity(self) -> None:
-        if self.max_features is not None and self.max_features < 1:
-            raise ConfigError(f"max_features={self.max_features}: give a positive number, or None for no limit.")
+        if self.max_features is not None:
+            at_least(1, max_features=self.max_features)
         if not 0 <= self.sparsify_start < self.sparsify_end <= 1:
             raise ConfigError(
-                f"sparsify_start={self.sparsify_start}, sparsify_end={self.sparsify_end}: give shares of the training, "
-                "0 <= start < end <= 1."
+                f"sparsify_start={self.sparsify_start}, sparsify_end={self.sparsify_end}: must be fractions of the "
+                "training, 0 <= start < end <= 1."
             )
         if not 0 <= self.l1 < float("inf"):
-            raise ConfigError(f"l1={self.l1}: give a number of 0 or more.")
+            raise ConfigError(f"l1={self.l1}: must be a finite number, at least 0.")
 
     def _check_without_reference(self) -> None:
         if self.precompute_ref_log_probs:
-            raise ConfigError(
-                "precompute_ref_log_probs=True has nothing to compute with reference='none': leave it out."
-            )
+            raise ConfigError("precompute_ref_log_probs=True has nothing to compute with reference='none': drop it.")
         if self.f_divergence_type != "reverse_kl":
             raise ConfigError(
-                f"f_divergence_type={self.f_divergence_type!r} measures the distance to a reference; reference='none' "
+                f"f_divergence_type={self.f_divergence_type!r} is a distance to the reference, and reference='none' "
                 "has none."
             )

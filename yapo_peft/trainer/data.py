@@ -1,7 +1,9 @@
-"""Checks of a preference dataset, before a model is loaded or trained."""
+"""Checks of preference datasets, before a model is loaded and after TRL has tokenized them."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -22,8 +24,8 @@ def require_preferences(dataset: Any, name: str) -> None:
         name: What to call it in messages, such as "train_dataset".
 
     Raises:
-        DatasetError: It is empty, lacks the columns of TRL's preference format, or has a row without an answer. Of a
-            stream only the first row is looked at.
+        DatasetError: It is empty, lacks the columns of TRL's preference format, or has a row without an answer. Only
+            the first row of a stream is checked.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
@@ -50,68 +52,56 @@ def require_preferences(dataset: Any, name: str) -> None:
 def _require_texts(row: dict[str, Any], where: str) -> None:
     for column, value in row.items():
         if not isinstance(value, str | list) or value == []:
-            raise DatasetError(
-                f"{where} has {column}={value!r}: expected a text, or a list of messages that is not empty."
-            )
+            raise DatasetError(f"{where} has {column}={value!r}: must be a text or a non-empty list of messages.")
     kinds = {column: "a text" if isinstance(value, str) else "messages" for column, value in row.items()}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{column} as {kind}" for column, kind in kinds.items())
         raise DatasetError(f"{where} has {found}: give all of them as texts, or all as messages.")
 
 
-def require_shared(dataset: Any, name: str) -> None:
-    """Raises for a dataset in memory: TRL shares what one process precomputes through a file beside the dataset's.
+def prepared_pairs(dataset: Any, name: str, args: DPOConfig, tokenize: Callable[[], Any]) -> Any:
+    """Tokenizes a dataset of preference pairs, and checks that answers are left within `max_length`.
+
+    Args:
+        dataset: The pairs.
+        name: What to call the dataset in messages.
+        args: The training config.
+        tokenize: TRL's tokenization of the dataset, which drops pairs whose prompt fills `max_length`.
 
     Raises:
-        DatasetError: The dataset has no files.
+        DatasetError: No pair is left, or several processes cannot share what one of them precomputes.
     """
-    if isinstance(dataset, Dataset) and not dataset.cache_files:
+    is_shared = args.precompute_ref_log_probs and args.world_size > 1
+    # TRL shares what one process computes through a file beside the dataset's own.
+    if is_shared and isinstance(dataset, Dataset) and not dataset.cache_files:
         raise DatasetError(
             f"The {name} dataset is in memory: to precompute the reference on several processes, save it with "
             "save_to_disk and load it with load_from_disk, so that they share what one of them computes."
         )
-
-
-def require_room(before: Any, after: Any, max_length: int | None, name: str) -> str | None:
-    """Compares a dataset before and after TRL dropped the pairs whose prompt fills `max_length`.
-
-    Returns:
-        A warning if some were dropped, else None.
-
-    Raises:
-        DatasetError: None is left.
-    """
-    if isinstance(after, IterableDataset):
-        if next(iter(after), None) is None:
-            raise DatasetError(_nothing_left(name, max_length))
-        return None
-    dropped = len(before) - len(after)
-    if dropped == len(before):
-        raise DatasetError(_nothing_left(name, max_length))
-    if dropped:
-        return (
-            f"{dropped} of {len(before)} pairs of the {name} dataset are left out: their prompt alone fills "
-            f"max_length={max_length}, so that no answer token would remain."
+    tokenized = tokenize()
+    is_stream = isinstance(tokenized, IterableDataset)
+    left = int(next(iter(tokenized), None) is not None) if is_stream else len(tokenized)
+    if not left:
+        raise DatasetError(
+            f"No pair of the {name} dataset is left: every prompt alone fills max_length={args.max_length}, so that no "
+            "answer token would remain. Raise max_length, or shorten the prompts."
         )
-    return None
+    if not is_stream and left < len(dataset):
+        warnings.warn(
+            f"{len(dataset) - left} of {len(dataset)} pairs of the {name} dataset are left out: their prompt alone "
+            f"fills max_length={args.max_length}, so that no answer token would remain.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _with_lengths(tokenized, args)
 
 
-def with_lengths(dataset: Any, args: DPOConfig) -> Any:
-    """Adds the column of lengths that transformers' samplers group pairs by, where one of them is asked for.
-
-    The length of a pair is that of its prompt and both of its answers.
-    """
+def _with_lengths(dataset: Any, args: DPOConfig) -> Any:
+    """Adds the column that transformers' samplers group pairs by: the length of the prompt and both answers."""
     if args.train_sampling_strategy not in ("group_by_length", "batch_rebalance") or not isinstance(dataset, Dataset):
         return dataset
     if args.length_column_name in dataset.column_names:
         return dataset
     return dataset.map(
         lambda pair: {args.length_column_name: sum(len(pair[name]) for name in TOKENIZED)}, desc="Measuring lengths"
-    )
-
-
-def _nothing_left(name: str, max_length: int | None) -> str:
-    return (
-        f"No pair of the {name} dataset is left: every prompt alone fills max_length={max_length}, so that no answer "
-        "token would remain. Raise max_length, or shorten the prompts."
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
-import warnings
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,6 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
-from trl.models.utils import disable_gradient_checkpointing
 
 from ..adapter_file.codes import whole
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
@@ -23,11 +21,11 @@ from ..tuner import steering
 from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
 from ..tuner.layer import require_single_hooks
-from .card import training_card
-from .checks import no_reference_adapter, require_adapter, require_cacheable, require_same_adapters
-from .code_metrics import share_of_tokens_moved, size_of_codes
+from ._trl import TRLSeams, no_reference_adapter
+from .checks import require_adapter, require_same_adapters
 from .config import YaPOTrainingConfig
-from .data import require_preferences, require_room, require_shared, with_lengths
+from .data import prepared_pairs, require_preferences
+from .metrics import share_of_tokens_moved, size_of_codes
 from .objective import (
     OBJECTIVES,
     Objective,
@@ -38,14 +36,14 @@ from .objective import (
     preference_margin,
     take_pairs,
 )
-from .pair_metrics import PairMetricsTrainer
 from .sparsity import Sparsify, require_sparsifiable
-from .units import UnitsTrainer
+from .summary import training_card
+from .units import Units, gradients_in_units, in_units, measure_units, require_measurable
 
 _SIGN_NAMES = {1.0: "plus", -1.0: "minus"}
 
 
-class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
+class YaPOTrainer(TRLSeams):
     """Learns codes from preference pairs, with a direction that alternates between +1 and -1.
 
     It takes what TRL's `DPOTrainer` takes, except for a reference model: the reference is the same model unsteered.
@@ -72,20 +70,6 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
     Source: arXiv 2601.08441, the bidirectional objective; arXiv 2406.00045.
     """
 
-    _tag_names = ["trl", "yapo"]
-    _name = "YaPO"
-    _paper = {
-        "title": "YaPO: Learnable Sparse Activation Steering Vectors for Domain Adaptation",
-        "id": "2601.08441",
-        "citation": textwrap.dedent("""\
-            @misc{bounhar2026yapo,
-                title         = {{YaPO: Learnable Sparse Activation Steering Vectors for Domain Adaptation}},
-                author        = {Abdelaziz Bounhar and Rania Hossam Elmohamady Elbadry and Hadi Abdine and
-                                 Preslav Nakov and Michalis Vazirgiannis and Guokan Shang},
-                year          = 2026,
-                eprint        = {arXiv:2601.08441},
-            }"""),
-    }
     args: YaPOTrainingConfig
     model: nn.Module
 
@@ -128,16 +112,20 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         if self.args.max_features is not None or self.args.l1:
             require_sparsifiable(self, self._layers)
             self.add_callback(Sparsify(self._layers))
+        self._units: Units | None = None
         if self.args.learning_rate_unit == "activation" and self.optimizer is None:
-            self.count_in_activations(self._base_model)
+            self._units = self._measured_units()
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
-            require_cacheable(self)
+            self._require_cacheable()
             self._cache = self._activation_cache()
             self.train_dataset, self.eval_dataset = self._cache.add_all(self.train_dataset, self.eval_dataset)
             self.data_collator = CollateWithRows(self.data_collator)
         else:
-            self._say_what_could_be_skipped()
+            self.accelerator.print(
+                f"Every step runs all {len(decoder_blocks(self._base_model)[1])} layers, with and without steering. "
+                f"With cache_activations=True, layers 0 to {self._layers[0].index} and the reference run only once."
+            )
 
     def _activation_cache(self) -> ActivationCache:
         args = self.args
@@ -148,46 +136,35 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
         )
-        checkpointing = args.gradient_checkpointing_kwargs
-        training_mode = partial(disable_gradient_checkpointing, cast(Any, self.model), cast(Any, checkpointing))
+        training_mode = self._without_checkpointing
         return ActivationCache(self.model, self._layers, self.accelerator, self.data_collator, training_mode, options)
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if not any(dataset is checked for checked in self._checked):
-            require_preferences(dataset, dataset_name)
-        if args.precompute_ref_log_probs and args.world_size > 1:
-            require_shared(dataset, dataset_name)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        warning = require_room(dataset, prepared, args.max_length, dataset_name)
-        if warning is not None:
-            warnings.warn(warning, UserWarning, stacklevel=2)
-        return with_lengths(prepared, args)
-
     def _chosen_objective(self, own: Objective | None) -> Objective | None:
-        """The loss that is not TRL's, if any; TRL's code then runs for its metrics alone."""
-        name = self.loss_types[0] if self.loss_types[0] in OBJECTIVES else None
-        if own is None and name is None:
+        """The loss if it is not one of TRL's."""
+        chosen = own or OBJECTIVES.get(self.args.loss_type[0])
+        if chosen is None:
             return None
-        if own is not None and self.loss_types != ["sigmoid"]:
-            raise ConfigError(f"objective= and loss_type={self.loss_types!r} are both given: keep one of them.")
-        if self.aux_loss_enabled:
-            raise UnsupportedOperationError("router_aux_loss_coef is part of TRL's losses alone: set it to 0.")
+        if own is not None and self.args.loss_type != ["sigmoid"]:
+            raise ConfigError(f"objective= and loss_type={self.args.loss_type!r} are both given: keep one of them.")
         self.args.require_plain_loss()
-        self.loss_types = ["sigmoid"]
-        return own if own is not None else OBJECTIVES[cast(str, name)]
+        self._replace_loss()
+        return chosen
 
-    def _say_what_could_be_skipped(self) -> None:
-        blocks = len(decoder_blocks(self._base_model)[1])
-        self.accelerator.print(
-            f"Every step runs through all {blocks} blocks, with and without steering. cache_activations=True computes "
-            f"what lies below the output of block {self._layers[0].index}, and the reference, only once."
-        )
+    def _measured_units(self) -> Units:
+        require_measurable(self)
+        dataset = cast(Iterable[Any], self.train_dataset)
+        units = measure_units(self.model, self._base_model, self._layers, dataset, self.args.max_length)
+        listed = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in units.items())
+        self.accelerator.print(f"The learning rate is in units of typical activations: {listed}.")
+        return units
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        # transformers asks its samplers for lengths only after it has removed what is not named here.
-        ours = (*COLUMNS, self.args.length_column_name)
-        self._signature_columns += [name for name in ours if name not in self._signature_columns]
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers', with a learning rate for each code in units of its activations."""
+        is_given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self._units is not None and not is_given:
+            in_units(optimizer, self._layers, self._units)
+        return optimizer
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -195,22 +172,36 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         """Writes the adapter's card, with its training and the last evaluation, to `output_dir`.
 
         Args:
-            model_name: Not used: the card is called as its repository is.
+            model_name: Ignored: the card has the name of its repository.
             dataset_name: Name of the preference dataset.
             tags: More tags.
         """
         if self.is_world_process_zero():
-            training_card(self, dataset_name, tags).save(Path(cast(str, self.args.output_dir)) / "README.md")
+            self._save_card(Path(cast(str, self.args.output_dir)), dataset_name, tags)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        require_same_adapters(self.model, Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _save_card(self, folder: Path, dataset: str | None = None, tags: str | list[str] | None = None) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        chat = bool(getattr(self.processing_class, "chat_template", None))
+        card = training_card(model, self.args, self.state, repo_id=self.hub_model_id, dataset=dataset, chat=chat)
+        data = cast(Any, card.data)
+        data.tags = list(dict.fromkeys([*data.tags, "trl", *([tags] if isinstance(tags, str) else tags or [])]))
+        card.save(folder / "README.md")
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        training_card(self).save(Path(output_dir or cast(str, self.args.output_dir)) / "README.md")
+    def _prepared(self, dataset: Any, name: str, args: Any, tokenize: Callable[[], Any]) -> Any:
+        if not any(dataset is checked for checked in self._checked):
+            require_preferences(dataset, name)
+        return prepared_pairs(dataset, name, args, tokenize)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def _extra_columns(self) -> list[str]:
+        return [*COLUMNS, self.args.length_column_name]
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        require_same_adapters(self.model, folder)
+
+    def _clipping(self) -> AbstractContextManager[None]:
+        return gradients_in_units(self._layers, self._units or {})
+
+    def _batch_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         pairs = len(inputs["input_ids"]) // 2
         directions = [torch.ones(pairs), -torch.ones(pairs)]
         if self.model.training and self.args.direction != "both":
@@ -219,25 +210,24 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         inputs = {name: value for name, value in inputs.items() if name not in COLUMNS}
         scorer: Scorer = cached or WholeModel(model, self._base_model)
         inputs = self._with_reference(scorer, inputs)
-        loss = (self._training_loss if self.model.training else self._evaluation_loss)(scorer, inputs, directions)
-        return (loss, self._logits_of(model, inputs)) if return_outputs else loss
+        return (self._training_loss if self.model.training else self._evaluation_loss)(scorer, inputs, directions)
 
     def _training_loss(self, scorer: Scorer, inputs: dict[str, Any], directions: list[Tensor]) -> Tensor:
-        seen = self._total_train_tokens
-        losses = [self._directed_loss(scorer, inputs, direction)[0] for direction in directions]
-        # TRL counts the tokens of each pass; the batch is one, whichever ways it was steered.
-        self._total_train_tokens = seen + (self._total_train_tokens - seen) // len(directions)
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        with self._counting_tokens_once(len(directions)):
+            losses = [self._directed_loss(scorer, inputs, direction)[0] for direction in directions]
         loss = torch.stack(losses).mean()
         self._require_finite(loss)
         for name, value in size_of_codes(self._layers).items():
-            self._metrics["train"][name].append(value)
+            self._log_each(name, value)
         return loss
 
     def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], both: list[Tensor]) -> Tensor:
         plus, at_plus = self._directed_loss(scorer, inputs, both[0])
         minus, at_minus = self._directed_loss(scorer, inputs, both[1], logs_shared=False)
-        at_zero = self._unsteered_logps(scorer, inputs)
+        if self.args.reference == "unsteered" and self.args.ld_alpha is None:
+            at_zero = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            at_zero = self._unweighted_ref_log_probs(scorer.reference, inputs)
         for name, (chosen, rejected) in (("plus", at_plus), ("zero", at_zero), ("minus", at_minus)):
             self._log_each(f"accuracy/{name}", (chosen > rejected).float())
         return (plus + minus) / 2
@@ -278,23 +268,14 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         return losses.mean(), (chosen, rejected)
 
     def _with_reference(self, scorer: Scorer, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the log-probabilities of its answers under the reference; zeros where there is none."""
-        if "ref_chosen_logps" in inputs and self.args.reference == "unsteered":
-            return inputs
+        """The batch with the reference log-probabilities of its answers, or zeros without a reference."""
         if self.args.reference == "none":
             chosen = rejected = torch.zeros(len(inputs["input_ids"]) // 2, device=self.accelerator.device)
+        elif "ref_chosen_logps" in inputs:
+            return inputs
         else:
             chosen, rejected = self.compute_ref_log_probs(scorer.reference, inputs)
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-
-    def _unsteered_logps(self, scorer: Scorer, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if self.args.reference == "unsteered" and self.ld_alpha is None:
-            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        ld_alpha, self.ld_alpha = self.ld_alpha, None
-        try:
-            return cast(tuple[Tensor, Tensor], self.compute_ref_log_probs(scorer.reference, inputs))
-        finally:
-            self.ld_alpha = ld_alpha
 
     def _draw(self, pairs: int) -> Tensor:
         step = self.state.global_step
@@ -314,7 +295,7 @@ class YaPOTrainer(PairMetricsTrainer, UnitsTrainer):
         codes = [whole(code) for layer in self._layers for code in layer.yapo_code.values()]
         good = torch.stack([code.isfinite().all() for code in codes]).all().to(losses.device)
         if step > 0 and cast(Tensor, self.accelerator.gather(good[None])).all():
-            self._save_checkpoint(self.model, trial=None)
+            self._save_checkpoint_now()
         output_dir = cast(str, self.args.output_dir)
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         kept = f"The codes before it are in {last!r}." if last else "There is no checkpoint from before it."

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from .._utils import evaluating
 from ..errors import ConfigError, UnsupportedOperationError
@@ -29,42 +29,6 @@ _EXAMPLES, _TOKENS = 16, 512
 
 # The unit of each code, by layer and adapter.
 Units = dict[tuple[int, str], float]
-
-
-class UnitsTrainer(DPOTrainer):
-    """A `DPOTrainer` whose learning rate can be counted in typical activations."""
-
-    model: nn.Module
-    _layers: list[YaPOLayer]
-    _units: Units | None = None
-
-    def count_in_activations(self, base: Any) -> None:
-        """Measures the activations of the training set where codes steer, and says what they are.
-
-        Args:
-            base: The causal language model.
-
-        Raises:
-            ConfigError: No feature of an SAE is on in any token.
-            UnsupportedOperationError: The steps of the run's optimizer cannot be measured so.
-        """
-        require_measurable(self)
-        dataset, max_length = cast(Iterable[Any], self.train_dataset), cast(DPOConfig, self.args).max_length
-        self._units = measure_units(self.model, base, self._layers, dataset, max_length)
-        said = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in self._units.items())
-        self.accelerator.print(f"The learning rate is in units of typical activations: {said}.")
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """As transformers', with a rate for each code that suits its activations."""
-        is_given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if self._units is not None and not is_given:
-            in_units(optimizer, self._layers, self._units)
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        with gradients_in_units(self._layers, self._units or {}):
-            return super()._clip_grad_norm(model)
 
 
 def measure_units(

@@ -1,4 +1,4 @@
-"""What is logged of the codes themselves."""
+"""Metrics of the codes that are trained."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..adapter_file.codes import whole
 from ..tuner import YaPOLayer
 
 
-def size_of_codes(layers: list[YaPOLayer]) -> dict[str, float]:
-    """Non-zero entries and norm of the codes that steer, of all layers together; empty if none does."""
+def size_of_codes(layers: list[YaPOLayer]) -> dict[str, Tensor]:
+    """Number of non-zero entries and norm of the steering codes of all layers, `(1,)` each; empty if none steers."""
     codes = [whole(layer.yapo_code[name]).cpu() for layer in layers for name in layer.steering_adapters]
     if not codes:
         return {}
-    everything = torch.cat(codes)
-    return {"code/nonzero": float(everything.count_nonzero()), "code/norm": float(everything.norm())}
+    joined = torch.cat(codes)
+    return {"code/nonzero": joined.count_nonzero()[None], "code/norm": joined.norm()[None]}
 
 
 def share_of_tokens_moved(moved: list[Tensor], attention_mask: Tensor) -> Tensor:
-    """Share of the attended tokens with a feature that moved, the mean over layers, `(1,)`; empty if none steered.
+    """Share of the attended tokens with a feature that moved, the mean over layers, `(1,)`; empty if none steers.
 
     Args:
         moved: For each layer, whether a feature of a token moved, `(batch, seq)`.
