@@ -145,7 +145,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     steered_model().save_pretrained(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(AdapterFileError, match=r"adapter_model.safetensors' is truncated or no safetensors file"):
+    with pytest.raises(AdapterFileError, match=r"adapter_model.safetensors' is truncated or not a safetensors file"):
         PeftModel.from_pretrained(make_model(), tmp_path)
 
 
