@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
+from .adapter_file.card import model_card
 from .errors import (
     ActivationCacheError,
     AdapterFileError,
@@ -23,7 +24,7 @@ from .errors import (
     YaPOError,
 )
 from .sae import register_sae
-from .tuner import YaPOConfig, YaPOLayer, YaPOModel, model_card, set_multiplier, steering
+from .tuner import YaPOConfig, YaPOLayer, YaPOModel, set_multiplier, steering
 from .tuner.registration import register
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, D_MODEL, make_model, make_sae, random_code, rand
 from torch.testing import assert_close
 
 from yapo_peft import AdapterFileError, SAEMismatchError, YaPOConfig, steering
-from yapo_peft.tuner import model_card
+from yapo_peft.adapter_file.card import model_card
 from yapo_peft.tuner.adapters import steered_layers
 
 FILE = "adapter_model.safetensors"
@@ -87,7 +87,7 @@ BROKEN = {
     "short": r"values of shape \(31,\); expected float32, \(32,\)",
     "integers": r"torch\.int32 values",
     "nan": "NaN or infinite",
-    "sparse": r"holds \.indices, \.values .* space='dense', asks for \.values",
+    "sparse": r"holds \.indices, \.values .* space='dense', needs \.values",
 }
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import TrainerState
 
-from ..tuner import model_card
+from ..adapter_file.card import model_card
 from .config import YaPOTrainingConfig
 
 _SETTINGS = ("learning_rate", "learning_rate_unit", "beta", "direction", "reference")

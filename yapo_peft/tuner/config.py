@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType, TaskType
 
 from .._utils import help_from_docstring
+from ..adapter_file.card import save_card
 from ..adapter_file.reading import require_whole
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae, register_sae
@@ -108,8 +109,6 @@ class YaPOConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and saves a model card beside it, unless someone has written one."""
-        from ..adapter_file.card import save_card
-
         super().save_pretrained(save_directory, **kwargs)
         save_card(self, Path(save_directory))
 
