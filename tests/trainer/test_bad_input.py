@@ -150,7 +150,7 @@ def test_a_nan_loss_stops_says_the_step_and_keeps_the_codes(build):
     [
         ({"model": make_model()}, ConfigError, "no YaPO adapter to train: give peft_config"),
         ({"args": DPOConfig}, ConfigError, "args is a DPOConfig: YaPOTrainer takes a YaPOTrainingConfig"),
-        ({"ref_model": make_model()}, UnsupportedOperationError, "ref_model cannot be set"),
+        ({"ref_model": make_model()}, UnsupportedOperationError, "ref_model is not supported"),
         ({"peft_config": "lora"}, ConfigError, "peft_config is a LoraConfig"),
         ({"frozen": True}, ConfigError, "adapter is frozen: load it with is_trainable=True"),
     ],

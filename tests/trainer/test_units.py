@@ -123,7 +123,7 @@ def test_an_optimizer_that_is_given_keeps_its_rates(build):
     [
         ({"optim": "sgd"}, {}, UnsupportedOperationError, "optim='sgd' is not known to take steps whose size"),
         ({"optim": "adafactor"}, {}, UnsupportedOperationError, "optim='adafactor'"),
-        ({}, {"sae": silent_sae()}, ConfigError, "No feature of the SAE at layer 2 is on"),
+        ({}, {"sae": silent_sae()}, ConfigError, "No feature of the SAE at layer 2 is active"),
     ],
 )
 def test_what_cannot_be_measured_in_units_is_refused(build, options, adapter, error, message):

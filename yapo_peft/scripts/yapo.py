@@ -1,4 +1,4 @@
-"""`trl dpo` with a steering adapter: the same parser, flags and YAML configs, and options of its own.
+"""`trl dpo` for steering adapters: the same parser, flags and YAML configs, plus options for the adapter.
 
     python -m yapo_peft.scripts.yapo \
         --model_name_or_path google/gemma-2-2b-it --dtype bfloat16 \
@@ -127,13 +127,13 @@ def _split(dataset: Any, name: str) -> Any:
 
 
 def _require_no_lora(model_args: ModelConfig) -> None:
-    """LoRA's options would have no effect. `use_peft` has one: it is what this script does."""
+    """Rejects LoRA's options, which would have no effect; `use_peft` is what this script does."""
     defaults = ModelConfig()
     for option in fields(ModelConfig):
         value = getattr(model_args, option.name)
         is_lora = option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora")
         if is_lora and value != getattr(defaults, option.name):
-            raise ConfigError(f"{option.name}={value!r} belongs to LoRA: leave it out; the adapter here is YaPO's.")
+            raise ConfigError(f"{option.name}={value!r} belongs to LoRA.")
 
 
 if __name__ == "__main__":

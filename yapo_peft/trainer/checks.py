@@ -19,8 +19,8 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
     """Raises unless there is a YaPO adapter to train.
 
     Raises:
-        ConfigError: There is none, it is frozen, another method's adapter would train along, or `peft_config` is
-            another method's.
+        ConfigError: There is none, it is frozen, another method's adapter would be trained too, or `peft_config` is for
+            another method.
     """
     if isinstance(model, nn.Module):
         _require_no_other(model)
@@ -33,18 +33,19 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
         raise ConfigError(
             "There is no YaPO adapter to train: give peft_config=YaPOConfig(...), or a PeftModel that has one."
         )
-    if not any(_is_trainable(layer) for layer in layers):
+    active = [layer.yapo_code[name] for layer in layers for name in layer.active_adapters if name in layer.yapo_code]
+    if not any(code.requires_grad for code in active):
         raise ConfigError(
             "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
         )
 
 
 def require_same_adapters(model: nn.Module, folder: Path) -> None:
-    """Raises unless the adapters of a checkpoint steer as those of the model do.
+    """Raises unless a checkpoint's adapters steer the same tokens as the model's.
 
     Raises:
         AdapterFileError: A file is truncated.
-        ConfigError: An adapter steers other tokens.
+        ConfigError: An adapter has other `positions`.
     """
     for name, config in cast(dict[str, Any], getattr(model, "peft_config", {})).items():
         place = folder if name == "default" else folder / name
@@ -54,7 +55,7 @@ def require_same_adapters(model: nn.Module, folder: Path) -> None:
         if saved.positions != config.positions:
             raise ConfigError(
                 f"The checkpoint {str(folder)!r} was trained with positions={saved.positions!r}, and this run has "
-                f"positions={config.positions!r}: give the same to go on from it."
+                f"positions={config.positions!r}: use the same to resume from it."
             )
 
 
@@ -64,10 +65,6 @@ def _require_no_other(model: nn.Module) -> None:
             continue
         if any(parameter.requires_grad for parameter in cast(nn.Module, module).parameters()):
             raise ConfigError(
-                f"{name!r} ({type(module).__name__}) holds another method's trainable adapter, which would learn along "
-                "with the code, in the reference too: freeze it with requires_grad_(False), or merge it first."
+                f"{name!r} ({type(module).__name__}) holds another method's trainable adapter, which would be trained "
+                "with the code and change the reference: freeze it with requires_grad_(False), or merge it first."
             )
-
-
-def _is_trainable(layer: YaPOLayer) -> bool:
-    return any(layer.yapo_code[name].requires_grad for name in layer.active_adapters if name in layer.yapo_code)

@@ -1,4 +1,4 @@
-"""The bidirectional objective, as pure functions: which way a batch points, and what follows from it."""
+"""The bidirectional objective as pure functions: directions of pairs, and losses of oriented pairs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .._utils import mixed_seed
 from ..errors import ConfigError
 
 # Tensors of a collated batch that hold the chosen rows first and the rejected rows second.
@@ -18,18 +19,18 @@ _PAIRED = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
 
 @dataclass(frozen=True)
 class OrientedPairs:
-    """What an objective sees of a batch: each pair as its direction turns it, `(pairs,)` each.
+    """A batch of pairs, oriented by their directions, as an objective gets it; each tensor is `(pairs,)`.
 
-    Where the direction is +1, the winning answer is the chosen one, and the model is steered with +1; where it is -1,
-    it is the rejected one, and the model is steered with -1.
+    With direction +1, the chosen answer is the winning one, and the multiplier is +1; with direction -1, the rejected
+    answer is the winning one, and the multiplier is -1.
 
     Attributes:
-        winning: Log-probability of the answer that is to be raised, in nats summed over its tokens, with gradient.
-        losing: The same of the other one.
-        ref_winning: As `winning`, unsteered; zeros with `reference="none"`.
-        ref_losing: As `losing`, unsteered.
-        winning_tokens: Number of tokens of the answer.
-        losing_tokens: The same of the other one.
+        winning: Log-probability of the winning answer, in nats summed over its tokens, with gradient.
+        losing: Log-probability of the losing answer.
+        ref_winning: `winning` without steering; zeros with `reference="none"`.
+        ref_losing: `losing` without steering.
+        winning_tokens: Number of tokens of the winning answer.
+        losing_tokens: Number of tokens of the losing answer.
     """
 
     winning: Tensor
@@ -40,23 +41,24 @@ class OrientedPairs:
     losing_tokens: Tensor
 
     @classmethod
-    def of(cls, log_probs: Tensor, inputs: dict[str, Any]) -> OrientedPairs:
-        """The pairs of an oriented batch, with the log-probabilities of its answers' tokens, `(2 * pairs, seq - 1)`."""
+    def of(cls, log_probs: Tensor, inputs: dict[str, Any], rows: Tensor) -> OrientedPairs:
+        """Orients a batch and the log-probabilities of its answers' tokens, `(2 * pairs, seq - 1)`."""
+        inputs = take_pairs(inputs, rows)
         tokens = inputs["completion_mask"][:, 1:].sum(dim=1).chunk(2)
-        winning, losing = log_probs.sum(dim=1).chunk(2)
-        return cls(winning, losing, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], tokens[0], tokens[1])
+        winning, losing = log_probs[rows.to(log_probs.device)].sum(dim=1).chunk(2)
+        return cls(winning, losing, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], *tokens)
 
 
 Objective = Callable[[OrientedPairs], Tensor]
 
 
 def reps(pairs: OrientedPairs) -> Tensor:
-    """The loss of RePS, `(pairs,)`: likelihoods per token, without a reference to stay close to.
+    """The loss of RePS, `(pairs,)`: likelihoods per token, not anchored to a reference.
 
         -log sigmoid(w / |y_w| * log p(y_w) - 1 / |y_l| * log p(y_l)),  w = max(log ref(y_l) - log ref(y_w), 1)
 
-    The unsteered model decides only the constant `w`, by which an answer that it finds unlikely counts more. Published
-    with a projection as the negative direction; here that is multiplier -1, as everywhere.
+    The unsteered model only determines the constant `w`, which gives more weight to answers that it finds unlikely. The
+    paper's negative direction is a projection; here it is multiplier -1, as in all objectives.
 
     Source: arXiv 2505.20809, section 3 (the loss of both directions).
     """
@@ -68,49 +70,48 @@ def loss_of_each(objective: Objective, pairs: OrientedPairs) -> Tensor:
     """The loss of each pair, `(pairs,)`.
 
     Raises:
-        ConfigError: The objective returns something else.
+        ConfigError: The objective does not return one loss per pair.
     """
     losses = objective(pairs)
     if not isinstance(losses, Tensor) or losses.shape != pairs.winning.shape:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ConfigError(
-            f"The objective returned {shape} for {len(pairs.winning)} pairs: return the loss of each of them, not "
-            "their mean."
+            f"The objective returned {shape} for {len(pairs.winning)} pairs: return one loss per pair, not their mean."
         )
     return losses
 
 
-# The `loss_type`s that TRL does not have.
+# Values of `loss_type` that TRL does not have.
 OBJECTIVES: dict[str, Objective] = {"reps": reps}
 
 
 def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int, rank: int) -> Tensor:
     """Draws the direction `d` in {-1, +1} of each pair of a batch.
 
-    The draw is a function of its arguments alone, so that a resumed run goes on as if it had not stopped. All ranks
-    draw for the global batch and take their part, so that it does not depend on their number.
+    The draw only depends on the arguments, so that a resumed run continues as if it had not stopped. All ranks draw for
+    the global batch and take their part, so that it does not depend on their number.
 
     Args:
         pairs: Number of pairs in the batch.
         per: "batch" for one draw, "example" for one per pair.
         seed: The run's seed.
         step: Number of optimizer steps taken.
-        micro_batch: Number of batches since the last of them.
+        micro_batch: Number of batches since the last step.
         rank: Index of the process.
 
     Returns:
-        `(pairs,)`, of -1.0 and +1.0.
+        `(pairs,)`, each -1.0 or +1.0.
     """
-    generator = torch.Generator().manual_seed(_mix((seed, step, micro_batch)))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step, micro_batch))
     count = (rank + 1) * pairs if per == "example" else 1
     drawn = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
     return drawn[-pairs:] if per == "example" else drawn.expand(pairs)
 
 
 def take_pairs(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some rows of a batch of pairs: all of them in another order, or those of one pair.
+    """Takes rows of a batch of pairs: all of them in another order, or those of one pair.
 
-    A pairwise loss of a pair whose answers are swapped is its loss with `d = -1`: for the sigmoid,
+    A pairwise loss of a pair with its answers swapped is the pair's loss with `d = -1`: for the sigmoid,
     `-log sigmoid(d * beta * margin)`.
 
     Args:
@@ -125,7 +126,7 @@ def take_pairs(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def pair_order(directions: Tensor) -> Tensor:
-    """The permutation of `2 * pairs` rows that swaps the pairs which point to -1; it is its own inverse."""
+    """The permutation of `2 * pairs` rows that swaps pairs with direction -1; it is its own inverse."""
     pairs = len(directions)
     chosen = torch.arange(pairs)
     swap = directions.cpu() < 0
@@ -133,14 +134,5 @@ def pair_order(directions: Tensor) -> Tensor:
 
 
 def preference_margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """How much more steering raised the chosen answer than the rejected one, in nats summed over tokens, `(pairs,)`."""
+    """How much more steering raises the chosen answer than the rejected one, `(pairs,)`, in nats summed over tokens."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
-
-
-def _mix(key: tuple[int, ...]) -> int:
-    """One seed out of several numbers (FNV-1a), so that neighbouring steps draw independently."""
-    value = 0xCBF29CE484222325
-    for number in key:
-        for byte in (number & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little"):
-            value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return value

@@ -1,4 +1,4 @@
-"""Training towards codes with few entries."""
+"""Training of codes with few non-zero entries."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .units import trained_codes
 
 
 def feature_budget(args: YaPOTrainingConfig, progress: float, size: int) -> int | None:
-    """How many entries codes may have at a point of the training; None for any number.
+    """The maximum number of non-zero entries at a point of the training; None for no limit.
 
-    From `sparsify_start` on, the budget falls from all entries to `max_features` by the same factor in each step, and
-    is there at `sparsify_end`.
+    From `sparsify_start` on, the budget decreases from all entries by the same factor in each step, and reaches
+    `max_features` at `sparsify_end`.
 
     Args:
         args: The training config.
-        progress: The share of the training's steps that are done, in [0, 1].
-        size: The number of entries that codes have, zeros included.
+        progress: Fraction of the training steps that are done, in [0, 1].
+        size: Number of entries of the codes, including zeros.
     """
     if args.max_features is None or progress < args.sparsify_start:
         return None
@@ -37,10 +37,10 @@ def feature_budget(args: YaPOTrainingConfig, progress: float, size: int) -> int 
 
 
 class Sparsify(TrainerCallback):
-    """After each step of the optimizer, shrinks codes by `l1` and sets to zero what is beyond their budget.
+    """After each optimizer step, shrinks codes by `l1` and zeroes the entries that exceed their budget.
 
-    An entry that was set to zero still learns where its feature is on, and comes back if it grows beyond the smallest
-    of those that were kept. Nothing is remembered but the codes, so a resumed training goes on as it would have.
+    A zeroed entry still gets a gradient where its feature is active, and returns if it outgrows the smallest entry that
+    was kept. The codes are the only state, so that a resumed training continues as if it had not stopped.
     """
 
     def __init__(self, layers: list[YaPOLayer]) -> None:
@@ -67,19 +67,19 @@ class Sparsify(TrainerCallback):
 
 
 def require_sparsifiable(trainer: DPOTrainer, layers: list[YaPOLayer]) -> None:
-    """Raises where codes cannot be made sparse during training.
+    """Raises if codes cannot be made sparse during training.
 
     Raises:
         ConfigError: An adapter is dense.
-        UnsupportedOperationError: Processes keep parts of the codes.
+        UnsupportedOperationError: The codes are sharded.
     """
     dense = [name for layer, name in trained_codes(layers) if layer.yapo_sae[name] is None]
     if dense:
         raise ConfigError(
-            f"max_features and l1 make codes over an SAE's features sparse; adapter {dense[0]!r} has space='dense'."
+            f"max_features and l1 need codes over an SAE's features; adapter {dense[0]!r} has space='dense'."
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise UnsupportedOperationError(
-            "max_features and l1 do not work with DeepSpeed or FSDP, which keep codes in parts: use DDP, or prune the "
+            "max_features and l1 are not supported with DeepSpeed or FSDP, which shard codes: use DDP, or prune the "
             "trained adapter with yapo_peft.methods.prune."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard
 from torch import nn
@@ -15,14 +15,17 @@ _SETTINGS = ("learning_rate", "learning_rate_unit", "beta", "direction", "refere
 _METRICS = ("eval_loss", "eval_accuracy/plus", "eval_accuracy/zero", "eval_accuracy/minus")
 
 
-def training_card(model: nn.Module, args: YaPOTrainingConfig, state: TrainerState, **card: Any) -> ModelCard:
+def training_card(
+    model: nn.Module, args: YaPOTrainingConfig, state: TrainerState, tags: list[str], **options: Any
+) -> ModelCard:
     """The card of the trained adapter, as of a state of the training.
 
     Args:
         model: The model with its adapter.
         args: The training config.
         state: The trainer's state.
-        **card: As for `model_card`.
+        tags: Tags in addition to those of `model_card`.
+        **options: As for `model_card`.
     """
     settings = {name: getattr(args, name) for name in _SETTINGS} | {
         "loss_type": ", ".join(args.loss_type),
@@ -32,4 +35,7 @@ def training_card(model: nn.Module, args: YaPOTrainingConfig, state: TrainerStat
     }
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     metrics = {name: evaluations[-1][name] for name in _METRICS if name in evaluations[-1]} if evaluations else None
-    return model_card(model, metrics=metrics, training=settings, **card)
+    card = model_card(model, metrics=metrics, training=settings, **options)
+    data = cast(Any, card.data)
+    data.tags = list(dict.fromkeys([*data.tags, *tags]))
+    return card

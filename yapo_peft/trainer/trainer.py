@@ -1,8 +1,8 @@
-"""The trainer: TRL's DPOTrainer, made bidirectional."""
+"""A bidirectional DPOTrainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -34,44 +34,43 @@ from .objective import (
     loss_of_each,
     pair_order,
     preference_margin,
-    take_pairs,
 )
 from .sparsity import Sparsify, require_sparsifiable
 from .summary import training_card
-from .units import Units, gradients_in_units, in_units, measure_units, require_measurable
+from .units import Units, gradients_in_units, in_units, measure_units
 
 _SIGN_NAMES = {1.0: "plus", -1.0: "minus"}
 
 
 class YaPOTrainer(TRLSeams):
-    """Learns codes from preference pairs, with a direction that alternates between +1 and -1.
+    """Trains codes on preference pairs, in directions that alternate between +1 and -1.
 
-    It takes what TRL's `DPOTrainer` takes, except for a reference model: the reference is the same model unsteered.
-    A pair that points to -1 is steered with multiplier -1 and enters TRL's loss with its answers swapped. All metrics
-    are those of the pair as labelled: chosen means chosen, whichever way the steering points.
+    It accepts the arguments of TRL's `DPOTrainer` except `ref_model`: the reference is the same model without steering.
+    A pair with direction -1 is steered with multiplier -1 and enters TRL's loss with its answers swapped. Metrics refer
+    to the pair as labelled: chosen means chosen in both directions.
 
-    Besides TRL's metrics it logs, for the direction `plus` or `minus`, `loss/*` and `margin/*` (in nats); of the codes,
-    `code/nonzero`, `code/norm` and `code/tokens_moved` (share of tokens with a feature that moved). Evaluation uses
-    fixed signs: `eval_loss` is the mean of both directions, TRL's metrics are those at +1, and `eval_accuracy/plus`,
-    `/zero` and `/minus` are the shares of pairs whose chosen answer is the more likely one at +1, 0 and -1.
+    In addition to TRL's metrics it logs `loss/*` and `margin/*` (in nats) for the directions `plus` and `minus`, and
+    `code/nonzero`, `code/norm` and `code/tokens_moved` (share of tokens with a feature that moved) of the codes.
+    Evaluation uses fixed multipliers: `eval_loss` is the mean of both directions, TRL's metrics are those at +1, and
+    `eval_accuracy/plus`, `/zero` and `/minus` are the shares of pairs whose chosen answer is more likely than the
+    rejected one at +1, 0 and -1.
 
     Args:
         model: A model, or the name or path of one, together with `peft_config`; or a `PeftModel` with a YaPO adapter.
-        args: The training config; published defaults if None.
-        peft_config: The adapter to attach.
-        objective: A loss of one's own, `(pairs,)`, of `OrientedPairs`, instead of `args.loss_type`.
+        args: The training config; the published defaults if None.
+        peft_config: Config of the adapter to attach.
+        objective: A custom loss instead of `args.loss_type`: a function from `OrientedPairs` to losses, `(pairs,)`.
         **kwargs: As for `DPOTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
         ConfigError: There is no YaPO adapter to train.
-        DatasetError: A dataset is empty, lacks columns, or leaves no room for answers.
+        DatasetError: A dataset is empty, lacks columns, or has only prompts that fill `max_length`.
         UnsupportedOperationError: A reference model is given.
 
     Source: arXiv 2601.08441, the bidirectional objective; arXiv 2406.00045.
     """
 
     args: YaPOTrainingConfig
-    model: nn.Module
 
     def __init__(
         self,
@@ -87,7 +86,9 @@ class YaPOTrainer(TRLSeams):
         if args is not None and not isinstance(args, YaPOTrainingConfig):
             raise ConfigError(f"args is a {type(args).__name__}: YaPOTrainer takes a YaPOTrainingConfig.")
         if kwargs.get("ref_model") is not None:
-            raise UnsupportedOperationError("ref_model cannot be set: the reference is the same model, unsteered.")
+            raise UnsupportedOperationError(
+                "ref_model is not supported: the reference is the same model without steering."
+            )
         require_adapter(model, peft_config)
         if args is not None and args.gradient_checkpointing:
             require_single_hooks()
@@ -114,7 +115,7 @@ class YaPOTrainer(TRLSeams):
             self.add_callback(Sparsify(self._layers))
         self._units: Units | None = None
         if self.args.learning_rate_unit == "activation" and self.optimizer is None:
-            self._units = self._measured_units()
+            self._units = measure_units(self, self._base_model, self._layers)
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             self._require_cacheable()
@@ -150,14 +151,6 @@ class YaPOTrainer(TRLSeams):
         self._replace_loss()
         return chosen
 
-    def _measured_units(self) -> Units:
-        require_measurable(self)
-        dataset = cast(Iterable[Any], self.train_dataset)
-        units = measure_units(self.model, self._base_model, self._layers, dataset, self.args.max_length)
-        listed = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in units.items())
-        self.accelerator.print(f"The learning rate is in units of typical activations: {listed}.")
-        return units
-
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', with a learning rate for each code in units of its activations."""
         is_given = self.optimizer is not None
@@ -182,9 +175,8 @@ class YaPOTrainer(TRLSeams):
     def _save_card(self, folder: Path, dataset: str | None = None, tags: str | list[str] | None = None) -> None:
         model: Any = self.accelerator.unwrap_model(self.model)
         chat = bool(getattr(self.processing_class, "chat_template", None))
-        card = training_card(model, self.args, self.state, repo_id=self.hub_model_id, dataset=dataset, chat=chat)
-        data = cast(Any, card.data)
-        data.tags = list(dict.fromkeys([*data.tags, "trl", *([tags] if isinstance(tags, str) else tags or [])]))
+        tags = ["trl", *([tags] if isinstance(tags, str) else tags or [])]
+        card = training_card(model, self.args, self.state, tags, repo_id=self.hub_model_id, dataset=dataset, chat=chat)
         card.save(folder / "README.md")
 
     def _prepared(self, dataset: Any, name: str, args: Any, tokenize: Callable[[], Any]) -> Any:
@@ -252,8 +244,7 @@ class YaPOTrainer(TRLSeams):
             self._log_each("code/tokens_moved", moved)
         order = pair_order(directions)
         if self._objective is not None:
-            log_probs = scores.log_probs[order.to(scores.log_probs.device)]
-            losses = loss_of_each(self._objective, OrientedPairs.of(log_probs, take_pairs(inputs, order)))
+            losses = loss_of_each(self._objective, OrientedPairs.of(scores.log_probs, inputs, order))
         elif self.model.training:
             losses = self._trl_loss(scores, inputs, order)[None]
         else:
@@ -286,12 +277,11 @@ class YaPOTrainer(TRLSeams):
         return draw_directions(pairs, self.args.direction, seed, step, self._micro_batch, rank)
 
     def _require_finite(self, loss: Tensor) -> None:
-        """Stops before the optimizer can spoil the codes, on all processes at once, and saves them as they are."""
+        """Stops all processes before the optimizer spoils the codes, and saves them as they are."""
         losses = cast(Tensor, self.accelerator.gather(loss.detach()[None]))
         if losses.isfinite().all():
             return
-        bad = losses[~losses.isfinite()][0].item()
-        step = self.state.global_step
+        bad, step = losses[~losses.isfinite()][0].item(), self.state.global_step
         codes = [whole(code) for layer in self._layers for code in layer.yapo_code.values()]
         good = torch.stack([code.isfinite().all() for code in codes]).all().to(losses.device)
         if step > 0 and cast(Tensor, self.accelerator.gather(good[None])).all():
