@@ -138,7 +138,7 @@ def test_dense_adapters_combine_with_each_other_and_stand_beside_sparse_ones():
     assert_close(layer(h) - h, shifts["default"] + shifts["sparse"], rtol=1e-4, atol=1e-5)
 
 
-def test_the_card_names_blocks_and_no_sae():
+def test_the_card_names_layers_and_no_sae():
     text = str(model_card(dense_model(positions="last")))
-    assert "Blocks: 2. Tokens: `positions='last'`." in text
+    assert "Layers: 2. Tokens: `positions='last'`." in text
     assert "autoencoder" not in text
