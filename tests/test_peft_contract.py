@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, steering
 from yapo_peft.tuner.adapters import steered_layers
-from yapo_peft.tuner.layer import REPEATS_HOOKS
+from yapo_peft.tuner.hooks import REPEATS_HOOKS
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

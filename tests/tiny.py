@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from yapo_peft.tuner.layer import REPEATS_HOOKS
+from yapo_peft.tuner.hooks import REPEATS_HOOKS
 
 D_MODEL, D_SAE, DEPTH, VOCABULARY = 32, 96, 4, 128
 ARCHITECTURES = ("llama", "gemma2", "gemma3", "gpt2")

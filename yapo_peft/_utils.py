@@ -35,7 +35,7 @@ def help_from_docstring(cls: type[Config]) -> type[Config]:
     return cls
 
 
-def choice(options: Collection[str], **values: object) -> None:
+def choice(options: Collection[object], **values: object) -> None:
     """Raises `ConfigError` unless each value is one of the options."""
     for name, value in values.items():
         if value not in options:

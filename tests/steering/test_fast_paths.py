@@ -108,7 +108,7 @@ def test_the_gradient_of_the_activations_of_an_upper_layer_is_the_general_one(ca
     call = Call(nn.Identity())
     for index in (0, 1):
         layer = YaPOLayer(nn.Identity(), index, call)
-        layer.update_layer("default", D_SAE, multiplier=multiplier, positions="all", init_weights=True)
+        layer.update_layer("default", YaPOConfig(layers=index, sae=sae, multiplier=multiplier), D_SAE)
         layer.yapo_sae["default"] = load_sae(content_hash=register_sae(sae))
         layer.set_adapter("default")
     layer.yapo_code["default"].data = code

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from yapo_peft import YaPOConfig
 from yapo_peft.scoring import cache
 from yapo_peft.tuner.adapters import steered_layers
-from yapo_peft.tuner.layer import REPEATS_HOOKS
+from yapo_peft.tuner.hooks import REPEATS_HOOKS
 
 
 def metrics_of(trainer):

@@ -26,7 +26,7 @@ from yapo_peft import (
 )
 from yapo_peft.trainer.objective import draw_directions
 from yapo_peft.tuner.adapters import steered_layers
-from yapo_peft.tuner.layer import REPEATS_HOOKS
+from yapo_peft.tuner.hooks import REPEATS_HOOKS
 
 
 def first_batch(trainer):

@@ -21,11 +21,11 @@ from yapo_peft import ConfigError, SAEMismatchError, SAENotFoundError, Unsupport
         ({"layers": 1, "sae_release": "r", "sae_id": "i"}, "sae_path='x' and sae_release='r', sae_id='i' are both"),
         ({"layers": [0, 1]}, r"sae_path names 1 SAEs for 2 layers \(\[0, 1\]\): give one per layer"),
         ({"layers": 0, "sae_path": ["x", "y"]}, "sae_path names 2 SAEs for 1 layers"),
-        ({"layers": 0, "positions": "first"}, "positions='first': choose one of 'all', 'completion', 'last'"),
-        ({"layers": 0, "multiplier": float("nan")}, "multiplier=nan: give a finite number"),
-        ({"layers": 0, "multiplier": "1"}, "multiplier='1': give a finite number"),
-        ({"layers": 0, "init_weights": "gaussian"}, "init_weights='gaussian': give True"),
-        ({"layers": 0, "space": "latent"}, "space='latent': choose one of 'sae', 'dense'"),
+        ({"layers": 0, "positions": "first"}, "positions='first': must be one of 'all', 'completion', 'last'"),
+        ({"layers": 0, "multiplier": float("nan")}, "multiplier=nan: must be a finite number"),
+        ({"layers": 0, "multiplier": "1"}, "multiplier='1': must be a finite number"),
+        ({"layers": 0, "init_weights": "gaussian"}, "init_weights='gaussian': must be one of True"),
+        ({"layers": 0, "space": "latent"}, "space='latent': must be one of 'sae', 'dense'"),
         ({"layers": 0, "space": "dense"}, "sae_path='x' has no meaning with space='dense'"),
         (
             {"layers": 0, "space": "dense", "sae_path": None, "self_contained": True},
@@ -91,7 +91,7 @@ def test_wrong_width_is_refused():
 
 
 def test_the_sae_of_another_layer_is_refused():
-    with pytest.raises(SAEMismatchError, match=r"layer 1 was trained on the output of block 2 .*: use layers=\[2\]"):
+    with pytest.raises(SAEMismatchError, match=r"layer 1 was trained on the output of layer 2 .*: use layers=\[2\]"):
         get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae("gated", layer=2, seed=5)))
 
 

@@ -20,7 +20,7 @@ from ..scoring.store import COLUMNS, CollateWithRows
 from ..tuner import steering
 from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
-from ..tuner.layer import require_single_hooks
+from ..tuner.hooks import require_single_hooks
 from ._trl import TRLSeams, no_reference_adapter
 from .checks import require_adapter, require_same_adapters
 from .config import YaPOTrainingConfig

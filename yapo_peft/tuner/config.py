@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import InitVar, dataclass
 from enum import Enum
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType, TaskType
 
-from .._utils import help_from_docstring
+from .._utils import choice, finite, help_from_docstring
 from ..adapter_file.card import save_card
 from ..adapter_file.reading import require_whole
 from ..errors import ConfigError, UnsupportedOperationError
@@ -28,11 +27,11 @@ Space = Literal["sae", "dense"]
 
 
 class _TokenTrainingError(UnsupportedOperationError, AttributeError):
-    """For those who ask whether there is such an attribute, there is none."""
+    """Also an AttributeError, so that `hasattr` and `getattr` with a default keep working."""
 
 
 class YaPOPeftType(str, Enum):  # noqa: UP042 (as PEFT's own, whose members it stands among)
-    """The method's name in PEFT's tables, for which PEFT's own enumeration has no entry."""
+    """The method's name in PEFT's tables; PEFT's own enumeration is closed."""
 
     YAPO = "YAPO"
 
@@ -86,7 +85,7 @@ class YaPOConfig(PeftConfig):
         if self.task_type is None:
             # Only PEFT's class for this task hands `generate` to the tuner.
             self.task_type = TaskType.CAUSAL_LM
-        # PEFT reads this attribute; it follows from `layers` once the model is known, so it is no field.
+        # PEFT reads this attribute; it follows from `layers` once the model is known, so it is not a field.
         self.target_modules: list[str] | None = None
         self.layers = self._checked_layers()
         if sae is not None and self.space == "dense":
@@ -94,11 +93,14 @@ class YaPOConfig(PeftConfig):
         if sae is not None:
             self._take(sae if isinstance(sae, list) else [sae])
         self._check_saes(len(self.layers))
-        self._check_values()
+        choice(POSITIONS, positions=self.positions)
+        choice((True, False), init_weights=self.init_weights, self_contained=self.self_contained)
+        finite(multiplier=self.multiplier)
+        self.multiplier = float(self.multiplier)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):  # noqa: ANN206
-        """As PEFT's, and checks that the adapter's file beside a local config is whole before anything is loaded.
+        """As PEFT's; also checks the adapter's file beside a local config before anything is loaded.
 
         Raises:
             AdapterFileError: The file is truncated or not a safetensors file.
@@ -108,12 +110,12 @@ class YaPOConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, and saves a model card beside it, unless someone has written one."""
+        """As PEFT's; also saves a model card, unless the folder has one."""
         super().save_pretrained(save_directory, **kwargs)
         save_card(self, Path(save_directory))
 
     def __getattr__(self, name: str) -> Any:
-        """Says why where TRL asks for LoRA's way to train new tokens."""
+        """Explains why TRL's option to train new tokens is not supported."""
         if name == "trainable_token_indices":
             raise _TokenTrainingError(
                 "A YaPO adapter trains codes; it cannot train the embeddings of new tokens as well."
@@ -126,7 +128,7 @@ class YaPOConfig(PeftConfig):
         return self.layers
 
     def sae_source(self, position: int) -> dict[str, str | None]:
-        """Where the SAE of the layer at `position` in `layers` comes from, as `load_sae` wants it."""
+        """Source of the SAE of the layer at `position` in `layers`, as keyword arguments of `load_sae`."""
         return {
             "release": _pick(self.sae_release, position),
             "sae_id": _pick(self.sae_id, position),
@@ -135,13 +137,13 @@ class YaPOConfig(PeftConfig):
         }
 
     def recorded_sae(self, position: int) -> dict[str, Any]:
-        """What is remembered of the SAE of the layer at `position` in `layers`; empty before it was attached."""
+        """Recorded identity of the SAE of the layer at `position` in `layers`; empty before attaching."""
         return self.sae_identity[position] if self.sae_identity else {}
 
     def load_sae(self, position: int) -> FrozenSAE:
         """Returns the SAE of the layer at `position` in `layers`.
 
-        Of a saved self-contained adapter, that is an empty part, which the adapter's file has yet to fill.
+        For a saved self-contained adapter, this is an empty part to be filled from the adapter's file.
 
         Raises:
             SAENotFoundError: The SAE is not where the config says.
@@ -154,13 +156,13 @@ class YaPOConfig(PeftConfig):
 
     @property
     def was_attached(self) -> bool:
-        """Whether an adapter of this config has been in a model."""
+        """Whether an adapter with this config has been attached to a model."""
         return bool(self.sae_identity) or self.space == "dense"
 
     def _checked_layers(self) -> list[int]:
         layers = [self.layers] if isinstance(self.layers, Integral) else self.layers
         if not isinstance(layers, list | tuple) or not layers or not all(map(_is_index, layers)):
-            raise ConfigError(f"layers={self.layers!r}: give the index of a block, or a list of indices.")
+            raise ConfigError(f"layers={self.layers!r}: give the index of a layer, or a list of indices.")
         return [int(index) for index in layers]
 
     def _take(self, saes: list[SAE[Any]]) -> None:
@@ -169,8 +171,7 @@ class YaPOConfig(PeftConfig):
         self.sae_identity = [{"content_hash": register_sae(sae)} for sae in saes]
 
     def _check_saes(self, count: int) -> None:
-        if self.space not in get_args(Space):
-            raise ConfigError(f"space={self.space!r}: choose one of {', '.join(map(repr, get_args(Space)))}.")
+        choice(get_args(Space), space=self.space)
         if self.space == "dense":
             self._require_no_sae()
             return
@@ -201,18 +202,6 @@ class YaPOConfig(PeftConfig):
                 f"{given[0]}={getattr(self, given[0])!r} has no meaning with space='dense', which steers without an "
                 "SAE: leave it out, or use space='sae'."
             )
-
-    def _check_values(self) -> None:
-        if self.positions not in POSITIONS:
-            raise ConfigError(f"positions={self.positions!r}: choose one of {', '.join(map(repr, POSITIONS))}.")
-        is_number = isinstance(self.multiplier, Real) and not isinstance(self.multiplier, bool)
-        if not is_number or not math.isfinite(self.multiplier):
-            raise ConfigError(f"multiplier={self.multiplier!r}: give a finite number, such as 1.0 or -0.5.")
-        self.multiplier = float(self.multiplier)
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"init_weights={self.init_weights!r}: give True (zero code) or False (random code).")
-        if not isinstance(self.self_contained, bool):
-            raise ConfigError(f"self_contained={self.self_contained!r}: give True or False.")
 
 
 def _is_index(value: object) -> bool:

@@ -1,16 +1,24 @@
-"""Temporary forward hooks: read or change what layers output for the time of a `with` block."""
+"""Forward hooks: temporary ones that read or change the outputs of layers, and hooks under gradient checkpointing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import __version__ as transformers_version
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import UnsupportedOperationError
 from .blocks import hidden_states, with_hidden_states
-from .layer import YaPOLayer
+
+if TYPE_CHECKING:
+    from .layer import YaPOLayer
+
+# Whether gradient checkpointing, as in transformers 5.19, calls the hooks of a layer again in the backward pass.
+REPEATS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 @contextmanager
@@ -56,6 +64,23 @@ def changed_outputs(changes: Iterable[tuple[YaPOLayer, Callable[[Tensor, Tensor]
         forward_hooks((layer.block, partial(replace, layer.index, change)) for layer, change in changes),
     ):
         yield
+
+
+def require_single_hooks(block: nn.Module | None = None) -> None:
+    """Raises if gradient checkpointing would steer a layer again in the backward pass, at the multiplier of that time.
+
+    Args:
+        block: A decoder layer that may be checkpointed; None if that is known.
+
+    Raises:
+        UnsupportedOperationError: The installed version of transformers runs hooks twice.
+    """
+    is_checkpointed = block is None or (block.training and getattr(block, "gradient_checkpointing", False))
+    if REPEATS_HOOKS and is_checkpointed:
+        raise UnsupportedOperationError(
+            f"Gradient checkpointing of transformers {transformers_version} runs the hooks of a layer again in the "
+            "backward pass, where another multiplier may hold: use transformers 5.23 or later, or train without it."
+        )
 
 
 def _call(hook: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:

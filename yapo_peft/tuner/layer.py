@@ -9,8 +9,6 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import __version__ as transformers_version
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
@@ -19,11 +17,11 @@ from ..steering.formula import Multiplier, dense_shift, steering_shift
 from ..steering.learning import ActiveFeatures, sparse_shift
 from .blocks import hidden_states, with_hidden_states
 from .call import Call
+from .config import YaPOConfig
+from .hooks import require_single_hooks
 from .positions import tokens_to_steer
 
 CHILD_NAME = "yapo"
-# Whether gradient checkpointing, as in transformers 5.19, calls the hooks of a block again in the backward pass.
-REPEATS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def is_code(name: str) -> bool:
@@ -34,23 +32,6 @@ def is_code(name: str) -> bool:
 def is_steering(name: str) -> bool:
     """Whether a module or a tensor of a model, by its name, belongs to a steered layer."""
     return f".{CHILD_NAME}." in f"{name}."
-
-
-def require_single_hooks(block: nn.Module | None = None) -> None:
-    """Raises where gradient checkpointing would steer a block twice, the second time at whatever multiplier holds then.
-
-    Args:
-        block: One that may be checkpointed; None where that is known.
-
-    Raises:
-        UnsupportedOperationError: It would, and the installed transformers is too old.
-    """
-    is_checkpointed = block is None or (block.training and getattr(block, "gradient_checkpointing", False))
-    if REPEATS_HOOKS and is_checkpointed:
-        raise UnsupportedOperationError(
-            f"Gradient checkpointing of transformers {transformers_version} runs the hooks of a block again in the "
-            "backward pass, where another multiplier may hold: use transformers 5.23 or later, or train without it."
-        )
 
 
 class Code(nn.Parameter):
@@ -115,22 +96,14 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         """The block whose output is steered."""
         return self._parent[0]
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        size: int,
-        *,
-        multiplier: float,
-        positions: str,
-        init_weights: bool,
-    ) -> None:
-        """Adds an adapter with a code of some size, or replaces one of the same name. Its SAE is set afterwards."""
+    def update_layer(self, adapter_name: str, config: YaPOConfig, size: int) -> None:
+        """Adds an adapter with a code of `size` entries, or replaces one of that name. Set its SAE afterwards."""
         code = torch.zeros(size, dtype=torch.float32)
-        if not init_weights:
+        if not config.init_weights:
             code.normal_(std=0.02)
         self.yapo_code[adapter_name] = Code(code)
-        self.multiplier[adapter_name] = multiplier
-        self.positions[adapter_name] = positions
+        self.multiplier[adapter_name] = config.multiplier
+        self.positions[adapter_name] = config.positions
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 

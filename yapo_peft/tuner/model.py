@@ -1,4 +1,4 @@
-"""The tuner: attaches steered layers to a model, and does what PEFT asks of it as a whole."""
+"""The tuner: attaches steered layers to a model, and implements PEFT's interface to them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
-from ..sae import FrozenSAE
+from ..errors import ConfigError, UnsupportedOperationError
 from .adapters import steered_layers
-from .blocks import decoder_blocks, hidden_size, resolve_layers
+from .attaching import require_adapter_name, resolve
+from .blocks import hidden_size
 from .call import Call
 from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
@@ -25,7 +25,7 @@ from .state_dict import from_file, to_file
 
 
 class YaPOModel(BaseTuner):
-    """Gives decoder blocks a `YaPOLayer` each. PEFT makes one; users call `peft.get_peft_model`."""
+    """Attaches a `YaPOLayer` to each steered decoder layer. Created by `peft.get_peft_model`."""
 
     prefix: str = "yapo_"
     tuner_layer_cls = YaPOLayer
@@ -34,8 +34,8 @@ class YaPOModel(BaseTuner):
     def __init__(
         self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, **kwargs: Any
     ) -> None:
-        # PeftModel hands over a dict. A config alone comes from direct injection, and one for inference that was saved
-        # before from transformers' loader, which then matches tensors by name and knows nothing of packed codes.
+        # PeftModel passes a dict. A single config comes from direct injection, or, if it is for inference and was saved
+        # before, from transformers' loader, which matches tensors by name and cannot unpack codes.
         if isinstance(peft_config, YaPOConfig) and peft_config.inference_mode and peft_config.was_attached:
             raise UnsupportedOperationError(
                 "transformers' load_adapter (and AutoModelForCausalLM.from_pretrained on an adapter's folder) cannot "
@@ -50,27 +50,11 @@ class YaPOModel(BaseTuner):
         others_before = dict(others or {})
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if isinstance(others, dict):
-            # PEFT adds its configs to those of another method's adapters in the model: they stay apart here.
+            # PEFT adds its configs to those of another method's adapters in the model; keep them apart.
             others.clear()
             others.update(others_before)
             self.peft_config = peft_config
             cast(Any, model).peft_config = others
-
-    def _checked_sae(self, config: YaPOConfig, position: int, layer: int) -> FrozenSAE:
-        recorded, sae, width = config.recorded_sae(position), config.load_sae(position), hidden_size(self.model)
-        if sae.identity.d_in != width:
-            raise SAEMismatchError(
-                f"The SAE for layer {layer} reads activations of width {sae.identity.d_in}, but the model's are "
-                f"{width} wide: it was trained on another model."
-            )
-        if sae.block is not None and sae.block != layer:
-            raise SAEMismatchError(
-                f"The SAE for layer {layer} was trained on the output of block {sae.block} ({sae.hook_name!r}): use "
-                f"layers=[{sae.block}], or the SAE of layer {layer}."
-            )
-        if "d_sae" in recorded:
-            sae.identity.require_same(recorded, f"layer {layer}")
-        return sae
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -92,47 +76,29 @@ class YaPOModel(BaseTuner):
         if not isinstance(layer, YaPOLayer):
             layer = YaPOLayer(target, config.layer_indices()[position], self._call() or Call(self.model))
         layer.update_layer(
-            adapter_name,
-            config.recorded_sae(position).get("d_sae") or hidden_size(self.model),
-            multiplier=config.multiplier,
-            positions=config.positions,
-            init_weights=config.init_weights,
+            adapter_name, config, size=config.recorded_sae(position).get("d_sae") or hidden_size(self.model)
         )
         if adapter_name not in self.active_adapters:
             layer.yapo_code[adapter_name].requires_grad_(False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. Finds the layers and loads the SAEs first: before the model changes, and not on the meta device.
+        """As PEFT's. Loads the SAEs first, before the model changes and outside of PEFT's context for the meta device.
 
         A `state_dict`, from whose names PEFT would infer the modules, is not needed: the config names the layers.
 
         Raises:
-            ConfigError: The name cannot be one, because PEFT tells the parameters of adapters apart by it; or the
-                config does not fit the model.
+            ConfigError: The name cannot name an adapter, or the config does not fit the model.
             SAEMismatchError: An SAE was trained on another model or layer, or is not the one that the config records.
         """
-        name, blocks = decoder_blocks(self.model)
-        parts = {"base_model", "model", *name.split("."), CHILD_NAME, "yapo_code", "__base__"}
-        if "." in adapter_name or adapter_name.isdigit() or adapter_name in parts or hasattr(dict, adapter_name):
-            raise ConfigError(
-                f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
-                f"methods, and none of {', '.join(sorted(parts))}."
-            )
-        config = cast(YaPOConfig, self.peft_config[adapter_name])
-        _require_batches_of_rows(self.model, config)
-        layers = resolve_layers(config.layer_indices(), len(blocks))
-        is_dense = config.space == "dense"
-        saes = {layer: None if is_dense else self._checked_sae(config, i, layer) for i, layer in enumerate(layers)}
-        config.layers = layers
-        config.target_modules = [f"{name}.{layer}" for layer in layers]
-        config.sae_identity = [sae.identity.to_dict() for sae in saes.values() if sae is not None] or None
+        require_adapter_name(self.model, adapter_name)
+        saes = resolve(self.model, cast(YaPOConfig, self.peft_config[adapter_name]))
         super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
         for layer in steered_layers(self.model):
             if layer.index in saes:
                 layer.yapo_sae[adapter_name] = saes[layer.index]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's, which lets each layer choose the next active adapter; here all layers get the same one."""
+        """As PEFT's, but activates the same remaining adapter in all layers, where PEFT lets each layer choose."""
         others = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
@@ -141,14 +107,15 @@ class YaPOModel(BaseTuner):
             self.set_adapter(remaining)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        """Only this method's: another one's adapters in the model are none of its business."""
+        """As PEFT's, but leaves other methods' adapters in the model alone."""
         for module in [*steered_layers(self.model), *self._saved_modules().values()]:
             module.enable_adapters(enabled)
 
     def _saved_modules(self) -> dict[str, AuxiliaryTrainingWrapper]:
         """The modules of `modules_to_save`, by name."""
         wrappers = {n: m for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-        return {name: module for name, module in wrappers.items() if module._adapters & self.peft_config.keys()}
+        own = self.peft_config.keys()
+        return {n: m for n, m in wrappers.items() if m._adapters & own}  # pyright: ignore[reportPrivateUsage]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; `multipliers=`, `(batch,)`, sets a multiplier for each prompt."""
@@ -159,7 +126,7 @@ class YaPOModel(BaseTuner):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which packs prompts as they come: rows cannot be told apart there.
+        """As transformers' `generate_batch`, which packs prompts into one row, so that all are steered alike.
 
         Raises:
             UnsupportedOperationError: `multipliers=` or `adapter_names=` is given.
@@ -173,7 +140,7 @@ class YaPOModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """PEFT calls this around each forward and `generate`; it is where `adapter_names` gets its meaning."""
+        """Implements `adapter_names`; PEFT enters this context around each forward and `generate`."""
         adapter_names, call = kwargs.get("adapter_names"), self._call()
         if adapter_names is None or call is None:
             yield
@@ -201,10 +168,10 @@ class YaPOModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Adds an adapter whose codes combine those of others, at the multipliers that they have now.
+        """Adds an adapter whose codes combine those of others, scaled by their current multipliers.
 
-        The new adapter steers with its own code, of multiplier 1: a feature is cut once, by what the codes ask for
-        together. That is not the sum of shifts that several active adapters make.
+        The new adapter steers with its own code, at multiplier 1, and cuts each feature once. That is not the sum of
+        the shifts of several active adapters.
 
         Args:
             adapters: Names of the adapters.
@@ -215,7 +182,7 @@ class YaPOModel(BaseTuner):
             majority_sign_method: For "ties": elect by the "total" of the entries or by the "frequency" of their signs.
 
         Raises:
-            ConfigError: A name is unknown or taken, or an argument has a value that cannot work.
+            ConfigError: A name is unknown or taken, or an argument has an invalid value.
             SAEMismatchError: The adapters steer other layers, with other SAEs, or at other positions.
         """
         if adapter_name in self.peft_config:
@@ -235,19 +202,19 @@ class YaPOModel(BaseTuner):
             layer.yapo_code[adapter_name].data.copy_(code)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds adapters into biases of the blocks, where their steering is a constant.
+        """Folds adapters into biases of their layers if their shifts are constant.
 
         Args:
             adapter_names: The adapters; the active ones if None.
             safe_merge: Check that no bias becomes NaN or infinite.
 
         Raises:
-            UnsupportedOperationError: The steering depends on the token, or the architecture has no bias to hold it.
+            UnsupportedOperationError: The shift depends on the token, or the architecture has no bias for it.
         """
         merge_adapters(self.model, steered_layers(self.model), adapter_names, safe_merge, in_place=True)
 
     def unmerge_adapter(self) -> None:
-        """Takes all merged adapters out of the model's biases, which become what they were."""
+        """Restores the biases that merging replaced."""
         for layer in steered_layers(self.model):
             layer.unmerge()
 
@@ -304,16 +271,4 @@ def _require_head(model: nn.Module, config: PeftConfig) -> None:
         raise ConfigError(
             f"task_type='CAUSAL_LM', YaPOConfig's default, does not fit {type(model).__name__}, which cannot generate: "
             "give task_type='FEATURE_EXTRACTION', or 'SEQ_CLS' for a classifier."
-        )
-
-
-def _require_batches_of_rows(model: nn.Module, config: YaPOConfig) -> None:
-    """Raises where rows or tokens would be taken for others without a sign of it."""
-    own: Any = getattr(model, "config", None)
-    if getattr(own, "model_type", None) == "xlnet":
-        raise UnsupportedOperationError("XLNet cannot be steered: its blocks put the sequence before the batch.")
-    if getattr(own, "is_encoder_decoder", False) and config.positions != "all":
-        raise ConfigError(
-            f"positions={config.positions!r} finds answers behind their prompt, which an encoder-decoder "
-            f"({type(model).__name__}) keeps apart: use positions='all'."
         )

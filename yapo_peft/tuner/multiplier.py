@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from ..steering.formula import Multiplier
 from .adapters import steered_layers
 from .call import as_rows
-from .layer import YaPOLayer, require_single_hooks
+from .hooks import require_single_hooks
+from .layer import YaPOLayer
 
 
 @contextmanager

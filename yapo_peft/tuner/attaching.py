@@ -1,0 +1,70 @@
+"""Prepares a config for a model: resolves its layers, loads its SAEs, and checks that they fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
+from ..sae import FrozenSAE
+from .blocks import decoder_blocks, hidden_size, resolve_layers
+from .config import YaPOConfig
+from .layer import CHILD_NAME
+
+
+def require_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Checks a name by which PEFT has to tell the parameters of an adapter from others.
+
+    Raises:
+        ConfigError: PEFT would confuse it with other names.
+    """
+    parts = {"base_model", "model", *decoder_blocks(model)[0].split("."), CHILD_NAME, "yapo_code", "__base__"}
+    if "." in adapter_name or adapter_name.isdigit() or adapter_name in parts or hasattr(dict, adapter_name):
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
+            f"methods, and none of {', '.join(sorted(parts))}."
+        )
+
+
+def resolve(model: nn.Module, config: YaPOConfig) -> dict[int, FrozenSAE | None]:
+    """Fills in the layers, target modules and SAE identities of a config, and returns the SAE of each layer.
+
+    Raises:
+        ConfigError: The config does not fit the model.
+        SAEMismatchError: An SAE was trained on another model or layer, or is not the one that the config records.
+        UnsupportedOperationError: The architecture cannot be steered.
+    """
+    own: Any = getattr(model, "config", None)
+    if getattr(own, "model_type", None) == "xlnet":
+        raise UnsupportedOperationError("XLNet cannot be steered: its layers put the sequence before the batch.")
+    if getattr(own, "is_encoder_decoder", False) and config.positions != "all":
+        raise ConfigError(
+            f"positions={config.positions!r} expects answers behind their prompts, but {type(model).__name__} is an "
+            "encoder-decoder: use positions='all'."
+        )
+    name, blocks = decoder_blocks(model)
+    layers = resolve_layers(config.layer_indices(), len(blocks))
+    is_dense = config.space == "dense"
+    saes = {layer: None if is_dense else _sae(model, config, place, layer) for place, layer in enumerate(layers)}
+    config.layers = layers
+    config.target_modules = [f"{name}.{layer}" for layer in layers]
+    config.sae_identity = [sae.identity.to_dict() for sae in saes.values() if sae is not None] or None
+    return saes
+
+
+def _sae(model: nn.Module, config: YaPOConfig, position: int, layer: int) -> FrozenSAE:
+    recorded, sae, width = config.recorded_sae(position), config.load_sae(position), hidden_size(model)
+    if sae.identity.d_in != width:
+        raise SAEMismatchError(
+            f"The SAE for layer {layer} reads activations of width {sae.identity.d_in}, but the model's are {width} "
+            "wide: it was trained on another model."
+        )
+    if sae.block is not None and sae.block != layer:
+        raise SAEMismatchError(
+            f"The SAE for layer {layer} was trained on the output of layer {sae.block} ({sae.hook_name!r}): use "
+            f"layers=[{sae.block}], or the SAE of layer {layer}."
+        )
+    if "d_sae" in recorded:
+        sae.identity.require_same(recorded, f"layer {layer}")
+    return sae
