@@ -1,4 +1,4 @@
-"""The training script, as users start it."""
+"""The training script, started in each supported way."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def trained(workplace):
     "TRL", "A script like `trl dpo`: `python -m yapo_peft.scripts.yapo`, `accelerate launch -m`, `yapo train`"
 )
 @pytest.mark.parametrize("name", STARTS)
-def test_however_it_is_started_the_script_trains_the_same_adapter(trained, name):
+def test_script_trains_the_same_adapter_however_it_is_started(trained, name):
     code, log, model = trained[name]
     expected, expected_log, _ = trained["python -m"]
     assert code.any()
@@ -113,7 +113,7 @@ def parsed(*arguments):
     return make_parser().parse_args_and_config(list(arguments))
 
 
-def test_the_flags_are_those_of_trl_and_ours():
+def test_parser_takes_the_flags_of_trl_and_of_the_adapter():
     _, training, model, _, steering = parsed(
         *("--model_name_or_path", "m", "--beta", "0.2", "--direction", "both", "--output_dir", "x"),
         *("--layers", "-1", "3", "--sae_release", "r", "--sae_id", "a", "b", "--positions", "last"),
@@ -151,14 +151,14 @@ GOOD = ("--model_name_or_path", "m", "--layers", "2", "--sae_path", "s", "--outp
         (("--positions", "first"), "positions='first'"),
     ],
 )
-def test_bad_options_are_named_before_anything_is_loaded(options, message):
+def test_bad_options_are_rejected_before_anything_is_loaded(options, message):
     from yapo_peft.scripts.yapo import main
 
     with pytest.raises(ConfigError, match=message):
         main(*parsed(*GOOD, *options))
 
 
-def test_a_missing_split_is_named(workplace):
+def test_missing_split_lists_the_available_ones(workplace):
     from yapo_peft.scripts.yapo import main
 
     options = ("--dataset_name", str(workplace / "data"), "--dataset_train_split", "training")
@@ -173,14 +173,14 @@ def test_a_missing_split_is_named(workplace):
         (("--layers", "2", "--sae_path", "s", "--positions", "x"), "yapo train: positions='x'"),
     ],
 )
-def test_the_command_names_bad_options_before_it_launches_anything(capsys, options, message):
+def test_command_rejects_bad_options_before_launching(capsys, options, message):
     from yapo_cli import main
 
     assert main(["train", "--model_name_or_path", "m", "--output_dir", "x", "--bf16", "False", *options]) == 2
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_the_command_ends_with_what_the_script_says(workplace):
+def test_command_exits_with_the_error_of_the_script(workplace):
     command = [sys.executable, "-m", "yapo_peft", "train", *arguments(workplace, workplace / "no", pairs=4)]
     run = subprocess.run([*command, "--dataset_train_split", "training"], capture_output=True, text=True, check=False)
     assert run.returncode == 1

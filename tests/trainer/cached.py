@@ -1,4 +1,4 @@
-"""What the tests of training on cached activations share."""
+"""Datasets for the tests of training on cached activations."""
 
 from datasets import Dataset
 from tiny import preference_rows

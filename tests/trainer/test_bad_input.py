@@ -39,7 +39,7 @@ from yapo_peft.tuner.adapters import steered_layers
         ({"reference": "none", "f_divergence_type": "forward_kl"}, ConfigError, "f_divergence_type='forward_kl'"),
     ],
 )
-def test_choices_that_cannot_work_are_refused(tmp_path, options, error, message):
+def test_invalid_options_are_rejected(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         YaPOTrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
 
@@ -49,7 +49,7 @@ def test_moving_references_are_not_supported(build):
         build(sync_ref_model=True)
 
 
-def test_unknown_option_is_refused(tmp_path):
+def test_unknown_option_is_rejected(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'directions'"):
         YaPOTrainingConfig(output_dir=str(tmp_path), directions="both")
 
@@ -67,7 +67,7 @@ def test_unknown_option_is_refused(tmp_path):
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False])
-def test_datasets_without_pairs_are_refused(build, rows, message, streaming):
+def test_datasets_without_pairs_are_rejected(build, rows, message, streaming):
     dataset = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
     with pytest.raises(DatasetError, match=message):
         build(train_dataset=dataset)
@@ -84,7 +84,7 @@ PLAIN, CHAT = preference_rows(2, conversational=False), preference_rows(2)
         (PLAIN[1] | {"prompt": CHAT[1]["prompt"]}, "Row 1 of train_dataset has prompt as messages, chosen as a text"),
     ],
 )
-def test_rows_without_answers_are_named(build, row, message):
+def test_rows_without_answers_are_rejected(build, row, message):
     good = CHAT[0] if isinstance(row["chosen"], list) else PLAIN[0]
     if isinstance(row["prompt"], list) and isinstance(row["chosen"], str):
         good = row
@@ -104,7 +104,7 @@ def test_an_eval_dataset_is_checked_by_its_name(build, pairs):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_prompts_that_fill_max_length_are_refused(build, pairs, streaming):
+def test_prompts_that_fill_max_length_are_rejected(build, pairs, streaming):
     dataset = pairs.to_iterable_dataset() if streaming else pairs
     with pytest.raises(
         DatasetError, match="No pair of the train dataset is left: every prompt alone fills max_length=3"
@@ -112,7 +112,7 @@ def test_prompts_that_fill_max_length_are_refused(build, pairs, streaming):
         build(train_dataset=dataset, max_length=3)
 
 
-def test_a_few_such_prompts_are_named_and_left_out(build):
+def test_dropped_pairs_are_counted_in_a_warning(build):
     rows = preference_rows(8)
     rows[2]["prompt"][0]["content"] = " ".join(["w1"] * 40)
     with pytest.warns(UserWarning, match="1 of 8 pairs of the train dataset are left out: .* max_length=30"):
@@ -121,7 +121,7 @@ def test_a_few_such_prompts_are_named_and_left_out(build):
 
 
 @pytest.mark.feature("Training", "A loss that is not finite stops training before it spoils the codes")
-def test_a_nan_loss_stops_says_the_step_and_keeps_the_codes(build):
+def test_nan_loss_stops_training_and_saves_the_codes(build):
     trainer = build(max_steps=6, save_strategy="no", direction="both")
     directed, seen = trainer._directed_loss, []
 
@@ -156,7 +156,7 @@ def test_a_nan_loss_stops_says_the_step_and_keeps_the_codes(build):
     ],
     ids=["no adapter", "other args", "reference model", "other method", "frozen"],
 )
-def test_bad_arguments_are_refused(tmp_path, pairs, tokenizer, change, error, message):
+def test_bad_arguments_are_rejected(tmp_path, pairs, tokenizer, change, error, message):
     from peft import LoraConfig
 
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
@@ -175,7 +175,7 @@ def test_bad_arguments_are_refused(tmp_path, pairs, tokenizer, change, error, me
     "Training", "Another method's adapter that would train along", refused="the objective is for codes alone"
 )
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
-def test_another_adapter_that_would_train_along_is_refused(build):
+def test_trainable_adapter_of_another_method_is_rejected(build):
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_model())
     steered = get_peft_model(model, YaPOConfig(layers=2, sae=make_sae()))
     with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj' \(Linear\) holds another method's trainable"):
@@ -197,7 +197,7 @@ CHECKPOINTS = {
     "Training", "Resuming on another SAE or other `positions`, or from a truncated file", refused="named"
 )
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_checkpoints_that_do_not_fit_are_refused(build, tmp_path, case):
+def test_mismatched_checkpoints_are_rejected(build, tmp_path, case):
     adapter, truncated, error, message = CHECKPOINTS[case]
     build(save_strategy="steps", save_steps=2, max_steps=2).train()
     if truncated:

@@ -121,7 +121,7 @@ def test_codes_agree_after_a_hundred_steps(train):
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
-def test_prompts_are_not_shared_where_a_window_of_attention_would_move(train, architecture, capsys):
+def test_prompts_are_not_shared_beyond_the_attention_window(train, architecture, capsys):
     rows = preference_rows(8, conversational=False)
     long = Dataset.from_list([{name: " ".join([text] * 4) for name, text in row.items()} for row in rows])
     options = {"model": architecture, "train_dataset": long}
@@ -139,7 +139,7 @@ def test_models_in_16_bits_train_close_to_the_whole_model(train, dtype):
     assert float((codes[0] - codes[1]).norm() / codes[1].norm()) < 0.05
 
 
-def test_the_model_is_whole_again_after_training(train):
+def test_model_is_restored_after_training(train):
     trainer = train(True)
     whole = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae())).eval()
     steered_layers(whole)[0].yapo_code["default"].data.copy_(trained_codes(trainer)[0])
@@ -148,7 +148,7 @@ def test_the_model_is_whole_again_after_training(train):
     assert not any("forward" in block.__dict__ for block in trainer.model.get_base_model().model.layers)
 
 
-def test_lower_blocks_do_not_run(train, monkeypatch):
+def test_lower_layers_do_not_run(train, monkeypatch):
     trainer = train(True)
     ran = []
     for index, block in enumerate(trainer.model.get_base_model().model.layers):
@@ -159,7 +159,7 @@ def test_lower_blocks_do_not_run(train, monkeypatch):
     assert set(ran) == {0, 1, 2, 3}
 
 
-def test_a_dataset_of_another_trainer_is_cached_anew(train, build):
+def test_dataset_of_another_trainer_is_cached_again(train, build):
     first = train(True)
     again = train(True, train_dataset=first.train_dataset)
     assert_close(trained_codes(again), trained_codes(first))
@@ -187,7 +187,7 @@ def test_another_dataset_to_evaluate_on_runs_through_the_whole_model(train):
         assert found[0][f"eval_{name}_loss"] == pytest.approx(found[1][f"eval_{name}_loss"], rel=1e-5)
 
 
-def test_a_run_goes_on_from_a_checkpoint(train, build, tmp_path):
+def test_resuming_with_the_cache_is_bit_identical(train, build, tmp_path):
     whole = train(True, max_steps=6, save_steps=3)
     folder = {"cache_activations": True, "activation_cache_dir": str(tmp_path / "activations")}
     resumed = build(train_dataset=MANY, max_steps=6, out="resumed", **folder)
@@ -224,7 +224,7 @@ def test_answers_that_would_attend_to_each_other_keep_their_rows(train, capsys):
     assert_trained_alike(cached, train(False, model=models[1]))
 
 
-def test_blocks_that_put_out_tuples_train_alike(train):
+def test_layers_that_return_tuples_train_alike(train):
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=4, n_head=4)
     models = []
     for _ in range(2):
@@ -234,7 +234,7 @@ def test_blocks_that_put_out_tuples_train_alike(train):
     assert_trained_alike(train(True, model=models[0]), train(False, model=models[1]))
 
 
-def test_rows_of_another_cache_are_not_taken_for_these(train, build):
+def test_rows_of_another_cache_are_ignored(train, build):
     first = train(True, init={}, max_steps=1)
     cached = train(True, train_dataset=HELD_OUT, max_steps=1)
     plain = train(False, train_dataset=HELD_OUT, max_steps=1)
@@ -243,6 +243,6 @@ def test_rows_of_another_cache_are_not_taken_for_these(train, build):
     assert found["eval_margin/plus"] == pytest.approx(expected["eval_margin/plus"], rel=1e-4, abs=1e-5)
 
 
-def test_a_run_without_the_cache_says_what_it_repeats(train, capsys):
+def test_run_without_the_cache_prints_what_it_recomputes(train, capsys):
     train(False)
     assert "runs all 4 layers" in capsys.readouterr().out

@@ -23,7 +23,7 @@ def parts_of(folder):
 
 
 @pytest.mark.feature("Speed", "A killed run's cache is completed, and later runs and seeds use it")
-def test_what_is_on_disk_is_not_computed_again(train, tmp_path, monkeypatch):
+def test_cached_activations_are_not_computed_again(train, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "_TOKENS", 60)
     first = train(True)
     parts = parts_of(tmp_path)
@@ -68,7 +68,7 @@ def test_a_failure_leaves_no_file_behind(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tensor", ["hidden", "count", "feature", "value", "reference"])
-def test_damaged_activations_are_noticed(train, tmp_path, tensor):
+def test_damaged_activations_are_detected(train, tmp_path, tensor):
     train(True, max_steps=1)
     file = max(parts_of(tmp_path), key=lambda part: part.stat().st_size)  # of the training set
     content = bytearray(file.read_bytes())
@@ -91,7 +91,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_model_sae_dataset_or_dtype_has_a_cache_of_its_own(train, change, tmp_path):
+def test_each_model_sae_dataset_and_dtype_has_its_own_cache(train, change, tmp_path):
     train(True, init={})
     train(True, init={}, **CHANGES[change])
     assert len(list((tmp_path / "activations").iterdir())) == 2
@@ -99,7 +99,7 @@ def test_another_model_sae_dataset_or_dtype_has_a_cache_of_its_own(train, change
     assert records[0] != records[1]
 
 
-def test_weights_that_changed_have_a_cache_of_their_own(train, tmp_path):
+def test_changed_weights_have_their_own_cache(train, tmp_path):
     for scale in (1.0, 1.01):
         model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
         model.get_base_model().lm_head.weight.data.mul_(scale)
@@ -108,7 +108,7 @@ def test_weights_that_changed_have_a_cache_of_their_own(train, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*modify a model with PEFT", "ignore:Already found")
-def test_another_scaling_of_a_lora_has_a_cache_of_its_own(train, tmp_path):
+def test_each_lora_scaling_has_its_own_cache(train, tmp_path):
     for alpha in (8, 32):
         base = make_model()
         torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_another_scaling_of_a_lora_has_a_cache_of_its_own(train, tmp_path):
     assert len(list((tmp_path / "activations").iterdir())) == 2
 
 
-def test_activations_that_do_not_fit_the_model_are_found_out(train, tmp_path):
+def test_activations_of_another_model_are_rejected(train, tmp_path):
     from safetensors.torch import load_file, save_file
 
     train(True, init={})
@@ -136,7 +136,7 @@ def test_activations_that_do_not_fit_the_model_are_found_out(train, tmp_path):
 
 
 @pytest.mark.feature("Speed", "Space is estimated beforehand; too little of it is an error before the work")
-def test_too_little_space_is_an_error_before_the_work(train, tmp_path, monkeypatch, capsys):
+def test_too_little_disk_space_fails_before_any_computation(train, tmp_path, monkeypatch, capsys):
     train(True, init={})
     said = capsys.readouterr().out
     (part,) = parts_of(tmp_path)
@@ -173,7 +173,7 @@ def test_activations_stored_in_16_bits_take_half_the_space_and_train_close(train
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.2
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(train, build, tmp_path, monkeypatch):
+def test_unwritable_folder_fails_before_any_computation(train, build, tmp_path, monkeypatch):
     (tmp_path / "activations").write_text("a file")
     with pytest.raises(ActivationCacheError, match="set another activation_cache_dir"):
         train(True)

@@ -1,4 +1,4 @@
-"""Where activations cannot be cached, an error says so before the work."""
+"""Setups that the activation cache does not support are rejected before any computation."""
 
 import pytest
 from cached import MANY
@@ -9,7 +9,7 @@ from torch import nn
 from yapo_peft import ActivationCacheError, ConfigError, UnsupportedOperationError, YaPOConfig
 
 
-def test_noise_that_is_no_module_is_refused(train):
+def test_noise_outside_of_dropout_modules_is_rejected(train):
     base = make_model()
     for block in base.model.layers:
         block.self_attn.attention_dropout = 0.3
@@ -30,7 +30,7 @@ def test_another_active_adapter_needs_another_trainer(build, tmp_path):
 
 
 class Skipping(nn.Module):
-    """A block that hands something of its own upwards."""
+    """A layer that passes something to a later layer besides its output."""
 
     def __init__(self, block):
         super().__init__()
@@ -42,7 +42,7 @@ class Skipping(nn.Module):
         return self.block(hidden_states, *args, **kwargs)
 
 
-def test_models_whose_blocks_cannot_be_skipped_are_found_out(train):
+def test_models_whose_layers_cannot_be_skipped_are_rejected(train):
     model = make_model()
     upper = model.model.layers[3]
     model.model.layers[1] = Skipping(model.model.layers[1])
@@ -65,14 +65,14 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore:.*keep_end")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_cached_is_refused_before_the_work(train, name, tmp_path):
+def test_unsupported_options_fail_before_any_computation(train, name, tmp_path):
     options, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         train(True, **options)
     assert not (tmp_path / "activations").exists()
 
 
-def test_dropout_and_other_trainable_parameters_are_refused(train):
+def test_dropout_and_other_trainable_parameters_are_rejected(train):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     model.get_base_model().model.layers[0].mlp.drop = nn.Dropout(0.1)
     with pytest.raises(UnsupportedOperationError, match="applies dropout"):

@@ -86,7 +86,7 @@ def test_the_saved_adapter_is_the_trained_one(folder, results):
 @pytest.mark.feature("Many processes", "Checkpoints resume on another number of processes")
 @pytest.mark.parametrize("name", ["batch", "example"])
 @pytest.mark.parametrize("world", ["1", "2"])
-def test_a_checkpoint_goes_on_with_another_number_of_processes(results, name, world):
+def test_checkpoint_resumes_on_another_number_of_processes(results, name, world):
     resumed = results["resumed", world, "0"]["resumed"][name]["codes"]
     assert_close(resumed, results["trained", "1", "0"][name]["codes"], rtol=1e-4, atol=1e-5)
 

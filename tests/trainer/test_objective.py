@@ -19,7 +19,7 @@ def test_the_oriented_pair_has_the_published_loss(signs):
     torch.testing.assert_close(ours, bidirectional_loss(w, lose, ref_w, ref_l, directions, beta))
 
 
-def test_orienting_swaps_whole_rows_and_twice_is_nothing():
+def test_orienting_swaps_rows_and_is_its_own_inverse():
     directions = torch.tensor([1.0, -1.0])
     batch = {
         "input_ids": torch.tensor([[1], [2], [3], [4]]),

@@ -60,12 +60,12 @@ def test_reps_has_its_loss_and_gradient(build, tmp_path, direction, space, cache
 
 
 def published(pairs):
-    """The default objective, as a loss of one's own."""
+    """The default objective, as a custom objective."""
     return -logsigmoid(0.1 * ((pairs.winning - pairs.ref_winning) - (pairs.losing - pairs.ref_losing)))
 
 
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])
-def test_a_loss_of_ones_own_takes_the_place_of_the_published_one(build, direction):
+def test_custom_objective_equal_to_the_published_loss_trains_alike(build, direction):
     results = []
     for number, init in enumerate(({}, {"objective": published})):
         init = {**init, "eval_dataset": HELD_OUT}
@@ -107,7 +107,7 @@ def test_reps_trains_and_evaluates(build):
         ({"use_weighting": True}, {"objective": published}, ConfigError, "use_weighting=True"),
     ],
 )
-def test_options_that_would_have_no_effect_are_refused(build, options, init, error, message):
+def test_options_without_effect_are_rejected(build, options, init, error, message):
     with pytest.raises(error, match=message):
         build(init=init, **options)
 

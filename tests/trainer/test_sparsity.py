@@ -1,4 +1,4 @@
-"""Training towards few features: the budget, what remains in it, and where it cannot be had."""
+"""Sparse training: the budget of features, which entries are kept, and bad values."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def nonzero(trainer):
     return [int(entry["code/nonzero"]) for entry in trainer.state.log_history if "code/nonzero" in entry]
 
 
-def test_the_budget_falls_by_the_same_factor(tmp_path):
+def test_budget_decreases_by_the_same_factor_in_each_step(tmp_path):
     args = YaPOTrainingConfig(
         output_dir=str(tmp_path), max_features=10, sparsify_start=0.2, sparsify_end=0.6, use_cpu=True
     )
@@ -37,7 +37,7 @@ def test_codes_end_within_their_budget(train, layers, cached):
     assert int(trained_codes(trainer).count_nonzero()) == 7
 
 
-def test_the_entries_that_reach_the_furthest_are_kept(build):
+def test_entries_with_the_largest_effect_are_kept(build):
     sae = make_sae()
     sae.W_dec.data[:5] *= 100
     code = torch.full((D_SAE,), 1.0)
@@ -46,7 +46,7 @@ def test_the_entries_that_reach_the_furthest_are_kept(build):
     assert trained_codes(trainer)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_l1_shrinks_what_does_not_learn(build):
+def test_l1_shrinks_entries(build):
     code = random_code(1.0)
     plain = build(code=code, max_steps=1, lr_scheduler_type="constant")
     shrunk = build(code=code, max_steps=1, lr_scheduler_type="constant", l1=2.0)
@@ -58,7 +58,7 @@ def test_l1_shrinks_what_does_not_learn(build):
     assert 0 < int((trained_codes(shrunk) == 0).sum()) < D_SAE
 
 
-def test_a_resumed_training_goes_on_as_it_would_have(build, tmp_path):
+def test_resumed_sparse_training_is_bit_identical(build, tmp_path):
     options = {"train_dataset": MANY, "max_steps": 8, "save_steps": 4, "max_features": 6, "l1": 0.01}
     whole = build(**options)
     whole.train()
@@ -87,6 +87,6 @@ def test_frozen_adapters_keep_their_codes(build):
         ({"adapter": {"space": "dense", "sae": None}, "l1": 0.1}, "adapter 'default' has space='dense'"),
     ],
 )
-def test_bad_values_are_named(build, options, message):
+def test_bad_values_are_rejected(build, options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options)

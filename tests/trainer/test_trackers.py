@@ -99,7 +99,7 @@ def evaluated_every_step(build, pairs, script, *callbacks):
 
 @pytest.mark.feature("transformers", "`load_best_model_at_end` on `eval_loss` or `eval_accuracy/*`")
 @pytest.mark.parametrize(("metric", "best"), [("eval_loss", 3), ("eval_accuracy/plus", 2)])
-def test_the_best_adapter_is_there_at_the_end(build, pairs, metric, best):
+def test_best_adapter_is_loaded_at_the_end(build, pairs, metric, best):
     script = Script(metric, [0.5, 0.7, 0.2, 0.6])
     trainer = evaluated_every_step(build, pairs, script)
     trainer.train()

@@ -88,7 +88,7 @@ def test_a_step_has_the_published_loss_and_gradient(build, architecture, directi
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_metrics_mean_the_same_whichever_way_the_direction_points(build, sign, monkeypatch):
+def test_metrics_refer_to_the_labelled_pair_in_both_directions(build, sign, monkeypatch):
     code = random_code(0.5)
     trainer = build(code=code)
     monkeypatch.setattr(trainer, "_draw", lambda pairs: sign * torch.ones(pairs))
@@ -163,7 +163,7 @@ def test_evaluation_does_not_depend_on_batches(build, pairs):
         assert result == pytest.approx(results[0], rel=1e-4, abs=1e-5)
 
 
-def test_metrics_belong_to_the_dataset_that_they_are_of(build, pairs):
+def test_metrics_are_reported_per_evaluation_dataset(build, pairs):
     first, second = pairs.select(range(5)), pairs.select(range(5, 8))
     trainer = build(code=random_code(0.5), init={"eval_dataset": {"a": first, "b": second}})
     together, alone = trainer.evaluate(), build(code=random_code(0.5), init={"eval_dataset": first}).evaluate()
@@ -174,7 +174,7 @@ def test_metrics_belong_to_the_dataset_that_they_are_of(build, pairs):
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
-def test_predicting_leaves_nothing_behind(build, pairs):
+def test_predict_leaves_no_metrics_behind(build, pairs):
     trainer = build(code=random_code(0.5), init={"eval_dataset": pairs.select(range(3))})
     before = trainer.evaluate()
     predicted = trainer.predict(trainer.train_dataset).metrics
@@ -209,7 +209,7 @@ def test_resuming_gives_the_same_codes_bit_for_bit(build, direction):
     assert torch.equal(trained_codes(resumed), trained_codes(whole))
 
 
-def test_training_lowers_the_loss_and_moves_nothing_but_the_code(build, pairs):
+def test_training_lowers_the_loss_and_only_changes_the_code(build, pairs):
     trainer = build(max_steps=40, direction="both", learning_rate=0.3)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "yapo" not in n}
     first = trainer.evaluate(pairs)["eval_loss"]
@@ -287,7 +287,7 @@ def test_a_model_by_name_with_an_adapter_config(build, tmp_path, pairs, tokenize
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["layers"] == [1, 2]
 
 
-def test_a_ready_adapter_of_any_name_is_trained_without_a_copy(build):
+def test_existing_adapter_of_any_name_is_trained_without_a_copy(build):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()), adapter_name="polite")
     trainer = build(model)
     trainer.train()

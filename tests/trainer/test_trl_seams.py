@@ -110,7 +110,7 @@ def test_gradient_checkpointing_is_disabled_by_a_context():
     ]
 
 
-def test_a_ready_adapter_is_copied_by_the_calls_that_are_intercepted():
+def test_trl_copies_an_existing_adapter_by_the_intercepted_calls():
     source = inspect.getsource(DPOTrainer.__init__)
     for call in ('model.peft_config["default"]', 'model.add_adapter("ref", ', "model.get_parameter(ref_name)"):
         assert call in source, f"no_reference_adapter keeps TRL from copying the adapter; {call} moved"

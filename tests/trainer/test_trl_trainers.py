@@ -119,7 +119,7 @@ def assert_same_logits(model, other):
 @pytest.mark.feature("TRL", "`peft_config=YaPOConfig(...)` or a ready PeftModel in " + ", ".join(TRAINERS))
 @MODES
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_trainer_moves_the_code_alone_and_its_adapter_loads(build, name, mode, tmp_path):
+def test_trainer_only_changes_the_code_and_its_adapter_loads(build, name, mode, tmp_path):
     trainer = build(name, mode)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
@@ -174,7 +174,7 @@ def received_by_vllm(model):
 
 
 @pytest.mark.feature("TRL", "`use_vllm` where multiplier x code is nowhere negative and the block has a bias (GPT-2)")
-def test_vllm_is_sent_the_merged_weights():
+def test_vllm_gets_the_merged_weights():
     model = get_peft_model(make_model("gpt2"), YaPOConfig(layers=2, sae=make_sae()))
     set_code(model, random_code().abs())
     before = model(random_ids()).logits
@@ -190,7 +190,7 @@ def test_vllm_is_sent_the_merged_weights():
     "TRL", "`use_vllm` elsewhere", refused="TRL sends merged weights, and a code that lowers features has none"
 )
 @pytest.mark.parametrize(("architecture", "code"), [("gpt2", random_code()), ("llama", random_code().abs())])
-def test_vllm_is_not_sent_unsteered_weights(architecture, code):
+def test_vllm_never_gets_unsteered_weights(architecture, code):
     model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae()))
     set_code(model, code)
     with pytest.raises(UnsupportedOperationError, match="cannot be merged"):
@@ -200,7 +200,7 @@ def test_vllm_is_not_sent_unsteered_weights(architecture, code):
 @pytest.mark.feature("TRL", "Codes stay in float32 on quantised models, where TRL casts what it trains")
 @MODES
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_a_code_stays_float32_on_a_quantized_model(build, name, mode):
+def test_code_stays_float32_on_a_quantized_model(build, name, mode):
     model = make_model()
     model.is_loaded_in_4bit = True  # what TRL asks; the trainer then casts trainable parameters to bfloat16
     trainer = build(name, mode, model=model)
@@ -217,7 +217,7 @@ def test_a_code_stays_float32_on_a_quantized_model(build, name, mode):
     ("name", "positions"),
     [(name, positions) for name in WITHOUT_LABELS for positions in ("completion", "last")] + [("Reward", "completion")],
 )
-def test_positions_that_need_labels_are_refused_without_them(build, name, positions):
+def test_positions_that_need_labels_are_rejected_without_them(build, name, positions):
     trainer = build(name, adapter={"positions": positions})
     with pytest.raises(UnsupportedOperationError, match=f"positions='{positions}'"):
         trainer.train()
@@ -240,7 +240,7 @@ def test_the_new_head_of_a_reward_model_is_trained_and_saved(build, adapter, tmp
 
 
 @pytest.mark.feature("TRL", "`chat_template_path` that adds tokens", refused="codes cannot train new embeddings")
-def test_a_chat_template_that_adds_tokens_is_refused(build, tmp_path, tokenizer):
+def test_chat_template_that_adds_tokens_is_not_supported(build, tmp_path, tokenizer):
     other = deepcopy(tokenizer)
     other.add_special_tokens({"eos_token": "<|im_end|>"})
     other.save_pretrained(tmp_path / "chat")

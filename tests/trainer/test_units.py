@@ -109,7 +109,7 @@ def test_units_work_with_everything_else(build, tmp_path, options):
     torch.testing.assert_close(codes[0], codes[1], rtol=1e-3, atol=1e-5)
 
 
-def test_an_optimizer_that_is_given_keeps_its_rates(build):
+def test_given_optimizer_keeps_its_learning_rates(build):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     optimizer = Adam(steered_layers(model)[0].yapo_code.parameters(), lr=0.3)
     trainer = build(model, init={"optimizers": (optimizer, None)}, **UNIT)
@@ -126,12 +126,12 @@ def test_an_optimizer_that_is_given_keeps_its_rates(build):
         ({}, {"sae": silent_sae()}, ConfigError, "No feature of the SAE at layer 2 is active"),
     ],
 )
-def test_what_cannot_be_measured_in_units_is_refused(build, options, adapter, error, message):
+def test_unsupported_optimizers_and_silent_saes_are_rejected(build, options, adapter, error, message):
     with pytest.raises(error, match=message):
         build(adapter=adapter, **UNIT, **options)
 
 
-def test_an_unknown_unit_is_named(build):
+def test_unknown_learning_rate_unit_is_rejected(build):
     with pytest.raises(ConfigError, match="learning_rate_unit='activations': must be one of"):
         build(learning_rate_unit="activations")
 
