@@ -1,4 +1,4 @@
-"""`yapo sae`: which SAEs there are for a model."""
+"""`yapo sae`: find and describe SAEs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ def list_(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Name or folder of the model, such as google/gemma-2-2b-it.")
     ],
-    layer: Annotated[int | None, typer.Option(min=0, help="Block whose output they read; all if missing.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Number of features, about; all if missing.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Layer whose output they read; all if missing.")] = None,
     release: Annotated[str | None, typer.Option(help="Only releases with this in their name.")] = None,
+    sae_id: Annotated[str | None, typer.Option("--id", help="Only ids with this in them, such as width_65k.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the SAEs of sae-lens' directory that read the output of a model's blocks.
+    """List the SAEs of sae-lens' directory that read the output of a model's layers.
 
-    SAEs of the model that it was tuned from, or of a sibling, are listed too: see the column `model`. Widths are read
-    from names, L0 is as published, sizes are about those in float32.
+    SAEs of its base model or of a sibling are listed too: see the column `model`. L0 is as published.
 
-    `yapo sae list google/gemma-2-2b-it --layer 15 --width 65000`
+    `yapo sae list google/gemma-2-2b-it --layer 15 --id width_65k`
     """
     import pandas as pd
 
@@ -35,37 +34,31 @@ def list_(
 
     from .output import print_table
 
-    found = find_saes(model, layer)
-    found = [sae for sae in found if release is None or release in sae.release]
-    found = [sae for sae in found if width is None or (sae.width and 0.9 < sae.width / width < 1.1)]
+    found = [s for s in find_saes(model, layer) if (release or "") in s.release and (sae_id or "") in s.sae_id]
     if not found:
         from yapo_peft import SAENotFoundError
 
-        raise SAENotFoundError("There is none with all of that: leave --layer, --width or --release out.")
+        raise SAENotFoundError("No SAE matches: leave out --layer, --release or --id.")
     table = pd.DataFrame([vars(sae) for sae in found])
     if not as_json:
-        size = [f"{value / 2**20:.0f} MiB" if value == value and value else "" for value in table["size"]]
-        table = table.assign(size=size).drop(columns="is_of_model").dropna(axis="columns", how="all")
-        table = table.astype({name: "Int64" for name in ("width",) if name in table})
+        table = table.drop(columns="is_of_model").dropna(axis="columns", how="all")
     print_table(table, as_json)
 
 
 @app.command()
 def inspect(
-    sae: Annotated[
-        str, typer.Argument(metavar="RELEASE|FOLDER", help="A release of the directory, or a local folder.")
-    ],
+    sae: Annotated[str, typer.Argument(metavar="RELEASE|FOLDER", help="A release, or a local folder.")],
     sae_id: Annotated[str | None, typer.Argument(metavar="ID", help="The SAE within the release.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what an SAE is: of a release, from the directory and, when online, the size on the Hub; of a folder, in full.
+    """Describe an SAE: its entry in the directory and, when online, its size on the Hub; or the one in a folder.
 
     `yapo sae inspect gemma-scope-2b-pt-res layer_15/width_65k/average_l0_68`
     """
     from .output import print_json
 
     if sae_id is not None and Path(sae).is_dir():
-        raise typer.BadParameter(f"{sae} is a folder, which holds one SAE: leave the id out.")
+        raise typer.BadParameter(f"{sae} is a folder, which holds one SAE: leave out the id.")
     facts = _of_folder(sae) if sae_id is None else _of_release(sae, sae_id)
     if as_json:
         return print_json(facts)
@@ -79,7 +72,7 @@ def _of_folder(path: str) -> dict[str, Any]:
 
     if not Path(path).is_dir():
         raise SAENotFoundError(
-            f"There is no folder {path!r}; of a release, give an id too, as `yapo sae list` shows them."
+            f"There is no folder {path!r}. If it is a release, give an id too, as `yapo sae list` shows them."
         )
     found = load_sae(path=path)
     size = sum(file.stat().st_size for file in Path(path).iterdir() if file.is_file())
