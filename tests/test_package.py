@@ -18,9 +18,6 @@ ORDER = (
 # To be removed.
 KNOWN = {
     ("yapo_peft/adapter_file/card.py", "yapo_peft.tuner"),
-    ("yapo_peft/scoring/cache.py", "yapo_peft.trainer"),
-    ("yapo_peft/scoring/cacheable.py", "trl"),
-    ("yapo_peft/scoring/fingerprint.py", "yapo_peft.trainer"),
 }
 
 

@@ -156,6 +156,10 @@ class TRLSeams(DPOTrainer):
         self._total_train_tokens = before + (self._total_train_tokens - before) // passes
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
+    def _log_value(self, name: str, value: float) -> None:
+        """Logs a training metric that all processes agree on."""
+        self._metrics["train"][name].append(value)
+
     def _log_each(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Logs a metric of pairs, `(pairs,)`; its mean over all of them, or those of a mask, is reported."""
         mode, device = "train" if self.model.training else "eval", self.accelerator.device

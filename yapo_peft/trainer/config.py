@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
@@ -12,14 +11,9 @@ from .._utils import at_least, choice, help_from_docstring
 from ..errors import ConfigError, UnsupportedOperationError
 from .objective import OBJECTIVES
 
-Direction = Literal["batch", "example", "both"]
-Reference = Literal["unsteered", "none"]
-LearningRateUnit = Literal["activation", "raw"]
-
 _ONE_SIDED = "it lowers the likelihood of both answers, so its two directions do not oppose each other"
 _SORTED = "it sorts a batch, which must then have one direction: use direction='batch' or 'both'"
 _RATIO = "it compares each answer to the reference, and reference='none' has none"
-_CACHE_DTYPES = ("float32", "bfloat16", "float16")
 # Metrics that a good code lowers.
 _FALLING = ("loss/plus", "loss/minus", "margin/minus", "accuracy/minus")
 _RATIO_LOSSES = ("reps", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "aot_unpaired")
@@ -101,9 +95,9 @@ class YaPOTrainingConfig(DPOConfig):
             # transformers assumes that every metric whose name does not end in "loss" should grow.
             self.greater_is_better = False
         super().__post_init__()
-        choice(get_args(Direction), direction=self.direction)
-        choice(get_args(Reference), reference=self.reference)
-        choice(get_args(LearningRateUnit), learning_rate_unit=self.learning_rate_unit)
+        choice(("batch", "example", "both"), direction=self.direction)
+        choice(("unsteered", "none"), reference=self.reference)
+        choice(("activation", "raw"), learning_rate_unit=self.learning_rate_unit)
         if self.beta <= 0:
             raise ConfigError(f"beta={self.beta}: must be positive; at 0 the loss does not depend on the code.")
         for loss_type in self.loss_type:
@@ -140,7 +134,7 @@ class YaPOTrainingConfig(DPOConfig):
 
     def _check_cache(self) -> None:
         if self.activation_cache_dtype is not None:
-            choice(_CACHE_DTYPES, activation_cache_dtype=self.activation_cache_dtype)
+            choice(("float32", "bfloat16", "float16"), activation_cache_dtype=self.activation_cache_dtype)
         for name in ("activation_cache_dir", "activation_cache_dtype"):
             if getattr(self, name) is not None and not self.cache_activations:
                 raise ConfigError(f"{name}={getattr(self, name)!r} needs cache_activations=True.")

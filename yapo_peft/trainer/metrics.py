@@ -9,13 +9,13 @@ from ..adapter_file.codes import whole
 from ..tuner import YaPOLayer
 
 
-def size_of_codes(layers: list[YaPOLayer]) -> dict[str, Tensor]:
-    """Number of non-zero entries and norm of the steering codes of all layers, `(1,)` each; empty if none steers."""
+def size_of_codes(layers: list[YaPOLayer]) -> dict[str, float]:
+    """Number of non-zero entries and norm of the steering codes of all layers; empty if none steers."""
     codes = [whole(layer.yapo_code[name]).cpu() for layer in layers for name in layer.steering_adapters]
     if not codes:
         return {}
     joined = torch.cat(codes)
-    return {"code/nonzero": joined.count_nonzero()[None], "code/norm": joined.norm()[None]}
+    return {"code/nonzero": float(joined.count_nonzero()), "code/norm": float(joined.norm())}
 
 
 def share_of_tokens_moved(moved: list[Tensor], attention_mask: Tensor) -> Tensor:

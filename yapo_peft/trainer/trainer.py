@@ -210,7 +210,7 @@ class YaPOTrainer(TRLSeams):
         loss = torch.stack(losses).mean()
         self._require_finite(loss)
         for name, value in size_of_codes(self._layers).items():
-            self._log_each(name, value)
+            self._log_value(name, value)
         return loss
 
     def _evaluation_loss(self, scorer: Scorer, inputs: dict[str, Any], both: list[Tensor]) -> Tensor:
