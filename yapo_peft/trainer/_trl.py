@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..errors import UnsupportedOperationError
+from .checks import require_same_adapters
 from .objective import take_pairs
 
 
@@ -42,10 +43,6 @@ class TRLSeams(DPOTrainer):
 
     def _extra_columns(self) -> list[str]:
         """Dataset columns, beyond TRL's, that the collator and the samplers read."""
-        raise NotImplementedError
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        """Called before a checkpoint is loaded."""
         raise NotImplementedError
 
     def _save_card(self, folder: Path) -> None:
@@ -81,8 +78,8 @@ class TRLSeams(DPOTrainer):
         self._signature_columns += [name for name in self._extra_columns() if name not in self._signature_columns]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The seam for checks of a checkpoint, whose path may be that of the last one by now."""
-        self._check_checkpoint(Path(resume_from_checkpoint))
+        """The seam for checks of a checkpoint: only here is the path of the last one known."""
+        require_same_adapters(self.model, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

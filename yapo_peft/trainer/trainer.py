@@ -22,7 +22,7 @@ from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
 from ..tuner.hooks import require_single_hooks
 from ._trl import TRLSeams, no_reference_adapter
-from .checks import require_adapter, require_same_adapters
+from .checks import require_adapter
 from .config import YaPOTrainingConfig
 from .data import prepared_pairs, require_preferences
 from .metrics import share_of_tokens_moved, size_of_codes
@@ -186,9 +186,6 @@ class YaPOTrainer(TRLSeams):
 
     def _extra_columns(self) -> list[str]:
         return [*COLUMNS, self.args.length_column_name]
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        require_same_adapters(self.model, folder)
 
     def _clipping(self) -> AbstractContextManager[None]:
         return gradients_in_units(self._layers, self._units or {})
