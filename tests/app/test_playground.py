@@ -171,7 +171,7 @@ def test_a_changed_adapter_is_saved_and_loads_as_it_was_dialled(playground, mode
     assert last(playground.answers(PROMPT, Dials({"mine": -0.5}), 8))[1] == expected
     assert model.peft_config["mine"].multiplier == -0.5
     assert playground.load(str(target)) == "mine-2"
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         playground.save("one", dials, "mine")
     for bad in ("../mine", "", "a b", ".hidden"):
         with pytest.raises(ConfigError, match="is no name for an adapter"):

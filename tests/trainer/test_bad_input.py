@@ -187,7 +187,7 @@ def test_trainable_adapter_of_another_method_is_rejected(build):
 
 
 CHECKPOINTS = {
-    "another SAE": ({"sae": make_sae(seed=77)}, None, SAEMismatchError, "a code means nothing to another SAE"),
+    "another SAE": ({"sae": make_sae(seed=77)}, None, SAEMismatchError, "a code is only valid for the SAE"),
     "other tokens": ({"positions": "last"}, None, ConfigError, "was trained with positions='all'"),
     "a truncated file": ({}, "adapter_model.safetensors", AdapterFileError, "is truncated"),
 }

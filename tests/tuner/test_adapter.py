@@ -171,7 +171,7 @@ def test_a_code_is_not_loaded_into_an_adapter_that_has_another_sae(tmp_path, how
         "load_adapter": lambda: other.load_adapter(tmp_path, "default"),
         "state dict": lambda: set_peft_model_state_dict(other, load_file(tmp_path / FILE)),
     }
-    with pytest.raises(SAEMismatchError, match="a code means nothing to another SAE"):
+    with pytest.raises(SAEMismatchError, match="a code is only valid for the SAE"):
         load[how]()
 
 

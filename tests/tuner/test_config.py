@@ -71,12 +71,12 @@ def test_survives_json(tmp_path):
 
 @pytest.mark.parametrize("layer", [DEPTH, -DEPTH - 1])
 def test_layer_out_of_range_names_the_depth(layer):
-    with pytest.raises(ConfigError, match=rf"block {layer}, but the model has {DEPTH} blocks: use 0 to {DEPTH - 1}"):
+    with pytest.raises(ConfigError, match=rf"layer {layer}, but the model has {DEPTH} layers: use 0 to {DEPTH - 1}"):
         get_peft_model(make_model(), YaPOConfig(layers=layer, sae=make_sae()))
 
 
 def test_a_block_named_twice_is_refused():
-    with pytest.raises(ConfigError, match=r"layers=\[3, -1\] names a block twice: .* \[3, 3\]"):
+    with pytest.raises(ConfigError, match=r"layers=\[3, -1\] names a layer twice: .* \[3, 3\]"):
         get_peft_model(make_model(), YaPOConfig(layers=[3, -1], sae=[make_sae(), make_sae()]))
 
 

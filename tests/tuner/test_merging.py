@@ -89,7 +89,7 @@ def test_a_merged_multiplier_is_fixed_until_it_is_unmerged():
 
 
 NOT_CONSTANT = {
-    "a feature is lowered": (lambda: steered(code=random_code()), r"it lowers \d+ of its \d+ features of block 2"),
+    "a feature is lowered": (lambda: steered(code=random_code()), r"it lowers \d+ of its \d+ features of layer 2"),
     "multiplier per row": (lambda: steered(), "its multiplier differs by row"),
     "some tokens only": (lambda: steered(positions="last"), "only the tokens of positions='last'"),
     "normalised input": (

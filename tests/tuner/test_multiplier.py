@@ -103,8 +103,8 @@ def test_a_wrong_number_of_rows_is_named(model):
     ("multiplier", "adapter_name", "message"),
     [
         (1.0, "nobody", "no YaPO adapter 'nobody'; the model has 'default', 'other'"),
-        (float("inf"), None, "multiplier=inf: give a finite number"),
-        ("2", None, "multiplier='2': give a finite number"),
+        (float("inf"), None, "multiplier=inf: must be a finite number"),
+        ("2", None, "multiplier='2': must be a finite number"),
         (torch.zeros(2, 2), None, "give one finite number per row"),
     ],
 )

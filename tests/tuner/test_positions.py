@@ -157,7 +157,7 @@ def test_blocks_with_several_streams_are_refused():
     own |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "layer_types": ["full_attention"] * 4}
     model = AutoModelForCausalLM.from_config(Gemma3nTextConfig(**_SHAPE, **own)).eval()
     model = get_peft_model(model, YaPOConfig(layers=2, sae=make_sae()))
-    with pytest.raises(UnsupportedOperationError, match="this architecture cannot be steered"):
+    with pytest.raises(UnsupportedOperationError, match="this architecture is not supported"):
         model(random_ids())
 
 

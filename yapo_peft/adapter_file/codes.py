@@ -1,4 +1,4 @@
-"""Codes as they are saved: the non-zero entries of sparse ones with the hash of their SAE, and dense ones whole."""
+"""Packs codes for files: sparse ones as non-zero entries with the hash of their SAE, dense ones as they are."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.i
 
 
 def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) -> dict[str, Tensor]:
-    """Replaces each code of an SAE by its non-zero entries.
+    """Packs codes, sparse ones as their non-zero entries.
 
     Args:
         codes: Codes by their names in the model, `(d_sae,)` or `(d_model,)` each.
-        saes: The SAE of each of them, None for dense ones.
+        saes: The SAE of each code, None for dense ones.
 
     Returns:
-        For each code, `<name>.indices` (int32, ascending), `<name>.values` (float32) and `<name>.sae` (uint8, the
-        hash of the SAE: a config beside the file can be exchanged, or not be read); of dense ones the values alone.
+        For each sparse code, `<name>.indices` (int32, ascending), `<name>.values` (float32) and `<name>.sae` (uint8,
+        the hash of the SAE, in case the config beside the file is replaced); for dense ones only the values.
     """
     packed = {}
     for name, code in codes.items():
@@ -41,7 +41,7 @@ def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) ->
 
 
 def whole(code: Tensor) -> Tensor:
-    """A code, `(d_sae,)`, also where FSDP2 or ZeRO-3 keep a part of it in each process; all of them must ask."""
+    """Gathers a code, `(d_sae,)`, that FSDP2 or ZeRO-3 may have sharded; all processes must call this."""
     if isinstance(code, DTensor):
         return code.full_tensor().detach()
     if hasattr(code, "ds_id"):
@@ -114,8 +114,8 @@ def _unpack_sparse(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Ten
     if not torch.equal(parts[_SAE].cpu(), _hash(sae)):
         raise SAEMismatchError(
             f"{name!r} was saved with the SAE of hash {bytes(parts[_SAE].tolist()).hex()[:12]}, and is loaded onto one "
-            f"of hash {sae.content_hash[:12]}: a code means nothing to another SAE. Give the one that it was trained "
-            "with."
+            f"of hash {sae.content_hash[:12]}: a code is only valid for the SAE that it was "
+            "trained with."
         )
     if indices.dim() != 1 or indices.shape != values.shape:
         raise AdapterFileError(

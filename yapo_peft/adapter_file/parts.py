@@ -1,4 +1,4 @@
-"""The parts of autoencoders that self-contained adapters carry in their file."""
+"""Packs the parts of autoencoders that self-contained adapters carry in their files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _SETTINGS = "settings"
 
 
 def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str, Tensor]:
-    """What steering with a code needs of its SAE, to be saved beside it.
+    """Packs the part of an SAE that steering with a code needs.
 
-    Encoders that work feature by feature need the code's own columns, and steer with them at any multiplier. A TopK
-    encoder would need all columns; it is not needed while no feature is lowered, at multipliers of one sign.
+    Element-wise encoders only need the columns of the code's features, and steer with them at any multiplier. A TopK
+    encoder would need all columns, but is only needed to lower features, which happens at multipliers of one sign.
 
     Args:
-        name: Of the code.
-        packed: Of it, `<name>.indices` and `<name>.values`.
+        name: Name of the code.
+        packed: The packed code, with `<name>.indices` and `<name>.values`.
         sae: Its autoencoder.
 
     Returns:
         `<name>.part_W_dec`, `(n, d_in)`, and so on, in the SAE's dtype, and `<name>.part_settings` (JSON as uint8).
 
     Raises:
-        UnsupportedOperationError: The SAE is a TopK one, and the code has entries of both signs.
+        UnsupportedOperationError: The SAE is a TopK SAE, and the code has entries of both signs.
     """
     indices, values = packed[f"{name}.indices"].long().cpu(), packed[f"{name}.values"]
     cpu = torch.device("cpu")
@@ -55,12 +55,12 @@ def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str,
 
 
 def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tuple[Tensor, SAEWeights]:
-    """The features of a part that `pack_part` packed, `(n,)`, and their weights.
+    """Unpacks what `pack_part` packed: the features, `(n,)`, and their weights.
 
     Args:
-        layer: Index of the steered block.
-        tensors: Those of an adapter's file, by the names in it.
-        sae: The whole autoencoder.
+        layer: Index of the steered layer.
+        tensors: The tensors of an adapter's file, by their names there.
+        sae: Identity of the whole autoencoder.
 
     Raises:
         AdapterFileError: A tensor is missing, or has a shape that does not fit.
@@ -73,7 +73,7 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
         recorded = settings.pop("sha256")
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"The adapter's config says self_contained=True, but its file has no sound part for layer "
+            f"The adapter's config says self_contained=True, but its file has no valid part for layer "
             f"{layer} ({type(error).__name__}: {error}). Save the adapter again, or set self_contained to false, in "
             "adapter_config.json or in the model's peft_config, to use the whole SAE."
         ) from error
@@ -88,6 +88,6 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
 
 
 def _digest(tensors: dict[str, Tensor], settings: dict[str, Any], indices: Tensor, sae: SAEIdentity) -> str:
-    """SHA-256 over a part, the features that it is of, and the hash of its SAE, in hexadecimal."""
+    """SHA-256 over a part, its features, and the hash of its SAE, in hexadecimal."""
     head = json.dumps([settings["activation"], settings["k"], settings["normalization"], sae.content_hash])
     return hash_tensors(head, sorted({**tensors, "indices": indices.to(torch.int32)}.items()))

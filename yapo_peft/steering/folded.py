@@ -1,4 +1,4 @@
-"""A code at one multiplier, made ready to steer many tokens at the price of what can change between them."""
+"""A code at one multiplier, prepared so that each token only costs what can differ between tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from .vector import vector_of
 
 @dataclass
 class FoldedSteering:
-    """What `steering_shift` gives for a code and a multiplier, with all that is the same for every token computed once.
+    """Computes `steering_shift` for a fixed code and multiplier, with everything that tokens share computed once.
 
-    Where `multiplier * code > 0`, `ReLU(f + multiplier * code) - f` is `multiplier * code`, whatever `f` is: together
-    these
-    entries are one vector. Only features that the code lowers have to be read, so only they have to be encoded. Where
-    multipliers differ by row, so do the signs, and every feature that the code moves is read.
+    Where `multiplier * code > 0`, `ReLU(f + multiplier * code) - f` is `multiplier * code` for any `f`: together, these
+    entries are one vector. Only features that the code lowers have to be encoded. If multipliers differ by row, so do
+    the signs, and all features that the code moves are encoded.
 
     Attributes:
-        constant: The shift by the features that are raised, `(d_model,)`, or None if there are none.
-        entries: The code of the features that are read, `(n,)`.
-        sae: The autoencoder's part for these.
-        multiplier: Factor of the code, or None where it differs by row.
-        code: The code that was folded, `(d_sae,)`.
+        constant: The shift by the raised features, `(d_model,)`, or None if there are none.
+        entries: The code of the encoded features, `(n,)`.
+        sae: The autoencoder's part for these features.
+        multiplier: Factor of the code, or None if it differs by row.
+        code: The folded code, `(d_sae,)`.
         of_sae: Its autoencoder.
         checked_in: The `generate` in which the code was last compared with this one.
     """
@@ -45,8 +44,7 @@ class FoldedSteering:
         cls, code: Tensor, sae: FrozenSAE, multiplier: Multiplier, like: Tensor, generation: object | None
     ) -> FoldedSteering:
         """Prepares a code, `(d_sae,)`, for activations of the device and dtype of `like`."""
-        # Made outside inference mode: what is made there could not be used outside it. And outside autocast, whose
-        # rounding would stay in it for calls without.
+        # Tensors made in inference mode could not be used outside of it, and autocast's rounding would stay in them.
         exact = torch.autocast(code.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), exact:
             code, constant = code.detach().clone(), None
@@ -65,9 +63,9 @@ class FoldedSteering:
     def still_holds(
         self, code: Tensor, sae: FrozenSAE, multiplier: Multiplier, like: Tensor, generation: object | None
     ) -> bool:
-        """Whether this is what `of` would give. Codes are compared once per `generate`, and in every call outside.
+        """Whether `of` would return the same. Compares codes once per `generate`, and in every call outside of it.
 
-        By value, because optimizers and wrappers change parameters in ways that PyTorch's version counter misses.
+        Codes are compared by value: optimizers and wrappers change parameters without PyTorch's version counter.
         """
         dtype, device = self.sae.W_dec.dtype, self.sae.W_dec.device
         if (self.multiplier, self.of_sae, dtype, device) != (_one(multiplier), sae, like.dtype, like.device):
@@ -78,15 +76,15 @@ class FoldedSteering:
         return torch.equal(self.code, code)
 
     def shift(self, h: Tensor, multiplier: Multiplier, track: bool) -> tuple[Tensor, Tensor | None]:
-        """As `steering_shift`, but instead of the features' shifts returns whether there are any.
+        """As `steering_shift`, but returns which tokens moved instead of the shifts of the features.
 
         Args:
-            h: Output of the block, `(batch, seq, d_model)`.
-            multiplier: Factor of the code, the one that was folded, or one per row, `(batch,)`.
-            track: Whether to find out which tokens have a feature that moved.
+            h: Output of the layer, `(batch, seq, d_model)`.
+            multiplier: Factor of the code: the folded one, or one per row, `(batch,)`.
+            track: Whether to find out which tokens moved.
 
         Returns:
-            The shift, shaped and typed as `h`, and which tokens have a feature that moved, `(batch, seq)`, or None.
+            The shift, shaped and typed as `h`, and which tokens have a moved feature, `(batch, seq)`, or None.
         """
         moved = torch.full(h.shape[:2], self.constant is not None, device=h.device) if track else None
         if not len(self.entries):

@@ -1,4 +1,4 @@
-"""The steering itself, as a pure function of activations, code, autoencoder and multiplier."""
+"""The steering formula, as pure functions of activations, code, autoencoder and multiplier."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Multiplier = float | Tensor
 
 
 def dense_shift(h: Tensor, vector: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
-    """What a plain vector adds to the output of a block: `multiplier * vector`, the same for every token.
+    """Computes the shift by a plain vector: `multiplier * vector`, the same for every token.
 
     Args:
-        h: Output of the block, `(batch, seq, d_model)`.
+        h: Output of the layer, `(batch, seq, d_model)`.
         vector: The vector, `(d_model,)`, in float32.
         multiplier: Its factor, one for all or one per row, `(batch,)`.
 
@@ -31,13 +31,13 @@ def dense_shift(h: Tensor, vector: Tensor, multiplier: Multiplier) -> tuple[Tens
 
 
 def moved_features(features: Tensor, wanted: Tensor) -> Tensor:
-    """`ReLU(features + wanted) - features`: what was wanted of each feature, or what cuts it to zero."""
-    # Asked this way round, so that NaN in a code does not pass for a feature that is cut.
+    """Computes `ReLU(features + wanted) - features`: the wanted shift of each feature, or what cuts it to zero."""
+    # In this order, so that NaN in a code does not pass for a cut feature.
     return torch.where(features + wanted <= 0, -features, wanted)
 
 
 def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
-    """What steering adds to the output of a block.
+    """Computes what sparse steering adds to the output of a layer.
 
     The published forward is `Dec(ReLU(f + multiplier * code)) + (h - Dec(f))` with `f = Enc(h)`. The decoder is linear
     and its bias cancels, so that is `h + (ReLU(f + multiplier * code) - f) @ W_dec`. The difference is formed as
@@ -45,7 +45,7 @@ def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multipl
     (none where `f + multiplier * code <= 0`, as ReLU'(0) = 0), exactly zero for a zero code, and no overflow.
 
     Args:
-        h: Output of the block, `(batch, seq, d_model)`.
+        h: Output of the layer, `(batch, seq, d_model)`.
         code: The learned vector, `(d_sae,)`, in float32.
         sae: The frozen autoencoder, on the device and in the dtype of `h`.
         multiplier: Factor of the code, one for all or one per row, `(batch,)`.

@@ -1,4 +1,4 @@
-"""Steering that learns: the shift and its gradient over the features that are on, not over all there are."""
+"""Differentiable steering whose shift and gradient only touch active features."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ENCODED = 2**24
 
 @dataclass(frozen=True)
 class ActiveFeatures:
-    """The features that are on at each token, as the non-zeros of a matrix of tokens and features.
+    """The active features of each token, as the non-zeros of a sparse matrix of tokens and features.
 
     Attributes:
         token: Index of the token in the flattened batch, `(nnz,)`, ascending.
         feature: Index of the feature, `(nnz,)`.
-        value: How far it is on, `(nnz,)`, in float32.
-        scale: By what the decoder's output is multiplied at each token, `(tokens, 1)`, or None where it is one.
+        value: Its activation, `(nnz,)`, in float32.
+        scale: Factor of the decoder's output at each token, `(tokens, 1)`, or None if it is one.
     """
 
     token: Tensor
@@ -36,7 +36,7 @@ class ActiveFeatures:
     @classmethod
     @torch.no_grad()
     def of(cls, h: Tensor, sae: SAEWeights) -> ActiveFeatures:
-        """Encodes the output of a block, `(batch, seq, d_model)`."""
+        """Encodes the output of a layer, `(batch, seq, d_model)`."""
         tokens = h.reshape(-1, h.shape[-1])
         size = max(1, _ENCODED // sae.d_sae)
         parts = []
@@ -50,12 +50,12 @@ class ActiveFeatures:
 
     @classmethod
     def none(cls, device: torch.device) -> ActiveFeatures:
-        """Of no SAE."""
+        """Returns no active features."""
         index = torch.zeros(0, dtype=torch.long, device=device)
         return cls(index, index, torch.zeros(0, device=device), None)
 
     def at(self, tokens: Tensor, count: int) -> ActiveFeatures:
-        """The same for tokens in another order, of `count` tokens; a token can be there twice, and -1 is none."""
+        """Selects tokens, of `count`, in any order; they may repeat, and -1 has no active features."""
         counts = self.token.bincount(minlength=count)
         starts = counts.cumsum(0) - counts
         counts = torch.where(tokens < 0, 0, counts[tokens])
@@ -68,18 +68,17 @@ class ActiveFeatures:
 def sparse_shift(
     h: Tensor, code: Tensor, W_dec: Tensor, multiplier: Multiplier, active: ActiveFeatures
 ) -> tuple[Tensor, Tensor]:
-    """As `steering_shift`, with a gradient for the code alone: the activations and features are constants.
+    """As `steering_shift`, but differentiable with respect to the code only.
 
     Args:
-        h: Output of the block, `(batch, seq, d_model)`.
+        h: Output of the layer, `(batch, seq, d_model)`.
         code: The learned vector, `(d_sae,)`, in float32.
         W_dec: The decoder of the autoencoder, `(d_sae, d_model)`, on the device and in the dtype of `h`.
         multiplier: Factor of the code, one for all or one per row, `(batch,)`.
-        active: The features that are on.
+        active: The active features of `h`.
 
     Returns:
-        The shift of the activations, shaped and typed as `h`, and which tokens have a feature that moved,
-        `(batch, seq)`.
+        The shift of the activations, shaped and typed as `h`, and which tokens have a moved feature, `(batch, seq)`.
 
     Source: arXiv 2601.08441, the sparse steering forward; the identities are those of `steering_shift`.
     """
@@ -94,10 +93,10 @@ def sparse_shift(
 
 
 class _SparseShift(torch.autograd.Function):
-    """Entries with `multiplier * code > 0` shift every token by a constant; those below, where their feature is on.
+    """Entries with `multiplier * code > 0` shift all tokens alike, those below 0 where their feature is active.
 
     The gradient of an entry of the first kind is the sum of all tokens' gradients along its decoder row. Any other
-    entry gets it from tokens where its feature is on and not cut: also one that is zero, which is how codes grow.
+    entry, including zeros, gets its gradient from tokens where its feature is active and not cut.
     """
 
     @staticmethod

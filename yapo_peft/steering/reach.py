@@ -1,4 +1,4 @@
-"""Codes with few entries: which of them to keep."""
+"""Selects the entries of codes that move activations the furthest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROWS = 16384
 
 
 def reach(code: Tensor, sae: FrozenSAE) -> Tensor:
-    """How far each entry of a code moves activations at multiplier 1, were no feature cut.
+    """Computes how far each entry of a code moves activations at multiplier 1 if no feature is cut.
 
     Args:
         code: The code, `(d_sae,)`.
@@ -28,7 +28,7 @@ def reach(code: Tensor, sae: FrozenSAE) -> Tensor:
 
 
 def keep_largest(codes: list[Tensor], saes: list[FrozenSAE], k: int) -> list[Tensor]:
-    """Sets all but `k` entries to zero, of all codes together: those that move activations the furthest remain.
+    """Sets all but `k` entries of all codes together to zero: those that move activations the furthest remain.
 
     Args:
         codes: The codes of an adapter, `(d_sae,)` each.

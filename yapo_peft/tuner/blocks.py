@@ -1,4 +1,4 @@
-"""Where the blocks of a decoder are, whatever its architecture calls them."""
+"""Finds the layers of a decoder, whatever its architecture calls them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..errors import ConfigError
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Finds the list of decoder blocks of a transformers model.
+    """Finds the decoder layers of a transformers model.
 
     Returns:
-        The name of the list within the model, such as "model.layers", and the list.
+        The name of their list in the model, such as "model.layers", and the list.
 
     Raises:
-        ConfigError: The model has no config, or no list of as many modules as its config counts layers.
+        ConfigError: The model has no config, or no list of `num_hidden_layers` modules.
     """
     config = _text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
@@ -28,26 +28,26 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in names:
                 return names[id(module)], module
     raise ConfigError(
-        f"Found no decoder blocks in {type(model).__name__}: steering needs a transformers decoder whose config has "
-        "`num_hidden_layers`, with its blocks in one nn.ModuleList of that length."
+        f"Found no decoder layers in {type(model).__name__}: steering needs a transformers decoder whose config has "
+        "`num_hidden_layers`, with its layers in one nn.ModuleList of that length."
     )
 
 
 def resolve_layers(layers: list[int], depth: int) -> list[int]:
-    """Turns layer indices into indices from the front, counting negative ones from the end.
+    """Resolves negative layer indices, which count from the end.
 
     Raises:
-        ConfigError: An index is out of range, or two name the same block.
+        ConfigError: An index is out of range, or two name the same layer.
     """
     outside = [index for index in layers if not -depth <= index < depth]
     if outside:
         raise ConfigError(
-            f"layers={layers} asks for block {outside[0]}, but the model has {depth} blocks: use 0 to {depth - 1}, or "
+            f"layers={layers} names layer {outside[0]}, but the model has {depth} layers: use 0 to {depth - 1}, or "
             f"-{depth} to -1 counted from the end."
         )
     resolved = [index % depth for index in layers]
     if len(set(resolved)) < len(resolved):
-        raise ConfigError(f"layers={layers} names a block twice: in a model of {depth} blocks they are {resolved}.")
+        raise ConfigError(f"layers={layers} names a layer twice: in a model of {depth} layers they are {resolved}.")
     return resolved
 
 
@@ -57,14 +57,14 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def hidden_states(output: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """The hidden states in a block's output, which is a tensor, or a tuple that starts with it."""
+    """Returns the hidden states of a layer's output, which is a tensor, or a tuple that starts with it."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def with_hidden_states(
     output: Tensor | tuple[Tensor, ...] | list[Tensor], hidden: Tensor
 ) -> Tensor | tuple[Tensor, ...]:
-    """A block's output with other hidden states."""
+    """Replaces the hidden states of a layer's output."""
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 

@@ -1,4 +1,4 @@
-"""What steering needs to know of the current call of a model: its tokens, and whose its rows are."""
+"""What steering needs to know about the current call of a model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """The current call of a model, as seen by a forward pre-hook on it; shared by all its steered layers.
+    """The current call of a model, recorded by a forward pre-hook; shared by all its steered layers.
 
     Attributes:
-        labels: As handed to the model, `(batch, seq)`.
-        attention_mask: As handed to the model.
-        uncounted: Whether the tokens of a row cannot be counted: several sequences are packed into it, or the model
-            keeps a state instead of a cache.
+        labels: As passed to the model, `(batch, seq)`.
+        attention_mask: As passed to the model.
+        uncounted: Whether token positions are unknown: several sequences are packed into a row, or the model keeps a
+            state instead of a cache.
         past_length: Number of tokens in the cache.
-        prompt_length: Number of tokens of the prompt within `generate`; None outside.
+        prompt_length: Number of prompt tokens in `generate`; None outside of it.
         adapter_names: The adapter of each row, "__base__" for none; None if the active ones steer every row.
-        multipliers: A multiplier for each row, `(batch,)`, instead of the adapters' own.
-        generation: The `generate` that the current call is a step of; None outside.
-        features: The features at the lowest steered layer, where they are known beforehand; None otherwise.
+        multipliers: A multiplier for each row, `(batch,)`, which overrides those of the adapters.
+        generation: Identifies the `generate` that the current call is a step of; None outside of it.
+        features: The features at the lowest steered layer, if they are known already.
         layers: The steered layers of the model, from the bottom up.
     """
 
@@ -56,15 +56,15 @@ class Call:
         ]
 
     def remove(self) -> None:
-        """Stops watching."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def require_labels(self, positions: str) -> None:
-        """Raises where training would not know which tokens are the answer's, and steer none of them.
+        """Checks that training can tell which tokens to steer.
 
         Raises:
-            UnsupportedOperationError: The model is called without labels.
+            UnsupportedOperationError: The tokens depend on labels, and the model is called without any.
         """
         if positions == "all" or self.labels is not None or (positions == "last" and not self._predicts_tokens):
             return
@@ -78,7 +78,7 @@ class Call:
     def generating(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any, multipliers: Any
     ) -> Generator[None]:
-        """Treats the calls of a `with` block as steps of one `generate`, given its arguments and the model's config."""
+        """Treats the calls in a `with` block as steps of one `generate`, given its arguments and the model's config."""
         before = self.prompt_length, self._repeats, self._generate_multipliers, self.generation
         self.prompt_length, self._repeats = _prompt_length(args, kwargs), _repeats(args, kwargs, config)
         self._generate_multipliers, self.generation = as_rows(multipliers), object()
@@ -89,7 +89,7 @@ class Call:
 
     @contextmanager
     def routing(self, adapter_names: list[str]) -> Generator[None]:
-        """Steers each row of the calls of a `with` block with the adapter that is named for it."""
+        """Steers each row of the calls in a `with` block with the adapter named for it."""
         before, self.adapter_names = self.adapter_names, adapter_names
         try:
             yield
@@ -98,7 +98,7 @@ class Call:
 
     @contextmanager
     def knowing(self, features: ActiveFeatures) -> Generator[None]:
-        """Takes the features at the lowest steered layer as given in the calls of a `with` block."""
+        """Uses known features at the lowest steered layer for the calls in a `with` block."""
         self.features = features
         try:
             yield
@@ -106,14 +106,14 @@ class Call:
             self.features = None
 
     def rows_of(self, adapter_name: str, batch: int) -> list[int] | None:
-        """The rows that an adapter steers, or None for all of them."""
+        """Returns the rows that an adapter steers; None for all of them."""
         if self.adapter_names is None:
             return None
         repeats = self._repeats_of(len(self.adapter_names), batch, "adapter_names")
         return [row for row in range(batch) if self.adapter_names[row // repeats] == adapter_name]
 
     def per_row(self, multipliers: Tensor, batch: int) -> Tensor:
-        """Multipliers for the rows of the batch, given one for each row that the caller knows of."""
+        """Repeats multipliers as `generate` repeats the rows of the caller's batch."""
         return multipliers.repeat_interleave(self._repeats_of(len(multipliers), batch, "multiplier"))
 
     def _repeats_of(self, given: int, batch: int, name: str) -> int:
@@ -134,7 +134,7 @@ class Call:
         self.attention_mask = inputs.get("attention_mask")
         self.uncounted = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cache_params"))
         past = inputs.get("past_key_values")
-        # Some caches keep their length in a tensor that the call will change in place.
+        # Some caches keep their length in a tensor that the call changes in place.
         self.past_length = 0 if past is None else past.get_seq_length() + 0
         multipliers = inputs.get("multipliers")
         self.multipliers = self._generate_multipliers if multipliers is None else as_rows(multipliers)
@@ -163,10 +163,10 @@ def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:
 
 
 def as_rows(multipliers: Tensor | Sequence[float] | None) -> Tensor | None:
-    """A multiplier per row as a tensor, `(batch,)`.
+    """Converts multipliers, one per row, to a tensor, `(batch,)`.
 
     Raises:
-        ConfigError: It is something else, or not finite.
+        ConfigError: The multipliers are not one finite number per row.
     """
     if multipliers is None:
         return None

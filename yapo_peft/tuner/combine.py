@@ -8,6 +8,7 @@ import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from torch import Tensor
 
+from .._utils import choice, finite
 from ..errors import ConfigError, SAEMismatchError
 from .config import YaPOConfig
 
@@ -24,8 +25,7 @@ def combine_codes(
 ) -> Tensor:
     """Combines codes of the same SAE.
 
-    The result is one code: a feature is cut once, by what the codes ask for together, which is not the sum of the
-    shifts that they make one by one.
+    The result steers as one code, which cuts each feature once; that is not the sum of the codes' own shifts.
 
     Args:
         codes: The codes, `(d_sae,)` each.
@@ -39,7 +39,7 @@ def combine_codes(
         The combined code, `(d_sae,)`.
 
     Raises:
-        ConfigError: An argument has a value that cannot work.
+        ConfigError: An argument has an invalid value.
 
     Source: TIES, arXiv 2306.01708; a code's zero entries are left out of its density, since most are zero.
     """
@@ -55,10 +55,10 @@ def combine_codes(
 
 
 def require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None:
-    """Raises unless two adapters have codes of the same features, at the same places.
+    """Checks that the codes of two adapters can be combined.
 
     Raises:
-        SAEMismatchError: They steer other layers, in other spaces, or at other positions.
+        SAEMismatchError: The adapters differ in their layers, spaces, SAEs or positions.
     """
     if first.space != other.space:
         raise SAEMismatchError(f"{names} steer in space {first.space!r} and {other.space!r}, which do not add up.")
@@ -66,7 +66,7 @@ def require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None
         raise SAEMismatchError(f"{names} steer layers {first.layers} and {other.layers}: only the same ones combine.")
     hashes = [[identity["content_hash"] for identity in config.sae_identity or []] for config in (first, other)]
     if hashes[0] != hashes[1]:
-        raise SAEMismatchError(f"{names} have codes of different SAEs, whose features have nothing in common.")
+        raise SAEMismatchError(f"{names} have codes of different SAEs, whose features are not the same.")
     if first.positions != other.positions:
         raise SAEMismatchError(
             f"{names} steer positions {first.positions!r} and {other.positions!r}: one code can only have one choice."
@@ -85,16 +85,11 @@ def _check(
 ) -> None:
     if len(weights) != count:
         raise ConfigError(f"weights={weights} has {len(weights)} values for {count} adapters: give one for each.")
-    if not torch.tensor(weights, dtype=torch.float64).isfinite().all():
-        raise ConfigError(f"weights={weights}: give finite numbers.")
-    if combination_type not in get_args(Combination):
-        raise ConfigError(
-            f"combination_type={combination_type!r}: choose one of {get_args(Combination)}; the others that LoRA knows "
-            "are for matrices."
-        )
+    for weight in weights:
+        finite(weights=weight)
+    choice(get_args(Combination), combination_type=combination_type)
+    choice(get_args(MajoritySign), majority_sign_method=majority_sign_method)
     if combination_type == "linear" and density is not None:
         raise ConfigError(f"density={density} has no meaning for 'linear': use 'magnitude_prune' or 'ties'.")
     if combination_type != "linear" and (density is None or not 0 < density <= 1):
         raise ConfigError(f"density={density}: {combination_type!r} needs a share of the entries, in (0, 1].")
-    if majority_sign_method not in get_args(MajoritySign):
-        raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {get_args(MajoritySign)}.")

@@ -1,4 +1,4 @@
-"""The layer that steers the output of a decoder block."""
+"""The module that steers the output of a decoder layer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ CHILD_NAME = "yapo"
 
 
 def is_code(name: str) -> bool:
-    """Whether a tensor of a model, by its name, is a code."""
+    """Whether the name of a tensor in a model is that of a code."""
     return f".{CHILD_NAME}.yapo_code." in name
 
 
 def is_steering(name: str) -> bool:
-    """Whether a module or a tensor of a model, by its name, belongs to a steered layer."""
+    """Whether a name in a model is that of a `YaPOLayer` or of something in one."""
     return f".{CHILD_NAME}." in f"{name}."
 
 
 class Code(nn.Parameter):
-    """A code: float32 also where a trainer assigns `.data` in another dtype, as TRL does on quantised models."""
+    """A code, in float32 even if a trainer assigns `.data` in another dtype, as TRL does for quantised models."""
 
     @property
     def data(self) -> Tensor:
@@ -48,23 +48,23 @@ class Code(nn.Parameter):
 
 
 class YaPOLayer(nn.Module, BaseTunerLayer):
-    """Steers the output of a decoder block, whose child it is.
+    """Steers the output of a decoder layer (`block`), of which it is a child module.
 
-    The block stays in its place and of its class, so that other adapters can be injected into it, before or after,
-    and whatever looks for blocks finds it. Steering runs in the block's first forward hook: whatever records the
-    block's output (`output_hidden_states`, other hooks) sees the steered one, and gradient checkpointing of the block
-    does not repeat it. Several active adapters each steer the block's own output, and their shifts add up.
+    The decoder layer keeps its place and its class, so that other adapters can be injected into it, before or after,
+    and code that looks for decoder layers finds it. Steering runs in its first forward hook: whatever records its
+    output (`output_hidden_states`, other hooks) sees the steered one, and gradient checkpointing does not repeat it.
+    The shifts of several active adapters, each computed from the unsteered output, add up.
 
     Attributes:
-        yapo_code: The code of each adapter, `(d_sae,)` in float32, or `(d_model,)` of a dense one: the only parameters.
-        yapo_sae: The SAE of each adapter, shared and frozen; None for a dense one.
+        yapo_code: The code of each adapter, `(d_sae,)` in float32, or `(d_model,)` if dense: the only parameters.
+        yapo_sae: The SAE of each adapter, shared and frozen; None if dense.
         multiplier: The multiplier of each adapter, or one per row of the batch, `(batch,)`.
         positions: The tokens that each adapter steers.
-        index: Which block this is.
-        call: The current call of the model, shared by all its steered layers, and known to them.
-        merged_adapters: The adapters whose shift is in a bias of the block.
-        replaced_biases: The modules whose bias merging replaced, and the bias that was there.
-        track_moved: Whether `moved_tokens` is kept.
+        index: Index of the decoder layer.
+        call: The current call of the model, shared by all its steered layers.
+        merged_adapters: The adapters whose shift was folded into a bias.
+        replaced_biases: The modules whose bias merging replaced, and their original biases.
+        track_moved: Whether to record `moved_tokens`.
         moved_tokens: Whether any feature of a token moved in the last steered forward, `(batch, seq)`.
     """
 
@@ -84,7 +84,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.replaced_biases: list[tuple[Any, nn.Parameter | None]] = []
         self._folded: dict[str, FoldedSteering] = {}
-        # In a list, because the block is the parent of this module, not its child.
+        # In a list, because the decoder layer is the parent of this module, not its child.
         self._parent = [block]
         self._hook = block.register_forward_hook(self._steer_output, prepend=True)
         block.add_module(CHILD_NAME, self)
@@ -93,7 +93,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
     @property
     def block(self) -> nn.Module:
-        """The block whose output is steered."""
+        """The decoder layer whose output is steered."""
         return self._parent[0]
 
     def update_layer(self, adapter_name: str, config: YaPOConfig, size: int) -> None:
@@ -108,7 +108,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Steers the output of the block, `(batch, seq, d_model)`; returns `h` itself where nothing is to do."""
+        """Steers the decoder layer's output, `(batch, seq, d_model)`. Returns `h` unchanged if no adapter steers."""
         shares = list(self._shares(len(h)))
         if not shares:
             return h
@@ -129,9 +129,9 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return steered
 
     def _shift(self, adapter_name: str, multiplier: Multiplier, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The shift of the rows that an adapter steers, shaped as `h`, and which tokens moved, where that is asked.
+        """Returns the shift of the rows that an adapter steers, shaped as `h`, and which tokens moved, if tracked.
 
-        All ways give the same; each computes only what can differ from one token to the next.
+        All paths are equivalent; each computes only what can differ between tokens.
         """
         sae, code = self.yapo_sae[adapter_name], self.code(adapter_name)
         learns = code.requires_grad and torch.is_grad_enabled()
@@ -150,13 +150,13 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         decoder = sae.decoder(h.device, h.dtype)
         shift, moved = sparse_shift(constant, code.to(h.device), decoder, multiplier, active)
         if h.requires_grad:
-            # Adds nothing but the gradient of the activations, which passes through the features that are cut.
+            # Adds only the gradient of the activations, which passes through the features that are cut.
             folded, _ = self._folded_for(adapter_name, sae, multiplier, h).shift(h, multiplier, track=False)
             shift = shift + (folded - folded.detach())
         return shift, moved
 
     def _folded_for(self, adapter_name: str, sae: FrozenSAE, multiplier: Multiplier, h: Tensor) -> FoldedSteering:
-        """An adapter's steering, folded anew only when its code, multiplier, device or dtype changed."""
+        """Returns the folded steering of an adapter, recomputed if its code, multiplier, device or dtype changed."""
         code, kept = self.code(adapter_name).detach(), self._folded.get(adapter_name)
         if kept is None or not kept.still_holds(code, sae, multiplier, h, self.call.generation):
             kept = FoldedSteering.of(code, sae, multiplier, h, self.call.generation)
@@ -165,38 +165,36 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
     @property
     def is_lowest(self) -> bool:
-        """Whether no adapter in use steers a layer below: the gradient ends here."""
+        """Whether no adapter in use steers a lower layer, so that the gradient ends here."""
         lowest = lowest_steered(self.call.layers)
         return lowest is None or self.index <= lowest.index
 
     @property
     def used_adapters(self) -> list[str]:
-        """The adapters that the current call asks for: those of its rows, or else the active ones."""
+        """The adapters of the current call: those of its rows, or else the active ones."""
         if self.call.adapter_names is None:
             return self.active_adapters
         return sorted(set(self.call.adapter_names))
 
     @property
     def steering_adapters(self) -> list[str]:
-        """The adapters that steer now: in use, not disabled, of a multiplier other than 0; none while some are "
-        "merged.
-        """
+        """The adapters in use whose multiplier is not 0; none if adapters are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.used_adapters if name in self.yapo_code and not self._is_off(name)]
 
     def code(self, adapter_name: str) -> Tensor:
-        """The code of an adapter, `(d_sae,)`; a copy where accelerate's offloading keeps the parameter elsewhere."""
+        """Returns the code of an adapter, `(d_sae,)`; a copy if accelerate has offloaded it."""
         if not self.yapo_code[adapter_name].is_meta:
             return self.yapo_code[adapter_name]
         with align_module_device(self.yapo_code):
             return self.yapo_code[adapter_name].detach().clone()
 
     def effective_code(self, adapter_name: str) -> Tensor:
-        """The code of an adapter at the multiplier that it has now, `(d_sae,)`.
+        """Returns the code of an adapter times its current multiplier, `(d_sae,)`.
 
         Raises:
-            ConfigError: Its multiplier differs by row.
+            ConfigError: The multiplier differs by row.
         """
         multiplier = self.multiplier[adapter_name]
         if isinstance(multiplier, Tensor):
@@ -204,7 +202,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return multiplier * self.code(adapter_name).detach()
 
     def detach_from_block(self) -> None:
-        """Leaves the block as it was found."""
+        """Removes this module and its hook from the decoder layer."""
         self._hook.remove()
         delattr(self.block, CHILD_NAME)
         self.call.layers = [layer for layer in self.call.layers if layer is not self]
@@ -214,27 +212,27 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_names
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's; a merged shift is taken out where adapters are disabled."""
+        """As PEFT's; disabling unmerges."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Blocks are merged by their own tuner, which sees all of them; only another method's calls this."""
+        """Only the tuner of another method calls this: `YaPOModel` merges all layers together."""
         raise UnsupportedOperationError(
             "A YaPO adapter cannot be merged together with another method's. Merge it through the PeftModel that "
             "get_peft_model(model, YaPOConfig(...)) returned."
         )
 
     def unmerge(self) -> None:
-        """Takes the merged adapters out of the block's biases, which become what they were."""
+        """Restores the biases that merging replaced."""
         for projection, bias in reversed(self.replaced_biases):
             projection.bias = bias
         self.replaced_biases.clear()
         self.merged_adapters.clear()
 
     def _shares(self, batch: int) -> Iterator[tuple[str, Multiplier, list[int] | None]]:
-        """Each adapter that steers, its multiplier, and the rows that it steers, None for all."""
+        """Yields each adapter that steers, its multiplier, and the rows that it steers; None for all."""
         if self.merged and (self.call.adapter_names is not None or self.call.multipliers is not None):
             raise ConfigError("adapter_names= and multipliers= need unmerged adapters: call unmerge_adapter() first.")
         for name in self.steering_adapters:
@@ -253,8 +251,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         hidden = hidden_states(output)
         if hidden.dim() != 3:
             raise UnsupportedOperationError(
-                f"{type(module).__name__} puts out hidden states of shape {tuple(hidden.shape)}, not (batch, seq, "
-                "d_model): this architecture cannot be steered."
+                f"{type(module).__name__} returns hidden states of shape {tuple(hidden.shape)}, but steering expects "
+                "(batch, seq, d_model): this architecture is not supported."
             )
         if self.call.multipliers is not None or self.call.adapter_names is not None:
             require_single_hooks(module)
@@ -262,7 +260,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return None if steered is hidden else with_hidden_states(output, steered)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what can be folded again, in copies and pickles."""
+        """Leaves the folded steering, which can be recomputed, out of copies and pickles."""
         return {**self.__dict__, "_folded": {}}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -275,7 +273,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
             code.data = code.data.to(target, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> YaPOLayer:
-        """Codes follow the model to another device, but stay in float32 when it is cast."""
+        """Moves codes with the model to another device, but keeps them in float32."""
         codes = {name: code.data for name, code in self.yapo_code.items()}
         super()._apply(fn, recurse)
         for name, code in self.yapo_code.items():
@@ -285,7 +283,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
 
 def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
-    """The lowest layer that an adapter in use steers, of layers from the bottom up; None if none does."""
+    """Returns the first of the layers, ordered from the bottom up, that an adapter in use steers, if any."""
     return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
 
 

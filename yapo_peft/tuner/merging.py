@@ -1,4 +1,4 @@
-"""Folds a steering that is constant into a bias of the block, so that the model runs without this package."""
+"""Folds constant shifts into biases of the model, so that it runs without this package."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def merge_adapters(
     safe_merge: bool,
     in_place: bool,
 ) -> None:
-    """Folds adapters into biases of their blocks; leaves the model as it was where that is not exact.
+    """Folds adapters into biases of their layers; leaves the model as it was if that would not be exact.
 
     Args:
         model: The transformers model.
         layers: Its steered layers.
         adapter_names: The adapters; the active ones of each layer if None.
         safe_merge: Check that no bias becomes NaN or infinite.
-        in_place: Change parameters that the model has, but add none.
+        in_place: Only change existing parameters; add none.
 
     Raises:
         AdapterFileError: With `safe_merge`, a bias would become NaN or infinite.
-        UnsupportedOperationError: The steering depends on the token, or the architecture has no bias to hold it.
+        UnsupportedOperationError: The shift depends on the token, or the architecture has no bias for it.
     """
     names = {
         layer: [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.yapo_code]
@@ -63,7 +63,7 @@ def merge_adapters(
 
 
 def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
-    """What an adapter adds to the output of a block, if that is the same for every token.
+    """Returns the shift of an adapter if it is the same for every token.
 
     Where `multiplier * code >= 0`, `ReLU(f + multiplier * code) - f` is `multiplier * code`, whatever the token.
 
@@ -71,19 +71,19 @@ def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:
         The shift, `(d_model,)` in float32.
 
     Raises:
-        UnsupportedOperationError: It depends on the token or the row.
+        UnsupportedOperationError: The shift depends on the token or the row.
     """
     multiplier: Multiplier = layer.multiplier[adapter_name]
     if isinstance(multiplier, Tensor):
-        raise _refusal(adapter_name, "its multiplier differs by row (set one with set_multiplier)")
+        raise _not_mergeable(adapter_name, "its multiplier differs by row (set one with set_multiplier)")
     reason = token_dependence(layer, adapter_name, multiplier)
     if reason is not None:
-        raise _refusal(adapter_name, reason)
+        raise _not_mergeable(adapter_name, reason)
     return full_shift(layer, adapter_name, multiplier)
 
 
 def token_dependence(layer: YaPOLayer, adapter_name: str, multiplier: float) -> str | None:
-    """Why what an adapter adds to the output of a block depends on the token; None if it does not."""
+    """Returns the reason why the shift of an adapter depends on the token; None if it does not."""
     if layer.positions[adapter_name] != "all":
         return f"it steers only the tokens of positions={layer.positions[adapter_name]!r}"
     code, sae = layer.code(adapter_name).detach(), layer.yapo_sae[adapter_name]
@@ -95,45 +95,43 @@ def token_dependence(layer: YaPOLayer, adapter_name: str, multiplier: float) -> 
     if not cut:
         return None
     return (
-        f"at multiplier {multiplier:g} it lowers {cut} of its {int(code.count_nonzero())} features of block "
-        f"{layer.index}, and a feature is lowered by no more than it is active"
+        f"at multiplier {multiplier:g} it lowers {cut} of its {int(code.count_nonzero())} features of layer "
+        f"{layer.index}, each by no more than its activation"
     )
 
 
 def full_shift(layer: YaPOLayer, adapter_name: str, multiplier: float) -> Tensor:
-    """What an adapter adds to the output of a layer if no feature is cut, `(d_model,)` in float32."""
+    """Returns the shift of an adapter if no feature is cut, `(d_model,)` in float32."""
     return vector_of(multiplier * layer.code(adapter_name), layer.yapo_sae[adapter_name])
 
 
 def fold(layers: list[YaPOLayer], shifts: list[Tensor], safe_merge: bool) -> None:
-    """Adds a constant to the output of each block, through the bias of its last linear module.
+    """Adds constants to the outputs of layers, through the biases of their last linear modules.
 
     Raises:
         AdapterFileError: With `safe_merge`, a bias would become NaN or infinite.
-        UnsupportedOperationError: A block has no such module.
+        UnsupportedOperationError: A layer has no such module.
     """
     for layer, shift in zip(layers, shifts, strict=True):
         projection: Any = output_projection(layer)
         old = torch.zeros_like(shift) if projection.bias is None else projection.bias.detach().to(shift)
         new = (old + shift).to(projection.weight.device, projection.weight.dtype)
         if safe_merge and not new.isfinite().all():
-            raise AdapterFileError(
-                f"Merging block {layer.index} gives a bias with NaN or infinity: the code is broken."
-            )
+            raise AdapterFileError(f"Merging layer {layer.index} gives a bias with NaN or infinity.")
         layer.replaced_biases.append((projection, projection.bias))
         projection.bias = nn.Parameter(new, requires_grad=False)
 
 
 def output_projection(layer: YaPOLayer) -> nn.Linear | Conv1D:
-    """The last linear module of a block that is as wide as its output.
+    """Returns the last linear module of a layer that is as wide as the layer's output.
 
     Raises:
-        UnsupportedOperationError: There is none, or another adapter is attached within the block.
+        UnsupportedOperationError: There is none, or the layer holds another method's adapter.
     """
     modules = list(layer.block.modules())
     if any(isinstance(module, BaseTunerLayer) and not isinstance(module, YaPOLayer) for module in modules):
         raise UnsupportedOperationError(
-            f"Block {layer.index} holds another method's adapter too: merge or unload that one first."
+            f"Layer {layer.index} holds another method's adapter too: merge or unload that one first."
         )
     name, code = next(iter(layer.yapo_code.items()))
     sae = layer.yapo_sae[name]
@@ -148,11 +146,10 @@ def output_projection(layer: YaPOLayer) -> nn.Linear | Conv1D:
 
 
 def require_biases(model: Any, layers: list[YaPOLayer], in_place: bool) -> None:
-    """Raises unless a model that was merged can be saved and loaded, or sent to an engine that has the unmerged one.
+    """Checks that a merged model can be saved and loaded, or synchronised with an engine that runs the unmerged one.
 
     Raises:
-        UnsupportedOperationError: The blocks have no bias, and may get none, or the model's config has no switch for
-            one; or their weights are quantised.
+        UnsupportedOperationError: The layers have no bias and cannot be given one, or their weights are quantised.
     """
     if any(not output_projection(layer).weight.is_floating_point() for layer in layers):
         raise UnsupportedOperationError(
@@ -164,18 +161,18 @@ def require_biases(model: Any, layers: list[YaPOLayer], in_place: bool) -> None:
     if in_place:
         # TRL sends merged parameters to vLLM, which drops biases that its own copy of the model lacks.
         raise UnsupportedOperationError(
-            f"A YaPO adapter cannot be merged in place into {type(model).__name__}: its blocks end in a linear module "
+            f"A YaPO adapter cannot be merged in place into {type(model).__name__}: its layers end in a linear module "
             "without a bias. merge_and_unload() may give them one, where the model's config has a switch for it."
         )
     if getattr(_config(model), "mlp_bias", None) is None:
         raise UnsupportedOperationError(
-            f"A YaPO adapter cannot be merged into {type(model).__name__}: its blocks end in a linear module without a "
+            f"A YaPO adapter cannot be merged into {type(model).__name__}: its layers end in a linear module without a "
             "bias, and its config has no mlp_bias to give them one. Keep the adapter attached."
         )
 
 
 def complete_biases(model: Any, merged: list[nn.Module]) -> None:
-    """Where merging gave biases to some MLPs that had none, gives zeros to the others, and says so in the config."""
+    """If merging added biases to some MLPs, adds zero biases to the others, and sets `mlp_bias` in the config."""
     config = _config(model)
     if getattr(config, "mlp_bias", None) is not False or not merged:
         return
@@ -197,17 +194,17 @@ def probe(model: nn.Module, layers: list[YaPOLayer]) -> list[Tensor]:
 
 
 def require_same_outputs(before: list[Tensor], after: list[Tensor], shifts: list[Tensor], dtype: torch.dtype) -> None:
-    """Raises if merged blocks give something else than steered ones, beyond rounding.
+    """Checks that merged layers output the same as steered ones, up to rounding.
 
     Raises:
-        UnsupportedOperationError: The blocks do more with their last linear module than add it to the residual stream.
+        UnsupportedOperationError: The layers do not just add their last linear module to the residual stream.
     """
     for steered, merged, shift in zip(before, after, shifts, strict=True):
         rounding = 4 * torch.finfo(dtype).eps * steered.norm(dim=-1)
         if ((steered - merged).norm(dim=-1) > 0.01 * shift.norm() + rounding).any():
             raise UnsupportedOperationError(
-                "A YaPO adapter cannot be merged into this architecture: its blocks scale or normalise what their last "
-                "linear module gives, so that no bias of it is the steering. Keep the adapter attached."
+                "A YaPO adapter cannot be merged into this architecture: its layers scale or normalise the output of "
+                "their last linear module, so that no bias equals the steering. Keep the adapter attached."
             )
 
 
@@ -219,8 +216,8 @@ def _width(module: nn.Linear | Conv1D) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.nf
 
 
-def _refusal(adapter_name: str, reason: str) -> UnsupportedOperationError:
+def _not_mergeable(adapter_name: str, reason: str) -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        f"Adapter {adapter_name!r} cannot be merged: {reason}, so its shift is no constant that a bias could hold. "
+        f"Adapter {adapter_name!r} cannot be merged: {reason}, so its shift is not a constant that a bias could hold. "
         "Keep the adapter attached, or call unload() for the model without it."
     )

@@ -1,16 +1,15 @@
-"""Dials adapters up, down or negative, for good or within a context."""
+"""Sets the multipliers of adapters, for good or within a context."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from .._utils import finite
 from ..errors import ConfigError
 from ..steering.formula import Multiplier
 from .adapters import steered_layers
@@ -23,10 +22,10 @@ from .layer import YaPOLayer
 def steering(
     model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None
 ) -> Generator[None]:
-    """Steers with another multiplier within a `with` block, and restores what was before it, also on exceptions.
+    """Steers with another multiplier within a `with` block, and restores the previous state afterwards.
 
-    Contexts can be nested. Which parameters are trainable does not change. The multiplier is a state of the model, so
-    threads that share one cannot steer it differently at the same time.
+    Contexts can be nested. Which parameters are trainable does not change. The multiplier is part of the model's state,
+    so threads that share a model cannot steer it differently at the same time.
 
     Args:
         model: A `PeftModel`, or a transformers model with a YaPO adapter.
@@ -76,10 +75,10 @@ def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], a
 
 
 def require_enabled(model: nn.Module) -> None:
-    """Raises if adapters are disabled, and a measurement at any multiplier would be one without steering.
+    """Checks that adapters are enabled: otherwise, measurements would be without steering at any multiplier.
 
     Raises:
-        ConfigError: They are.
+        ConfigError: The adapters are disabled.
     """
     if any(layer.disable_adapters for layer in steered_layers(model)):
         raise ConfigError("The adapters are disabled: leave disable_adapter(), or call enable_adapter_layers().")
@@ -101,15 +100,10 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
 
 
 def _checked(multiplier: Multiplier | Sequence[float]) -> Multiplier:
-    """A multiplier as layers keep it: a float, or a tensor with one per row."""
-    if isinstance(multiplier, Sequence) and not isinstance(multiplier, str):
-        return cast(Tensor, as_rows(multiplier))
+    """Converts a multiplier to a float, or to a tensor with one per row."""
     if isinstance(multiplier, Tensor) and multiplier.dim() == 0:
         multiplier = float(multiplier)
-    if isinstance(multiplier, Tensor):
-        if multiplier.dim() != 1 or not multiplier.isfinite().all():
-            raise ConfigError(f"multiplier={multiplier!r}: give one finite number per row of the batch, (batch,).")
-        return multiplier
-    if isinstance(multiplier, bool) or not isinstance(multiplier, Real) or not math.isfinite(multiplier):
-        raise ConfigError(f"multiplier={multiplier!r}: give a finite number, or one per row.")
+    if isinstance(multiplier, Tensor) or (isinstance(multiplier, Sequence) and not isinstance(multiplier, str)):
+        return cast(Tensor, as_rows(multiplier))
+    finite(multiplier=multiplier)
     return float(multiplier)

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are steered."""
+"""Selects the tokens of a forward pass to steer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ POSITIONS: tuple[str, ...] = get_args(Positions)
 
 
 def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None:
-    """Says which of the current tokens an adapter may steer.
+    """Selects which of the current tokens an adapter steers.
 
     - "all": every token.
     - "completion": tokens of the completion. With labels, those whose label is not -100; in `generate`, those after
-      the prompt; otherwise those fed once the cache holds something, and none before, because all is prompt.
+      the prompt; otherwise those passed once the cache is not empty (what is passed before is the prompt).
     - "last": every token from which the next one is predicted. With labels, those whose next label is not -100; in
-      `generate`, the last one of the prompt and all after it; otherwise the last attended one of each row.
+      `generate`, the last one of the prompt and all after it; otherwise the last attended token of each row.
 
     Args:
         positions: One of `POSITIONS`.
@@ -32,7 +32,7 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
         A boolean mask `(batch, seq)`, or None for all tokens.
 
     Raises:
-        UnsupportedOperationError: The tokens of a row cannot be counted, and there are no labels.
+        UnsupportedOperationError: Token positions are unknown, and there are no labels.
     """
     if positions == "all":
         return None
@@ -64,7 +64,7 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
 
 
 def _last_attended(attention_mask: Tensor | None, end: int, device: torch.device) -> Tensor:
-    """Index of the last attended of the first `end` tokens of each row, `(batch, 1)`; or one for all, `(1,)`."""
+    """Index of the last attended token among the first `end` of each row, `(batch, 1)`, or of all rows, `(1,)`."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < end:
         return torch.tensor([end - 1], device=device)
     attended = attention_mask[:, :end].to(device) != 0

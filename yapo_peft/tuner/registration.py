@@ -1,4 +1,4 @@
-"""Makes PEFT know the method."""
+"""Registers the method with PEFT."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .model import YaPOModel
 
 
 def register() -> None:
-    """Enters the method into PEFT's tables; does nothing if it is there.
+    """Registers the method with PEFT; does nothing if it is registered already.
 
-    PEFT's own `register_peft_method` takes only names of its closed enumeration, so its tables are written directly,
-    under its rules: neither the name nor the prefix may be taken.
+    PEFT's `register_peft_method` only accepts names of its closed enumeration, so this writes its tables directly, with
+    the same checks.
 
     Raises:
-        RuntimeError: Another method holds the name or the prefix.
+        RuntimeError: The name or the prefix is taken.
     """
     name = cast(PeftType, YaPOPeftType.YAPO)
     if PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is YaPOConfig:
