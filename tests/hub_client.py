@@ -11,7 +11,7 @@ from tiny import D_MODEL, inference_sae, make_model, make_sae, preference_rows, 
 import yapo_peft
 from yapo_cli import main as yapo
 from yapo_peft.sae.directory import _bytes_on_hub
-from yapo_vllm.adapters import AdapterFile
+from yapo_vllm.served import AdapterFile
 
 LAYER = 2
 

@@ -1,4 +1,5 @@
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,14 @@ def test_packages_import_only_from_those_before_them():
                     depth = 2 if module.startswith("yapo_peft.") else 1
                     wrong.add((file.relative_to(ROOT).as_posix(), ".".join(module.split(".")[:depth])))
     assert not wrong - KNOWN
+
+
+def test_plugin_has_no_import_cycle():
+    files = {f"yapo_vllm.{file.stem}": file for file in (ROOT / "yapo_vllm").glob("*.py") if file.stem != "__init__"}
+    graph = {name: {".".join(m.split(".")[:2]) for m in imports(file)} & {*files} for name, file in files.items()}
+    assert graph["yapo_vllm.client"]
+    # prepare() raises CycleError, which names the files.
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_vllm_is_imported_only_within_functions():

@@ -1,7 +1,7 @@
-"""YaPO steering inside vLLM: an out-of-tree plugin that serves steering adapters exactly, per request.
+"""YaPO steering in vLLM: an out-of-tree plugin that serves steering adapters exactly, per request.
 
-vLLM finds it by its entry point. Nothing of vLLM or of `yapo_peft` is imported before it is needed, because vLLM
-imports plugins in each of its processes.
+vLLM finds it by its entry point and imports it in each of its processes, so vLLM and `yapo_peft` are imported only
+when they are needed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import Served
     from .client import list_adapters, load_adapter, load_adapter_async, unload_adapter, unload_adapter_async
+    from .served import Served
 
 __all__ = [
     "Served",
@@ -26,5 +26,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(".adapters" if name == "Served" else ".client", __name__), name)
+        return getattr(import_module(".served" if name == "Served" else ".client", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

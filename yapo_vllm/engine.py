@@ -1,4 +1,4 @@
-"""Steering where requests are scheduled: adapters come and go while others are in use."""
+"""Loads and unloads adapters in the engine's process, which schedules the requests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from yapo_peft.errors import ConfigError, UnsupportedOperationError
 
-from .adapters import AdapterFile, Prepared, Served
 from .request import scheduled_steering
+from .served import AdapterFile, Prepared, Served
 from .settings import Settings, require_name
 
 # vLLM shows what its own loggers say.
@@ -19,8 +19,8 @@ logger = logging.getLogger("vllm.yapo")
 class EngineAdapters:
     """The adapters in the workers' slots.
 
-    An adapter's number is never given again, so a request that has one gets that adapter or an error, whatever is
-    loaded or unloaded meanwhile. A slot is given to another adapter only when no unfinished request needs it.
+    Ids are never reused, so that a request gets its adapter or an error, whatever is loaded or unloaded meanwhile. A
+    slot is reused only once no unfinished request needs its adapter.
 
     Args:
         engine: vLLM's `EngineCore`, whose workers have loaded the first adapters.
@@ -38,31 +38,31 @@ class EngineAdapters:
                 self._add(adapter)
 
     def served(self) -> list[dict[str, Any]]:
-        """Those that requests can name."""
+        """Returns the adapters that requests can name."""
         return [self._by_number[number].to_dict() for _, number in sorted(self._names.items())]
 
     def load(self, name: str, source: str) -> list[dict[str, Any]]:
-        """Serves an adapter, in the place of one of the same name, or of the one that was not asked for the longest.
+        """Loads an adapter, replacing one of the same name, or the least recently used one if all slots are taken.
 
         Returns:
-            All that are served then.
+            All adapters served from then on.
 
         Raises:
-            YaPOError: It cannot be read, does not fit, or all slots are in use.
+            YaPOError: It cannot be read, does not fit the model, or all slots are in use.
         """
         if not self._settings.is_active:
             raise UnsupportedOperationError(
-                "This server was not started to steer: start it with YAPO_ADAPTERS, or YAPO_LAYERS for the blocks that "
+                "This server was not started to steer: start it with YAPO_ADAPTERS, or YAPO_LAYERS for the layers that "
                 "adapters loaded later will steer."
             )
         prepared = self._prepared
         adapter = AdapterFile(source).describe(
             self._next_number, 0, require_name(name), prepared.d_model, prepared.depth
         )
-        prepared.require_room(adapter)
+        prepared.check_fits(adapter)
         slot = self._free_slot(name)
         adapter = replace(adapter, slot=slot)
-        # All workers have it before one of them gives up what is in the slot.
+        # All workers have read it before any of them overwrites the slot.
         self._engine.collective_rpc("yapo_read", args=(adapter.to_dict(),))
         for number in [number for number, other in self._by_number.items() if other.slot == slot]:
             self._forget(number)
@@ -71,13 +71,13 @@ class EngineAdapters:
         return self.served()
 
     def unload(self, name: str) -> list[dict[str, Any]]:
-        """Serves an adapter no longer. Requests that have it go on to their end.
+        """Unloads an adapter; running requests that use it are finished with it.
 
         Returns:
-            All that are served then.
+            All adapters served from then on.
 
         Raises:
-            ConfigError: There is none of that name.
+            ConfigError: No adapter has this name.
         """
         if name not in self._names:
             raise ConfigError(f"There is no adapter {name!r}. Served: {', '.join(map(repr, self._names)) or 'none'}.")
@@ -85,9 +85,9 @@ class EngineAdapters:
         return self.served()
 
     def admits(self, request: Any) -> bool:
-        """Whether the adapters of a request are still here; if not, it ends with an error.
+        """Whether the adapters of a request are still loaded; if not, the request ends with an error.
 
-        They are not if they were unloaded and displaced after the request was read and before it arrived.
+        An adapter can be displaced between the frontend's reading of a request and its arrival here.
         """
         numbers = _numbers(request)
         if any(number not in self._by_number for number in numbers):
@@ -101,20 +101,20 @@ class EngineAdapters:
         return True
 
     def _free_slot(self, name: str) -> int:
-        """A slot for an adapter of a name."""
+        """Chooses the slot for a new adapter."""
         in_use = {number for request in self._engine.scheduler.requests.values() for number in _numbers(request)}
         taken = {adapter.slot for adapter in self._by_number.values()}
         empty = [slot for slot in range(self._settings.max_adapters) if slot not in taken]
         if empty:
             return empty[0]
-        # First the ones that are served no longer, then the one that this replaces, then the least recently used.
+        # First unloaded adapters, then the one of the same name, then the least recently used.
         named = self._names.values()
         order = [*(number for number in self._by_number if number not in named), self._names.get(name), *named]
         for number in order:
             if number is not None and number not in in_use:
                 adapter = self._by_number[number]
                 if number in named and adapter.name != name:
-                    logger.warning("Adapter %r makes room for %r.", adapter.name, name)
+                    logger.warning("Adapter %r is displaced by %r.", adapter.name, name)
                 return adapter.slot
         raise UnsupportedOperationError(
             f"All {self._settings.max_adapters} adapters are in use by unfinished requests: load {name!r} later, or "
@@ -134,5 +134,5 @@ class EngineAdapters:
 
 
 def _numbers(request: Any) -> set[int]:
-    """The adapters of a scheduled request."""
+    """The adapter ids of a scheduled request."""
     return {number for number, _ in scheduled_steering(request)}

@@ -1,4 +1,4 @@
-"""Steering where requests are read, in the process that answers users."""
+"""Reads the steering of requests, in the process of the API server or of `vllm.LLM`."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ from typing import Any
 
 from yapo_peft.errors import ConfigError
 
-from .adapters import Prepared, Served
-from .plugin import KEY
+from .key import KEY
 from .request import cache_salt, steering_of
+from .served import Prepared, Served
 from .settings import Settings
 
 
 class Frontend:
-    """The adapters that requests can ask for.
+    """The adapters that requests can name.
 
     Attributes:
-        adapters: Those that are served, by name.
+        adapters: The served adapters, by name.
     """
 
     def __init__(self, adapters: dict[str, Served]) -> None:
         self.adapters = adapters
 
     @classmethod
+    def of(cls, processor: Any) -> Frontend:
+        """Returns the frontend of vLLM's `InputProcessor`, created on first use as `at_start` does."""
+        if not hasattr(processor, "yapo"):
+            processor.yapo = cls.at_start(processor.model_config)
+        return processor.yapo
+
+    @classmethod
     def at_start(cls, model_config: Any) -> Frontend:
-        """Reads and checks what the environment asks for, before a worker starts.
+        """Reads and checks the environment's settings and adapters.
 
         Raises:
-            ConfigError: A setting, or an adapter that it names, does not work.
+            ConfigError: A setting is invalid, or an adapter that it names cannot be served.
         """
         settings = Settings.of()
         if not settings.is_active:
             return cls({})
         prepared = Prepared.of(settings, model_config)
         for adapter in prepared.adapters:
-            prepared.require_room(adapter)
+            prepared.check_fits(adapter)
         return cls({adapter.name: adapter for adapter in prepared.adapters})
 
     def asked_for(self, arguments: Mapping[str, Any]) -> list[tuple[Served, float]] | None:
-        """What extra arguments of a request ask for; None if they say nothing of steering.
+        """Returns the adapters and multipliers in the extra arguments of a request; None if it does not steer.
 
         Raises:
             VLLMValidationError: They are malformed, or name an adapter that is not served.
@@ -48,17 +55,17 @@ class Frontend:
         if not named:
             return None
         if named != [KEY]:
-            raise refusal(f"{named[0]!r} is written {KEY!r}.")
+            raise validation_error(f"{named[0]!r} is spelt {KEY!r}.")
         try:
             return steering_of(arguments[KEY], self.adapters)
         except ConfigError as error:
-            raise refusal(str(error)) from error
+            raise validation_error(str(error)) from error
 
     def read(self, request: Any) -> Any:
-        """Puts what a request asks for as the workers read it, and keeps its cached prefix apart from others.
+        """Encodes the steering of a request for the workers, and keeps its cached prefix apart from others.
 
         Args:
-            request: vLLM's `EngineCoreRequest`, with parameters of its own.
+            request: vLLM's `EngineCoreRequest`, whose parameters are not shared with another request.
 
         Raises:
             VLLMValidationError: It is malformed, or asks for an adapter that is not served.
@@ -68,7 +75,7 @@ class Frontend:
         steering = self.asked_for(asked)
         if parameters is None or steering is None:
             return request
-        # A new dict: the old one may be the caller's, who uses it for other requests.
+        # A new dict, because the caller may use the old one for other requests.
         others = {name: value for name, value in asked.items() if name != KEY}
         if not steering:
             parameters.extra_args = others or None
@@ -80,8 +87,8 @@ class Frontend:
         return request
 
 
-def refusal(message: str) -> Exception:
-    """What vLLM answers with status 400."""
+def validation_error(message: str) -> Exception:
+    """The error that vLLM answers with status 400."""
     from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
     return VLLMValidationError(message, parameter=KEY)

@@ -1,4 +1,4 @@
-"""Where the plugin takes hold of vLLM: the seams are few, and each leaves what it wraps as it is without steering."""
+"""vLLM's entry point: wraps the few methods of vLLM that steering needs. Without steering, they behave as before."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-KEY = "yapo"
+from .key import KEY
+
 _MARK = "_yapo"
-# The requests of the OpenAI server that steer, by the modules of vLLM that have them.
+# The OpenAI server's request types that can steer, by their modules in vLLM.
 _HTTP = {
     "chat_completion": "ChatCompletionRequest",
     "completion": "CompletionRequest",
@@ -48,15 +49,15 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _know_adapters(original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
-    """Where requests are read: what is to be served is checked before a worker starts."""
+    """Checks the adapters of a frontend process before a worker starts."""
     original(processor, *args, **kwargs)
     if _is_active():
-        frontend_of(processor)
+        _frontend_of(processor)
     for name, request in _HTTP.items():
         protocol = sys.modules.get(f"vllm.entrypoints.openai.{name}.protocol")
         if protocol is not None:
             made = getattr(protocol, request)
-            # What is wrong with a request is said before the first event of a stream.
+            # Errors in a request are raised before the first event of a stream.
             _wrap(made, "to_sampling_params", functools.partial(_check_early, weakref.ref(processor)))
             if hasattr(made, "to_beam_search_params"):
                 _wrap(made, "to_beam_search_params", _search_beams)
@@ -64,41 +65,38 @@ def _know_adapters(original: Callable[..., None], processor: Any, *args: Any, **
 
 def _read_steering(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(processor, *args, **kwargs)
-    return frontend_of(processor).read(request) if _mentions(request.sampling_params) else request
+    return _frontend_of(processor).read(request) if _mentions(request.sampling_params) else request
 
 
 def _check_early(processor: Any, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     parameters = original(request, *args, **kwargs)
     if _mentions(parameters) and (reader := processor()) is not None:
-        frontend_of(reader).asked_for(parameters.extra_args)
+        _frontend_of(reader).asked_for(parameters.extra_args)
     return parameters
 
 
 def _search_beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     if KEY in (request.vllm_xargs or {}):
-        from .frontend import refusal
+        from .frontend import validation_error
 
-        raise refusal("Beam search cannot steer: leave use_beam_search out, or 'yapo'.")
+        raise validation_error("Beam search cannot steer: leave out use_beam_search or 'yapo'.")
     return original(request, *args, **kwargs)
 
 
-def frontend_of(processor: Any) -> Any:
-    """The adapters that requests can ask for."""
-    if not hasattr(processor, "yapo"):
-        from .frontend import Frontend
+def _frontend_of(processor: Any) -> Any:
+    from .frontend import Frontend
 
-        processor.yapo = Frontend.at_start(processor.model_config)
-    return processor.yapo
+    return Frontend.of(processor)
 
 
 def _admit(original: Callable[..., None], engine: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-    """Where requests are scheduled."""
+    """Schedules a request, unless one of its adapters is gone."""
     if not _mentions(request.sampling_params) or _adapters_of(engine).admits(request):
         original(engine, request, *args, **kwargs)
 
 
 def _adapters_of(engine: Any) -> Any:
-    """The adapters that an engine holds; engines load this plugin while they are being made, too late for more."""
+    """The adapters of an engine, created on first use: the engine loads this plugin within its own `__init__`."""
     if not hasattr(engine, "yapo"):
         from .engine import EngineAdapters
 
@@ -107,7 +105,7 @@ def _adapters_of(engine: Any) -> Any:
 
 
 def _steer_after_loading(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
-    """Where the model runs: its blocks are steered from before they are compiled."""
+    """Attaches steering to a worker's model once it is loaded, before it is compiled."""
     original(worker, *args, **kwargs)
     if not _is_active():
         return
@@ -122,17 +120,17 @@ def _steer_after_loading(original: Callable[..., None], worker: Any, *args: Any,
         return loaded
 
     worker.load_model = load_and_attach
-    # Called by name from the engine, through its collective calls.
+    # The engine calls these by name, with collective_rpc.
     worker.yapo_read = lambda fields: worker.yapo.read(fields)
     worker.yapo_place = lambda: worker.yapo.place()
 
 
 def _is_active() -> bool:
-    """Whether this server steers; if not, it shall not even import what that takes."""
+    """Whether this server steers; if not, nothing of `yapo_peft` is imported."""
     return bool(os.environ.get("YAPO_ADAPTERS") or os.environ.get("YAPO_LAYERS"))
 
 
 def _mentions(parameters: Any) -> bool:
-    """Whether sampling parameters have anything to do with steering, misspelt or not."""
+    """Whether sampling parameters have the key, in upper or lower case."""
     arguments = getattr(parameters, "extra_args", None)
     return bool(arguments) and any(key.casefold() == KEY for key in arguments)

@@ -1,4 +1,4 @@
-"""What a request asks for: its grammar, its errors, and the name under which its prefix is cached."""
+"""Parses the steering of a request, and derives the salt of its cached prefix."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 from yapo_peft.errors import ConfigError
 
-from .adapters import Served
-from .plugin import KEY
+from .key import KEY
+from .served import Served
 
 Steering = list[tuple[int, float]]
-# What no trained code needs, and what could overflow half precision.
+# No trained code needs a larger multiplier, which could overflow half precision.
 _LARGEST = 1000.0
 _EXAMPLES = '{"adapter": "polite", "multiplier": 1.5}, a list of these, or "polite=1.5,brief=-0.5"'
 
 
 def steering_of(value: Any, adapters: Mapping[str, Served]) -> list[tuple[Served, float]]:
-    """Which adapters a request asks for, and how strong; those at 0 are left out.
+    """Parses the adapters and multipliers of a request; adapters at multiplier 0 are left out.
 
     Args:
-        value: What the request holds under "yapo": an object or a list of them, with "adapter" and, unless the
-            adapter's own is meant, "multiplier"; or a text as in "polite=1.5,brief=-0.5", or a list of such texts.
-        adapters: Those that are served, by name.
+        value: The request's value of "yapo": an object, or a list of objects, with "adapter" and optionally
+            "multiplier" (default: the adapter's own); or a string such as "polite=1.5,brief=-0.5", or a list of these.
+        adapters: The served adapters, by name.
 
     Raises:
-        ConfigError: It is malformed, names an adapter that is not served, or asks one for what it cannot do.
+        ConfigError: It is malformed, names an adapter that is not served, or a multiplier that one does not support.
     """
     found: dict[str, tuple[Served, float]] = {}
     for name, given in _entries(value):
@@ -41,31 +41,31 @@ def steering_of(value: Any, adapters: Mapping[str, Served]) -> list[tuple[Served
         multiplier = _multiplier(name, adapter.multiplier if given is None else given)
         if multiplier and (1 if multiplier > 0 else -1) not in adapter.signs:
             raise ConfigError(
-                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {multiplier:g}, which takes the whole "
-                "SAE: steer with transformers instead."
+                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {multiplier:g}, which needs the "
+                "whole SAE: steer with transformers instead."
             )
         found[name] = adapter, multiplier
     return sorted(((a, s) for a, s in found.values() if s), key=lambda pair: pair[0].id)
 
 
 def scheduled_steering(request: Any) -> Steering:
-    """The numbers and multipliers of the adapters of a request of vLLM's that has been read; empty for none."""
+    """Returns the adapter ids and multipliers of a request that the frontend has read; empty if it does not steer."""
     parameters = request.sampling_params
     return ((parameters.extra_args or {}).get(KEY) or []) if parameters is not None else []
 
 
 def cache_salt(steering: list[tuple[Served, float]], prompt_length: int, salt: str | None) -> str:
-    """What tells the cached prefix of a request from those under any other steering.
+    """Returns a salt that lets requests share a cached prefix only if they steer it alike.
 
-    Where only a part of the tokens is steered, it matters too where that part begins: what one request generated, and
-    steered, is another one's prompt, which is not.
+    If only some tokens are steered, the first of them is part of the salt: tokens that one request generated, steered,
+    are another request's prompt, not steered.
     """
     key = [[a.digest, s.hex(), None if a.positions == "all" else first_steered(a, prompt_length)] for a, s in steering]
     return "yapo:" + hashlib.sha256(json.dumps([salt, key]).encode()).hexdigest()
 
 
 def first_steered(adapter: Served, prompt_length: int) -> int:
-    """The first token of a request that an adapter steers."""
+    """Returns the index of the first token of a request that an adapter steers."""
     return {"all": 0, "completion": prompt_length, "last": prompt_length - 1}[adapter.positions]
 
 
@@ -74,7 +74,7 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"yapo={_short(value)} is no JSON ({error}). Give {_EXAMPLES}.") from error
+            raise ConfigError(f"yapo={_short(value)} is not valid JSON ({error}). Give {_EXAMPLES}.") from error
     entries: list[tuple[str, Any]] = []
     for entry in value if isinstance(value, list | tuple) else [value]:
         if isinstance(entry, Mapping):
@@ -91,9 +91,9 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 def _of_object(entry: Mapping[str, Any]) -> tuple[str, Any]:
     unknown = sorted({*map(str, entry)} - {"adapter", "multiplier"})
     if unknown:
-        raise ConfigError(f"yapo={_short(dict(entry))}: there is no {_short(unknown[0])}. Give {_EXAMPLES}.")
+        raise ConfigError(f"yapo={_short(dict(entry))}: unknown key {_short(unknown[0])}. Give {_EXAMPLES}.")
     if not isinstance(entry.get("adapter"), str):
-        raise ConfigError(f"yapo={_short(dict(entry))}: 'adapter' is a name. Give {_EXAMPLES}.")
+        raise ConfigError(f"yapo={_short(dict(entry))}: 'adapter' must be a name. Give {_EXAMPLES}.")
     return entry["adapter"], entry.get("multiplier")
 
 
@@ -102,24 +102,26 @@ def _of_text(entry: str) -> tuple[str, Any]:
     if not is_given:
         return name.strip(), None
     try:
-        # Python's own numbers can have underscores, which is more likely a slip here.
+        # Python accepts underscores in numbers; here they are more likely a typo.
         return name.strip(), float(multiplier.replace("_", "?"))
     except ValueError as error:
-        raise ConfigError(f"yapo={_short(entry)}: {_short(multiplier)} is no number. Give {_EXAMPLES}.") from error
+        raise ConfigError(f"yapo={_short(entry)}: {_short(multiplier)} is not a number. Give {_EXAMPLES}.") from error
 
 
 def _multiplier(name: str, multiplier: Any) -> float:
     is_number = isinstance(multiplier, int | float) and not isinstance(multiplier, bool)
     # Compared first: an integer can be too large to become a float.
     if not is_number or multiplier != multiplier or abs(multiplier) == math.inf:
-        raise ConfigError(f"The multiplier of {name!r} is {_short(multiplier)}: give a finite number, such as -0.5.")
+        raise ConfigError(f"The multiplier of {name!r} is {_short(multiplier)}: must be a finite number, such as -0.5.")
     if abs(multiplier) > _LARGEST:
-        raise ConfigError(f"The multiplier of {name!r} is {_short(multiplier)}: stay within {_LARGEST:g} of zero.")
+        raise ConfigError(
+            f"The multiplier of {name!r} is {_short(multiplier)}: must be between -{_LARGEST:g} and {_LARGEST:g}."
+        )
     return float(multiplier)
 
 
 def _short(value: Any) -> str:
-    """As in errors, which shall not be as long as what is wrong can be."""
+    """The `repr` of a value, shortened for error messages."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python writes

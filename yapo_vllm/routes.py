@@ -1,6 +1,6 @@
-"""Routes of the OpenAI server by which adapters are listed, loaded and unloaded.
+"""Routes of the OpenAI server that list, load and unload adapters.
 
-vLLM adds them only where `VLLM_PLUGINS` names "yapo": whoever can call them can have the server read any folder.
+vLLM adds them only if `VLLM_PLUGINS` names "yapo": whoever can call them can make the server read any folder.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Routes:
         app.post("/v1/unload_yapo_adapter")(self._unload)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Learns which engine the server has."""
+        """Keeps the server's engine."""
         self._engine = engine_client
         if (getattr(args, "api_server_count", None) or 1) > 1:
             raise YaPOError(
-                "Adapters cannot be loaded at run time with --api-server-count above 1, as each server keeps a list of "
-                "its own: start one, or name all adapters in YAPO_ADAPTERS and leave VLLM_PLUGINS unset."
+                "Adapters cannot be loaded at run time with --api-server-count above 1, because each server "
+                "keeps its own list: start one, or name all adapters in YAPO_ADAPTERS and leave VLLM_PLUGINS unset."
             )
 
     async def _list(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the environment says: which adapters to serve, and how much room there is for others."""
+"""The plugin's settings, from environment variables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Settings:
     """The plugin's settings.
 
     Attributes:
-        adapters: Folder or Hub id of each adapter that is served from the start, by its name (`YAPO_ADAPTERS`).
-        layers: The blocks that adapters may steer, besides those that the first ones do (`YAPO_LAYERS`).
-        max_adapters: How many adapters are held at once (`YAPO_MAX_ADAPTERS`).
-        max_features: How many features of a block one adapter may move; None for as many as the largest of the first
-            adapters does (`YAPO_MAX_FEATURES`).
+        adapters: Folder or Hub id of each adapter that is served from the start, by name (`YAPO_ADAPTERS`).
+        layers: Layers that adapters may steer, besides those of the first adapters (`YAPO_LAYERS`).
+        max_adapters: Number of adapters loaded at once (`YAPO_MAX_ADAPTERS`).
+        max_features: Number of features that one adapter may move at a layer; None for 256, or more if one of the
+            first adapters moves more (`YAPO_MAX_FEATURES`).
     """
 
     adapters: dict[str, str]
@@ -29,15 +29,15 @@ class Settings:
 
     @property
     def is_active(self) -> bool:
-        """Whether there is anything to steer with, now or later."""
+        """Whether the server can steer, now or with adapters loaded later."""
         return bool(self.adapters or self.layers)
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Reads them.
+        """Reads the settings.
 
         Raises:
-            ConfigError: One has a value that cannot work.
+            ConfigError: A variable has an invalid value.
         """
         adapters: dict[str, str] = {}
         for entry in _listed(environment, "YAPO_ADAPTERS"):
@@ -45,13 +45,13 @@ class Settings:
             source = source.strip() if is_named else name
             name = name.strip() if is_named else PurePosixPath(source).name
             if name in adapters:
-                raise ConfigError(f"YAPO_ADAPTERS names {name!r} twice: write another name before one, as name=folder.")
-            # Shells leave it alone behind a second equals sign.
+                raise ConfigError(f"YAPO_ADAPTERS names {name!r} twice: rename one with name=folder.")
+            # Shells do not expand ~ after a second equals sign.
             adapters[require_name(name)] = os.path.expanduser(source)  # noqa: PTH111 (also of Hub ids)
         layers = _listed(environment, "YAPO_LAYERS")
         if not all(layer.isdecimal() and len(layer) < 9 for layer in layers):
             given = environment["YAPO_LAYERS"][:200]
-            raise ConfigError(f"YAPO_LAYERS={given!r}: give indices of blocks, such as 12,15.")
+            raise ConfigError(f"YAPO_LAYERS={given!r}: must be indices of layers, such as 12,15.")
         max_adapters = _count(environment, "YAPO_MAX_ADAPTERS")
         if max_adapters is not None and max_adapters < len(adapters):
             raise ConfigError(f"YAPO_MAX_ADAPTERS={max_adapters}, but YAPO_ADAPTERS names {len(adapters)}.")
@@ -64,16 +64,16 @@ class Settings:
 
 
 def require_name(name: object) -> str:
-    """A name that requests can use.
+    """Returns the name if requests can use it.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It has characters that the grammar of requests uses, or is empty or too long.
     """
     is_plain = isinstance(name, str) and 0 < len(name) <= 128 and name.isprintable() and name == name.strip()
     if not is_plain or any(mark in str(name) for mark in "=,[]{}"):
         raise ConfigError(
-            "An adapter's name is a printable text of up to 128 characters, without '=', ',', brackets, or spaces "
-            f"around it, not {str(name)[:200]!r}."
+            f"name={str(name)[:200]!r}: must be printable, at most 128 characters, without '=', ',', brackets, or "
+            "surrounding spaces."
         )
     return str(name)
 
@@ -87,5 +87,5 @@ def _count(environment: Mapping[str, str], name: str) -> int | None:
     if not value:
         return None
     if not value.isdecimal() or len(value) > 9 or not int(value):
-        raise ConfigError(f"{name}={value[:200]!r}: give a whole number from 1 up.")
+        raise ConfigError(f"{name}={value[:200]!r}: must be a whole number, at least 1.")
     return int(value)

@@ -9,8 +9,8 @@ from yapo_peft.errors import (
     ConfigError,
     UnsupportedOperationError,
 )
-from yapo_vllm.adapters import Served
 from yapo_vllm.engine import EngineAdapters
+from yapo_vllm.served import Served
 
 
 class Engine:
@@ -95,8 +95,8 @@ def test_a_load_that_fails_leaves_the_others_served(write_adapter, environment):
     adapters = EngineAdapters(engine)
     for name, source, message in [
         ("b", f"{folder}-not", "No adapter can be read from"),
-        ("b,c", folder, "name is a printable text"),
-        ("", folder, "name is a printable text"),
+        ("b,c", folder, "must be printable"),
+        ("", folder, "must be printable"),
         ("b", write_adapter("elsewhere", layers=(1,))[0], "YAPO_LAYERS=1,2"),
     ]:
         with pytest.raises(Exception, match=message):

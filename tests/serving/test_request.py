@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from yapo_peft.errors import ConfigError
-from yapo_vllm.adapters import Served
 from yapo_vllm.request import cache_salt, first_steered, steering_of
+from yapo_vllm.served import Served
 from yapo_vllm.settings import Settings
 
 
@@ -46,7 +46,7 @@ ADAPTERS["big"] = served(4, "big", multiplier=5000.0)
     ],
     ids=str,
 )
-def test_all_ways_to_ask(value, wanted):
+def test_steering_of_parses_all_forms(value, wanted):
     assert {adapter.name: multiplier for adapter, multiplier in steering_of(value, ADAPTERS)} == wanted
 
 
@@ -56,48 +56,48 @@ def test_all_ways_to_ask(value, wanted):
     [
         ("rude", "no adapter 'rude'. Served: 'big', 'brief', 'polite', 'top'."),
         ({"adapter": "rude"}, "no adapter 'rude'"),
-        ("polite=much", "'much' is no number"),
-        ("polite=", "'' is no number"),
-        ("polite=nan", "is nan: give a finite number"),
-        ("polite=inf", "is inf: give a finite number"),
-        ("polite=1e4", "stay within 1000 of zero"),
-        ({"adapter": "polite", "multiplier": "1"}, "is '1': give a finite number"),
-        ({"adapter": "polite", "multiplier": True}, "is True: give a finite number"),
-        ({"adapter": "polite", "multiplier": [1]}, "give a finite number"),
-        ({"adapter": "polite", "strength": 1}, "there is no 'strength'"),
-        ({"adapter": 3}, "'adapter' is a name"),
-        ({}, "'adapter' is a name"),
+        ("polite=much", "'much' is not a number"),
+        ("polite=", "'' is not a number"),
+        ("polite=nan", "is nan: must be a finite number"),
+        ("polite=inf", "is inf: must be a finite number"),
+        ("polite=1e4", "must be between -1000 and 1000"),
+        ({"adapter": "polite", "multiplier": "1"}, "is '1': must be a finite number"),
+        ({"adapter": "polite", "multiplier": True}, "is True: must be a finite number"),
+        ({"adapter": "polite", "multiplier": [1]}, "must be a finite number"),
+        ({"adapter": "polite", "strength": 1}, "unknown key 'strength'"),
+        ({"adapter": 3}, "'adapter' must be a name"),
+        ({}, "'adapter' must be a name"),
         ("", "names no adapter"),
         (" , ", "names no adapter"),
-        ("polite=1_0", "'1_0' is no number"),
-        ({"adapter": "polite", "multiplier": 10**400}, "stay within 1000"),
-        ({"adapter": "polite", "multiplier": -(10**5000)}, "a number of very many digits: stay within 1000"),
-        ("[" * 20000, "is no JSON"),
+        ("polite=1_0", "'1_0' is not a number"),
+        ({"adapter": "polite", "multiplier": 10**400}, "must be between"),
+        ({"adapter": "polite", "multiplier": -(10**5000)}, "a number of very many digits: must be between"),
+        ("[" * 20000, "is not valid JSON"),
         ("x" * 10**6, "characters). Served"),
-        ("big", "stay within 1000 of zero"),
+        ("big", "must be between -1000 and 1000"),
         ([], "names no adapter"),
         (None, "give {"),
         (1.5, "give {"),
-        ("{polite", "is no JSON"),
+        ("{polite", "is not valid JSON"),
         ("polite,polite=2", "named twice"),
         ("top=-1", "lowers features of a TopK SAE at multiplier -1"),
         ([["polite", 1]], "give {"),
     ],
     ids=lambda value: str(value)[:40] if not isinstance(value, dict) else "object",
 )
-def test_what_cannot_be_is_refused(value, message):
+def test_steering_of_rejects_malformed_requests(value, message):
     with pytest.raises(ConfigError) as refused:
         steering_of(value, ADAPTERS)
     assert message in str(refused.value)
 
 
-def test_without_adapters_the_error_says_so():
+def test_error_says_that_no_adapter_is_served():
     with pytest.raises(ConfigError, match=r"no adapter 'polite'\. Served: none\."):
         steering_of("polite", {})
 
 
 @pytest.mark.feature("vLLM", "Prefix caching: a prefix is used again only under the same steering")
-def test_prefixes_are_shared_by_the_same_steering_alone():
+def test_cache_salt_is_shared_by_equal_steering_only():
     base = cache_salt([(served(), 1.0)], 10, None)
     assert base == cache_salt([(served(), 1.0)], 12, None)
     # Whatever its name and number, it is the same adapter.
@@ -113,14 +113,14 @@ def test_prefixes_are_shared_by_the_same_steering_alone():
 
 
 @pytest.mark.parametrize(("positions", "first"), [("all", 0), ("completion", 10), ("last", 9)])
-def test_where_steering_begins_is_part_of_the_prefix(positions, first):
+def test_cache_salt_depends_on_the_first_steered_token(positions, first):
     adapter = served(positions=positions)
     assert first_steered(adapter, 10) == first
     same = cache_salt([(adapter, 1.0)], 10, None) == cache_salt([(adapter, 1.0)], 11, None)
     assert same == (positions == "all")
 
 
-def test_the_environment_names_adapters_and_room():
+def test_settings_are_read_from_the_environment():
     settings = Settings.of({
         "YAPO_ADAPTERS": " polite=/models/p=1 , me/brief-gemma,home=~/x",
         "YAPO_LAYERS": "14,3",
@@ -139,7 +139,7 @@ def test_the_environment_names_adapters_and_room():
     assert Settings.of({"YAPO_ADAPTERS": ",".join(f"a{i}=x" for i in range(9))}).max_adapters == 9
 
 
-def test_servers_that_do_not_steer_import_nothing_for_it():
+def test_plugin_imports_nothing_heavy():
     code = "import sys, yapo_vllm.plugin; print(*sorted({'torch', 'peft', 'yapo_peft', 'vllm'} & {*sys.modules}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == ""
@@ -150,16 +150,16 @@ def test_servers_that_do_not_steer_import_nothing_for_it():
     [
         ({"YAPO_ADAPTERS": "a=x,a=y"}, "names 'a' twice"),
         ({"YAPO_ADAPTERS": "x/a,y/a"}, "names 'a' twice"),
-        ({"YAPO_ADAPTERS": "a[0]=x"}, "name is a printable text"),
-        ({"YAPO_LAYERS": "-1"}, "YAPO_LAYERS='-1': give indices"),
-        ({"YAPO_LAYERS": "all"}, "give indices of blocks"),
-        ({"YAPO_MAX_ADAPTERS": "0"}, "YAPO_MAX_ADAPTERS='0': give a whole number"),
-        ({"YAPO_MAX_FEATURES": "1.5"}, "YAPO_MAX_FEATURES='1.5': give a whole number"),
+        ({"YAPO_ADAPTERS": "a[0]=x"}, "must be printable"),
+        ({"YAPO_LAYERS": "-1"}, "YAPO_LAYERS='-1': must be indices"),
+        ({"YAPO_LAYERS": "all"}, "must be indices of layers"),
+        ({"YAPO_MAX_ADAPTERS": "0"}, "YAPO_MAX_ADAPTERS='0': must be a whole number"),
+        ({"YAPO_MAX_FEATURES": "1.5"}, "YAPO_MAX_FEATURES='1.5': must be a whole number"),
         ({"YAPO_ADAPTERS": "a=x,b=y", "YAPO_MAX_ADAPTERS": "1"}, "YAPO_MAX_ADAPTERS=1, but YAPO_ADAPTERS names 2"),
     ],
     ids=str,
 )
-def test_variables_that_cannot_work_are_refused(variables, message):
+def test_settings_reject_invalid_variables(variables, message):
     with pytest.raises(ConfigError) as refused:
         Settings.of(variables)
     assert message in str(refused.value)

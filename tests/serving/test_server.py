@@ -126,11 +126,11 @@ def test_chats_and_responses_are_steered(server):
     ("asked", "message"),
     [
         ("rude=1", "There is no adapter 'rude'. Served: 'answers', 'both', 'dense', 'gated', 'last'."),
-        ("both=much", "'much' is no number"),
-        ("both=nan", "give a finite number"),
+        ("both=much", "'much' is not a number"),
+        ("both=nan", "must be a finite number"),
         (["both=1", "both=2"], "named twice"),
         (3, "yapo=3: give"),
-        ('{"adapter": "both", "multiplier": 2}', "there is no 'multiplier'"),
+        ('{"adapter": "both", "strength": 2}', "unknown key 'strength'"),
         ("__import__('os').getpid()", "There is no adapter"),
     ],
 )
@@ -153,7 +153,7 @@ def test_bad_requests_get_status_400_before_a_stream_begins(server, kind):
 
 
 def test_a_misspelt_key_is_refused_rather_than_ignored(server):
-    with pytest.raises(openai.BadRequestError, match="'Yapo' is written 'yapo'"):
+    with pytest.raises(openai.BadRequestError, match="'Yapo' is spelt 'yapo'"):
         server.client.completions.create(model="tiny", prompt=words(3), extra_body={"vllm_xargs": {"Yapo": "both=1"}})
 
 
@@ -192,7 +192,7 @@ def test_routes_load_list_and_unload(server):
     assert post(server, "unload_yapo_adapter", name="more").status_code == 404
     for body, status, message in [
         ({"name": "more", "path": "no/such"}, 400, "No adapter can be read from 'no/such'"),
-        ({"name": "a=b", "path": server.sources["both"]}, 400, "name is a printable text"),
+        ({"name": "a=b", "path": server.sources["both"]}, 400, "must be printable"),
         ({"name": "more"}, 400, "path"),
     ]:
         refused = httpx.post(f"{server.url}/v1/load_yapo_adapter", json=body, timeout=60)

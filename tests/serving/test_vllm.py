@@ -207,7 +207,7 @@ def test_adapters_are_loaded_and_unloaded_at_run_time(llama, llm):
         answers(llm, prompts, [{"more": 1.0}] * 2)
     for name, source, message in [
         ("more", f"{llama.sources['both']}-not", "No adapter can be read from"),
-        ("a,b", llama.sources["both"], "name is a printable text"),
+        ("a,b", llama.sources["both"], "must be printable"),
     ]:
         with pytest.raises(YaPOError, match=message):
             load_adapter(llm, name, source)

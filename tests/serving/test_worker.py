@@ -11,7 +11,7 @@ from tiny import D_MODEL, D_SAE, DEPTH, make_model
 from yapo_peft.errors import (
     UnsupportedOperationError,
 )
-from yapo_vllm.adapters import AdapterFile
+from yapo_vllm.served import AdapterFile
 from yapo_vllm.worker import WorkerSteering
 
 
@@ -59,13 +59,13 @@ def settings():
     return Settings.of()
 
 
-def test_a_worker_steers_the_blocks_that_adapters_and_the_environment_name(write_adapter, environment):
+def test_worker_steers_the_layers_of_adapters_and_the_environment(write_adapter, environment):
     environment(ADAPTERS=f"a={write_adapter()[0]}", LAYERS="0")
     runner = runner_of(make_model())
     worker = WorkerSteering(runner, settings())
     assert set(runner.vllm_config.compilation_config.static_forward_context) == {"yapo.0", "yapo.2"}
     assert runner.vllm_config.additional_config["yapo"]["layers"] == [0, 2]
-    assert set(worker._blocks) == {0, 2}
+    assert set(worker._layers) == {0, 2}
 
 
 @pytest.mark.parametrize(
@@ -74,23 +74,23 @@ def test_a_worker_steers_the_blocks_that_adapters_and_the_environment_name(write
         ({"parallel": {"prefill_context_parallel_size": 2}}, "prefill context parallelism"),
         ({"parallel": {"use_ubatching": True}}, "microbatches"),
         ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "kv_sharing_fast_prefill"),
-        ({"additional_config": object()}, "additional_config that is no dict"),
+        ({"additional_config": object()}, "additional_config that is not a dict"),
     ],
     ids=["context", "microbatches", "fast prefill", "config"],
 )
-def test_engines_that_steering_does_not_follow_are_refused(write_adapter, environment, changes, message):
+def test_unsupported_engine_settings_raise(write_adapter, environment, changes, message):
     environment(ADAPTERS=f"a={write_adapter()[0]}")
     with pytest.raises(UnsupportedOperationError, match=message):
         WorkerSteering(runner_of(make_model(), **changes), settings())
 
 
-def test_a_model_without_one_list_of_blocks_is_refused(environment):
+def test_model_without_one_list_of_layers_raises(environment):
     environment(LAYERS="0")
-    with pytest.raises(UnsupportedOperationError, match="Linear has 0 lists of 4 blocks"):
+    with pytest.raises(UnsupportedOperationError, match="Linear has 0 lists of 4 layers"):
         WorkerSteering(runner_of(torch.nn.Linear(2, 2)), settings())
 
 
-def test_an_adapter_that_changed_on_the_way_is_refused(write_adapter, environment):
+def test_read_rejects_an_adapter_that_changed_while_loading(write_adapter, environment):
     folder, _ = write_adapter()
     environment(ADAPTERS=f"a={folder}", MAX_FEATURES=str(D_SAE))
     worker = WorkerSteering(runner_of(make_model()), settings())

@@ -15,9 +15,9 @@ from yapo_peft.errors import (
     SAENotFoundError,
     UnsupportedOperationError,
 )
-from yapo_vllm.adapters import AdapterFile, Served
 from yapo_vllm.frontend import Frontend
-from yapo_vllm.plugin import KEY
+from yapo_vllm.key import KEY
+from yapo_vllm.served import AdapterFile, Served
 
 
 def describe(folder, name="polite"):
@@ -35,7 +35,7 @@ def test_an_adapter_is_described_without_its_sae(write_adapter, self_contained, 
     assert Served.from_dict(found.to_dict()) == found
 
 
-def test_the_digest_is_of_what_steers(write_adapter):
+def test_digest_depends_on_codes_saes_and_positions(write_adapter):
     folder, _ = write_adapter("one")
     same, _ = write_adapter("same", self_contained=True)
     others = [write_adapter("code", seed=2)[0], write_adapter("tokens", positions="last")[0]]
@@ -45,12 +45,12 @@ def test_the_digest_is_of_what_steers(write_adapter):
     assert len(set(digests)) == len(digests)
 
 
-def test_adapters_that_cannot_be_served_are_refused(write_adapter, tmp_path):
+def test_describe_rejects_adapters_that_cannot_be_served(write_adapter, tmp_path):
     folder, _ = write_adapter(layers=(3,))
     file = AdapterFile(folder)
-    with pytest.raises(SAEMismatchError, match="steers block 3, and the served model has 3"):
+    with pytest.raises(SAEMismatchError, match="steers layer 3, but the served model has 3"):
         file.describe(1, 0, "polite", D_MODEL, 3)
-    with pytest.raises(SAEMismatchError, match="width 32, and the served model's are 64 wide"):
+    with pytest.raises(SAEMismatchError, match="width 32, but the served model has width 64"):
         file.describe(1, 0, "polite", 64, DEPTH)
     get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(AdapterFileError, match="of PEFT's method LORA, not of YaPO"):
@@ -61,7 +61,7 @@ def test_adapters_that_cannot_be_served_are_refused(write_adapter, tmp_path):
         AdapterFile(folder)
 
 
-def test_another_sae_than_the_adapters_is_refused(write_adapter, tmp_path, monkeypatch):
+def test_parts_rejects_another_sae(write_adapter, tmp_path, monkeypatch):
     # Other tests hand SAEs in, which stay for the life of the process.
     monkeypatch.setattr("yapo_peft.sae.loader._registered", {})
     folder, model = write_adapter()
@@ -75,24 +75,24 @@ def test_another_sae_than_the_adapters_is_refused(write_adapter, tmp_path, monke
         AdapterFile(folder).parts(D_MODEL)
 
 
-def test_a_server_checks_its_adapters_before_it_starts(write_adapter, environment):
+def test_frontend_checks_adapters_at_start(write_adapter, environment):
     folder, _ = write_adapter()
     environment(ADAPTERS=f"polite={folder},gone={folder}-not")
     with pytest.raises(ConfigError, match="YAPO_ADAPTERS: 'gone' cannot be served from"):
         Frontend.at_start(model_config())
     environment(ADAPTERS=f"polite={folder}")
     assert set(Frontend.at_start(model_config()).adapters) == {"polite"}
-    with pytest.raises(ConfigError, match="it is of another one"):
+    with pytest.raises(ConfigError, match="it is for another model"):
         Frontend.at_start(model_config(d_model=64))
     environment(ADAPTERS=f"polite={folder}", LAYERS="9")
-    with pytest.raises(ConfigError, match="YAPO_LAYERS names block 9, and the served model has 4"):
+    with pytest.raises(ConfigError, match="YAPO_LAYERS names layer 9, but the served model has layers 0 to 3"):
         Frontend.at_start(model_config())
     environment(ADAPTERS=f"polite={folder}", MAX_FEATURES="3")
     with pytest.raises(UnsupportedOperationError, match="YAPO_MAX_FEATURES"):
         Frontend.at_start(model_config())
 
 
-def test_requests_are_read_into_numbers_and_a_salt(write_adapter, environment):
+def test_frontend_encodes_requests_as_ids_and_a_salt(write_adapter, environment):
     folder, _ = write_adapter()
     environment(ADAPTERS=f"polite={folder},again={folder}")
     frontend = Frontend.at_start(model_config())

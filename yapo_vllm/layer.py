@@ -1,4 +1,4 @@
-"""The steering of one block for a batch of requests, each with its own adapters and multipliers."""
+"""Steers the output of one layer for a batch of requests, each with its own adapters and multipliers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from yapo_peft.sae import SAEWeights
 from yapo_peft.sae.weights import Normalization
 from yapo_peft.steering.formula import moved_features
 
-from .adapters import BlockPart
+from .served import LayerPart
 
 _COLUMNS = ("b_enc", "threshold", "magnitude_scale", "magnitude_bias")
 
 
 @dataclass(frozen=True)
-class Room:
-    """How much there is to prepare for.
+class Capacity:
+    """The sizes of preallocated tensors.
 
     Attributes:
-        tokens: Tokens in one step.
-        slots: Adapters.
-        features: Features of a block that one adapter moves.
+        tokens: Number of tokens in one step.
+        slots: Number of adapters.
+        features: Number of features of a layer that one adapter may move.
     """
 
     tokens: int
@@ -35,24 +35,24 @@ class Room:
 
 
 class Step:
-    """How strong each adapter steers each token of the current step; its tensors never change their place.
+    """The multipliers of the current step's tokens. Its tensors keep their addresses, for captured graphs.
 
     Attributes:
-        multiplier: Of each token, the multiplier of the adapter in each slot, `(tokens, slots)`; 0 for none.
+        multiplier: The multiplier of the adapter in each slot for each token, `(tokens, slots)`; 0 for none.
         on: Whether a token is steered at all, `(tokens, 1)`.
-        layers: The blocks at which anything is.
-        slots: Those of the adapters in use.
+        layers: The layers that are steered.
+        slots: The slots of the adapters in use.
     """
 
-    def __init__(self, room: Room, device: torch.device) -> None:
-        self.multiplier = torch.zeros(room.tokens, room.slots, device=device)
-        self.on = torch.zeros(room.tokens, 1, dtype=torch.bool, device=device)
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self.multiplier = torch.zeros(capacity.tokens, capacity.slots, device=device)
+        self.on = torch.zeros(capacity.tokens, 1, dtype=torch.bool, device=device)
         self.layers: frozenset[int] = frozenset()
         self.slots: frozenset[int] = frozenset()
         self._count = 0
 
     def set(self, multiplier: Tensor, layers: Iterable[int], slots: Iterable[int]) -> None:
-        """Takes the multipliers of the first tokens, `(n, slots)`; the others are not steered."""
+        """Sets the multipliers of the first tokens, `(n, slots)`; the others are not steered."""
         count = len(multiplier)
         self.multiplier[:count] = multiplier
         self.multiplier[count : self._count] = 0
@@ -61,20 +61,20 @@ class Step:
         self._count, self.layers, self.slots = count, frozenset(layers), frozenset(slots)
 
     def clear(self) -> None:
-        """Nothing is steered."""
+        """Stops steering."""
         if self._count:
             self.set(self.multiplier[:0], (), ())
 
 
 class _Vectors:
-    """What adapters add without looking at a token: a vector for multipliers above zero, and one for those below."""
+    """The shifts that do not depend on the token: for each slot, one for positive multipliers and one for negative."""
 
     def __init__(self, slots: int, d_model: int, device: torch.device) -> None:
         self.up = torch.zeros(slots, d_model, device=device)
         self.down = torch.zeros(slots, d_model, device=device)
 
-    def put(self, slot: int, part: BlockPart) -> None:
-        """Takes an adapter's."""
+    def put(self, slot: int, part: LayerPart) -> None:
+        """Fills a slot."""
         self.up[slot], self.down[slot] = part.up, part.down
 
     def forget(self, slot: int) -> None:
@@ -82,17 +82,17 @@ class _Vectors:
         self.up[slot] = self.down[slot] = 0
 
     def shift(self, multiplier: Tensor, dtype: torch.dtype) -> Tensor:
-        """What they add to tokens, `(n, d_model)`, at the multipliers that these have, `(n, slots)`."""
+        """Returns the shift of tokens, `(n, d_model)`, at their multipliers, `(n, slots)`."""
         return (multiplier.clamp(min=0) @ self.up + multiplier.clamp(max=0) @ self.down).to(dtype)
 
 
 class _Features:
-    """The features that adapters lower, read in one way; each slot has as many columns as there is room for."""
+    """The features of adapters whose SAEs share an encoder and a normalization, in columns reserved for each slot."""
 
     def __init__(
-        self, is_gated: bool, normalization: Normalization, room: Room, d_model: int, like: torch.Tensor
+        self, is_gated: bool, normalization: Normalization, capacity: Capacity, d_model: int, like: torch.Tensor
     ) -> None:
-        size = room.slots * room.features
+        size = capacity.slots * capacity.features
         names = ("b_enc", "magnitude_scale", "magnitude_bias") if is_gated else ("b_enc", "threshold")
         self._sae = SAEWeights(
             W_enc=like.new_zeros(d_model, size),
@@ -101,13 +101,13 @@ class _Features:
             normalization=normalization,
             **{name: like.new_zeros(size) for name in names},  # pyright: ignore[reportArgumentType]
         )
-        self._values = torch.zeros(room.slots, room.features, device=like.device)
-        # Where tokens are normalised, what is raised is scaled with them.
-        self._vectors = _Vectors(room.slots, d_model, like.device)
+        self._values = torch.zeros(capacity.slots, capacity.features, device=like.device)
+        # With normalization, shifts that do not depend on the token are scaled too.
+        self._vectors = _Vectors(capacity.slots, d_model, like.device)
         self._views: dict[int, SAEWeights] = {}
 
-    def put(self, slot: int, part: BlockPart) -> None:
-        """Takes an adapter's."""
+    def put(self, slot: int, part: LayerPart) -> None:
+        """Fills a slot."""
         self._vectors.put(slot, part)
         here = self._columns(slot, len(part.values) if part.sae is not None else 0)
         if part.sae is not None:
@@ -132,15 +132,15 @@ class _Features:
         self._views.pop(slot, None)
 
     def shift(self, h: Tensor, multiplier: Tensor, slots: Iterable[int] | None) -> Tensor | None:
-        """What they add to tokens, `(n, d_model)`, at the multipliers that these have, `(n, slots)`.
+        """Returns the shift of tokens, `(n, d_model)`, at their multipliers, `(n, slots)`.
 
         Args:
             h: The tokens.
             multiplier: The multipliers.
-            slots: Whose columns to read; None for all, also of slots that are empty now.
+            slots: The slots to read; None for all, including empty ones.
 
         Returns:
-            The shift; None if no adapter in these slots has features here.
+            The shift; None if no adapter in these slots has features.
         """
         if slots is None:
             found = [(self._sae, (multiplier[:, :, None] * self._values).flatten(1))]
@@ -160,55 +160,54 @@ class _Features:
         return slice(start, start + count)
 
 
-class BlockSteering:
-    """Steers the output of one block, at the price of what can differ between tokens.
+class LayerSteering:
+    """Steers the output of one layer.
 
-    For each adapter there is a vector for each sign of its multiplier, and the features of its SAE: a step of the
-    engine
-    costs an encoder and a decoder of these, whatever multipliers its requests have.
+    Each adapter has a vector for each sign of its multiplier, and the features of its SAE that it moves. A step of the
+    engine encodes and decodes these features once, whatever multipliers its requests have.
 
     Args:
-        layer: Index of the block.
+        layer: Index of the layer.
         step: The current step.
-        room: How much to prepare for.
+        capacity: The sizes of preallocated tensors.
         d_model: Width of the activations.
-        device: Where the block is.
-        dtype: Of its output.
+        device: The layer's device.
+        dtype: The dtype of its output.
     """
 
     def __init__(
-        self, layer: int, step: Step, room: Room, d_model: int, device: torch.device, dtype: torch.dtype
+        self, layer: int, step: Step, capacity: Capacity, d_model: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._layer, self._step, self._room, self._d_model = layer, step, room, d_model
+        self._layer, self._step, self._capacity, self._d_model = layer, step, capacity, d_model
         self._like = torch.empty(0, device=device, dtype=dtype)
-        self._vectors = _Vectors(room.slots, d_model, device)
+        self._vectors = _Vectors(capacity.slots, d_model, device)
         self._features: dict[tuple[bool, Normalization], _Features] = {}
         self._is_captured = False
 
-    def prepare(self, part: BlockPart | None) -> None:
-        """Makes sure that `put` has what it needs.
+    def prepare(self, part: LayerPart | None) -> None:
+        """Allocates what `put` needs.
 
         Raises:
-            UnsupportedOperationError: Captured graphs do not read its kind of SAE, or there is no memory for it.
+            UnsupportedOperationError: Captured graphs do not include its kind of SAE, or memory does not suffice.
         """
         kind = _kind_of(part)
         if kind is None or kind in self._features:
             return
         if self._is_captured:
             raise UnsupportedOperationError(
-                f"The captured graphs read no {'gated' if kind[0] else 'ReLU or JumpReLU'} SAE of normalization "
-                f"{kind[1]!r}: name an adapter of such an SAE in YAPO_ADAPTERS, so that it is there from the start."
+                f"The captured graphs include no {'gated' if kind[0] else 'ReLU or JumpReLU'} SAE with normalization "
+                f"{kind[1]!r}: start the server with an adapter of such an SAE in YAPO_ADAPTERS."
             )
         try:
-            self._features[kind] = _Features(*kind, self._room, self._d_model, self._like)
+            self._features[kind] = _Features(*kind, self._capacity, self._d_model, self._like)
         except (RuntimeError, MemoryError) as error:
             raise UnsupportedOperationError(
-                f"There is no memory for {self._room.slots} adapters of {self._room.features} features at block "
+                f"Not enough memory for {self._capacity.slots} adapters of {self._capacity.features} features at layer "
                 f"{self._layer}: lower YAPO_MAX_ADAPTERS or YAPO_MAX_FEATURES. {error}"
             ) from error
 
-    def put(self, slot: int, part: BlockPart | None) -> None:
-        """Takes what a slot's adapter does at this block, in the place of what is there; None for nothing."""
+    def put(self, slot: int, part: LayerPart | None) -> None:
+        """Replaces the contents of a slot by an adapter's part for this layer; None if it does not steer it."""
         self.prepare(part)
         self._vectors.forget(slot)
         for features in self._features.values():
@@ -222,11 +221,11 @@ class BlockSteering:
             self._vectors.put(slot, part)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None) -> None:
-        """Steers in place what a block puts out, `(n, d_model)`: the sum of both, where there are two.
+        """Steers a layer's output, `(n, d_model)`, in place: the sum of both tensors, if there are two.
 
-        Tokens without steering stay as they are, bit for bit.
+        Tokens without steering keep their exact values.
         """
-        # What is captured runs again when the step, and what is in the slots, has changed.
+        # A captured graph is replayed with other multipliers and adapters.
         is_captured = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
         self._is_captured |= is_captured
         if not is_captured and self._layer not in self._step.layers:
@@ -242,20 +241,20 @@ class BlockSteering:
         if residual is None:
             hidden.copy_(torch.where(on, steered, hidden))
         else:
-            # The sum is whole in one of them, so that it is not rounded again when it is formed.
+            # One tensor holds the whole sum, so that adding them later does not round it again.
             residual.copy_(torch.where(on, steered, residual))
             hidden.masked_fill_(on, 0)
 
 
-def _kind_of(part: BlockPart | None) -> tuple[bool, Normalization] | None:
-    """How the features of a part are read; None where none are, and tokens are not normalised either."""
+def _kind_of(part: LayerPart | None) -> tuple[bool, Normalization] | None:
+    """Whether the SAE is gated, and its normalization; None if the part needs neither features nor normalization."""
     if part is None or (part.sae is None and part.normalization == "none"):
         return None
     return part.sae is not None and part.sae.activation == "gated", part.normalization
 
 
 def _without_input_bias(sae: SAEWeights) -> dict[str, Tensor]:
-    """The encoder's tensors; what it subtracts from every token is a constant of each feature."""
+    """The encoder's tensors, with the input bias folded into the biases of the features."""
     tensors = {name: value for name, value in sae.tensors() if name in ("W_enc", *_COLUMNS)}
     if sae.b_in is not None:
         product = sae.b_in.float() @ sae.W_enc.float()

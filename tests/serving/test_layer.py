@@ -8,17 +8,17 @@ from torch.testing import assert_close
 
 from yapo_peft.errors import UnsupportedOperationError
 from yapo_peft.tuner.adapters import steered_layers
-from yapo_vllm.adapters import AdapterFile
-from yapo_vllm.block import BlockSteering, Room, Step
+from yapo_vllm.layer import Capacity, LayerSteering, Step
+from yapo_vllm.served import AdapterFile
 
-ROOM = Room(tokens=16, slots=3, features=D_SAE)
+CAPACITY = Capacity(tokens=16, slots=3, features=D_SAE)
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
-def block_with(folders, dtype=torch.float32, layer=2, room=ROOM):
+def block_with(folders, dtype=torch.float32, layer=2, room=CAPACITY):
     step = Step(room, CPU)
-    block = BlockSteering(layer, step, room, D_MODEL, CPU, dtype)
+    block = LayerSteering(layer, step, room, D_MODEL, CPU, dtype)
     for slot, folder in folders.items():
         block.put(slot, AdapterFile(folder).parts(D_MODEL).get(layer))
     return block, step
@@ -45,7 +45,7 @@ def expected(model, h, multiplier):
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])
 @pytest.mark.parametrize("self_contained", [False, True])
-def test_tokens_of_a_batch_are_steered_each_at_its_multiplier(
+def test_each_token_of_a_batch_is_steered_at_its_multiplier(
     write_adapter, tokens, kind, normalize, dtype, self_contained
 ):
     folder, model = write_adapter(kind=kind, normalize=normalize, self_contained=self_contained)
@@ -63,7 +63,7 @@ def test_tokens_of_a_batch_are_steered_each_at_its_multiplier(
 
 
 @pytest.mark.parametrize("multiplier", [-1.5, 0.5])
-def test_steering_is_the_published_forward(write_adapter, tokens, multiplier):
+def test_steering_equals_the_published_forward(write_adapter, tokens, multiplier):
     from sae_lens import SAE
 
     folder, model = write_adapter()
@@ -87,7 +87,7 @@ def test_several_adapters_of_a_token_add_up(write_adapter, tokens):
     assert_close(steered, tokens + sum(shifts), atol=1e-4, rtol=1e-4)
 
 
-def test_the_sum_of_two_outputs_is_steered_and_kept_whole(write_adapter, tokens):
+def test_sum_of_two_outputs_is_steered_without_rounding_twice(write_adapter, tokens):
     folder, model = write_adapter()
     block, step = block_with({0: folder}, torch.bfloat16)
     h, residual = tokens.bfloat16(), tokens.flip(0).bfloat16()
@@ -113,7 +113,7 @@ def test_a_topk_sae_steers_at_the_sign_that_lowers_nothing(write_adapter, tokens
     assert_close(steer(block, step, tokens, per_token), expected(model, tokens, 0.7 * sign), atol=1e-4, rtol=1e-4)
 
 
-def test_a_slot_takes_another_adapter_and_forgets_the_first(write_adapter, tokens):
+def test_slot_is_reused_for_another_adapter(write_adapter, tokens):
     many, _ = write_adapter("many", kind="gated")
     folder, model = write_adapter("other", seed=4)
     block, step = block_with({0: many})
@@ -124,7 +124,7 @@ def test_a_slot_takes_another_adapter_and_forgets_the_first(write_adapter, token
     assert torch.equal(steer(block, step, tokens, per_token), tokens)
 
 
-def test_a_block_is_left_alone_where_nothing_steers_it(write_adapter, tokens):
+def test_unsteered_layer_is_unchanged(write_adapter, tokens):
     folder, _ = write_adapter()
     block, step = block_with({0: folder})
     assert torch.equal(steer(block, step, tokens, torch.ones(7, 3), layers=(1,)), tokens)
@@ -134,7 +134,7 @@ def test_a_block_is_left_alone_where_nothing_steers_it(write_adapter, tokens):
     assert torch.equal(hidden, tokens)
 
 
-def test_a_shorter_step_leaves_nothing_of_a_longer_one(write_adapter, tokens):
+def test_shorter_step_clears_tokens_of_a_longer_one(write_adapter, tokens):
     folder, _ = write_adapter()
     block, step = block_with({0: folder})
     steer(block, step, tokens, torch.ones(7, 3))
@@ -146,7 +146,7 @@ def test_a_shorter_step_leaves_nothing_of_a_longer_one(write_adapter, tokens):
     assert not torch.equal(hidden[:2], tokens[:2])
 
 
-def test_captured_graphs_read_all_columns_alike(write_adapter, tokens):
+def test_captured_graphs_read_all_slots(write_adapter, tokens):
     folder, _ = write_adapter()
     block, _ = block_with({0: folder, 1: folder})
     (features,) = block._features.values()
@@ -155,7 +155,7 @@ def test_captured_graphs_read_all_columns_alike(write_adapter, tokens):
     assert_close(filled, whole, atol=1e-5, rtol=1e-5)
     block._is_captured = True
     other, _ = write_adapter("gated", kind="gated")
-    with pytest.raises(UnsupportedOperationError, match="captured graphs read no gated SAE"):
+    with pytest.raises(UnsupportedOperationError, match="captured graphs include no gated SAE"):
         block.put(2, AdapterFile(other).parts(D_MODEL)[2])
 
 
@@ -175,7 +175,7 @@ def test_the_operator_steers_within_a_compiled_graph(write_adapter, tokens, monk
 
     folder, model = write_adapter()
     block, step = block_with({0: folder})
-    monkeypatch.setattr(op, "_block_named", {"yapo.2": block}.__getitem__)
+    monkeypatch.setattr(op, "_layer_named", {"yapo.2": block}.__getitem__)
 
     class Pair(torch.nn.Module):
         def forward(self, h):
@@ -194,18 +194,18 @@ def test_the_operator_steers_within_a_compiled_graph(write_adapter, tokens, monk
                 assert_close(total(compiled(tokens)), expected(model, tokens, multiplier), atol=1e-4, rtol=1e-4)
 
 
-def test_other_outputs_of_a_block_are_refused():
+def test_unsupported_layer_outputs_raise():
     from yapo_vllm.op import steer_output_of
 
     block = torch.nn.Identity()
     steer_output_of(block, "yapo.2", D_MODEL)
-    with pytest.raises(UnsupportedOperationError, match="Identity puts out something else"):
+    with pytest.raises(UnsupportedOperationError, match="Identity returns neither hidden states"):
         block(torch.zeros(3, 4, D_MODEL))
     with pytest.raises(UnsupportedOperationError, match="cannot be steered"):
         block((torch.zeros(3, D_MODEL), None))
 
 
-def test_codes_that_move_nothing_move_nothing(write_adapter, tokens):
+def test_zero_codes_change_nothing(write_adapter, tokens):
     folder, model = write_adapter()
     for layer in steered_layers(model):
         layer.yapo_code["default"].data.zero_()

@@ -1,4 +1,4 @@
-"""Reads adapters as a server needs them: what they are, and the parts of their SAEs that steer."""
+"""Served adapters: their description for all processes, and the parts of their SAEs that workers need."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .settings import Settings, require_name
 
 @dataclass(frozen=True)
 class Served:
-    """What is known of an adapter wherever requests are read.
+    """Description of a served adapter, which all processes share.
 
     Attributes:
-        id: Its number, never given twice: names can be.
-        slot: Its place in the workers.
-        name: What requests call it.
+        id: Its number; unlike names, never reused.
+        slot: Its slot in the workers.
+        name: Its name in requests.
         source: Its folder or Hub id.
-        digest: SHA-256 over its codes, SAEs and positions, in hexadecimal: what prefixes are cached under.
-        layers: The blocks that it steers.
-        features: The most features that it moves at a block, and so reads there at one sign or the other.
+        digest: SHA-256 over its codes, SAEs and positions, in hexadecimal; part of the salt of cached prefixes.
+        layers: The layers that it steers.
+        features: The largest number of features that it moves at a layer.
         positions: Which tokens it steers.
-        multiplier: The multiplier of requests that name none.
-        signs: At which signs of the multiplier a part of its SAEs is enough.
+        multiplier: Multiplier of requests that do not give one.
+        signs: Signs of the multiplier at which it can be served; a TopK SAE would need all of its features otherwise.
     """
 
     id: int
@@ -53,26 +53,27 @@ class Served:
     signs: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, of plain types."""
+        """Returns its fields as plain types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Served:
-        """What `to_dict` returned."""
+        """Creates it from what `to_dict` returned."""
         plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
         return cls(**plain)
 
 
 @dataclass(frozen=True)
-class BlockPart:
-    """What an adapter needs at one block.
+class LayerPart:
+    """What an adapter needs at one layer.
 
     Attributes:
-        values: Its code's entries that are not zero, `(n,)` in float32; none of a dense code.
-        up: What all tokens get at multiplier 1, `(d_model,)` in float32.
-        down: What all tokens lose at multiplier -1, `(d_model,)` in float32.
-        sae: Those features of the SAE, on the CPU; None where they cannot be read (TopK), or there is no SAE.
-        normalization: Of the SAE.
+        values: The non-zero entries of its code, `(n,)` in float32; empty for a dense code.
+        up: The shift that all tokens get at multiplier 1, `(d_model,)` in float32.
+        down: The shift that all tokens lose at multiplier -1, `(d_model,)` in float32.
+        sae: The SAE's features with non-zero entries, on the CPU; None without an SAE or for TopK, whose features
+            cannot be read apart from the others.
+        normalization: The SAE's normalization.
     """
 
     values: Tensor
@@ -83,25 +84,27 @@ class BlockPart:
 
 
 class AdapterFile(SavedAdapter):
-    """A saved adapter, as a server needs it."""
+    """A saved adapter that is to be served."""
 
     def describe(self, id: int, slot: int, name: str, d_model: int, depth: int) -> Served:
-        """What is to be known of it, and that it fits a model.
+        """Describes the adapter after checking that it fits the model, without reading SAEs.
 
         Raises:
-            AdapterFileError: It is damaged.
-            SAEMismatchError: It is of another model.
+            AdapterFileError: The adapter is damaged.
+            SAEMismatchError: The adapter is for another model.
+            SAENotFoundError: The folder of its SAE is missing, and the adapter is not self-contained.
         """
         layers = self.config.layer_indices()
         if max(layers) >= depth or min(layers) < 0:
             raise SAEMismatchError(
-                f"Adapter {name!r} steers block {max(layers)}, and the served model has {depth}: it is of another one."
+                f"Adapter {name!r} steers layer {max(layers)}, but the served model has {depth} layers: it is "
+                "for another model."
             )
         for identity in self.identities.values():
             if identity is not None and identity.d_in != d_model:
                 raise SAEMismatchError(
-                    f"Adapter {name!r} steers activations of width {identity.d_in}, and the served model's are "
-                    f"{d_model} wide: it is of another one."
+                    f"Adapter {name!r} steers activations of width {identity.d_in}, but the served model has width "
+                    f"{d_model}: it is for another model."
                 )
         self._require_saes()
         codes = self.codes(d_model)
@@ -123,34 +126,34 @@ class AdapterFile(SavedAdapter):
             signs=tuple(sorted(signs)),
         )
 
-    def parts(self, d_model: int) -> dict[int, BlockPart]:
-        """What steers at each block. Only this reads SAEs.
+    def parts(self, d_model: int) -> dict[int, LayerPart]:
+        """Returns what workers need at each layer, by its index; reads the SAEs.
 
         Raises:
-            SAENotFoundError: An SAE is not where the adapter says, and the adapter carries no part of it.
+            SAENotFoundError: An SAE is not where the config says, and the adapter is not self-contained.
             SAEMismatchError: The SAE there is another one.
         """
         return {layer: self._part(layer, code) for layer, code in self.codes(d_model).items()}
 
     def _require_saes(self) -> None:
-        """Raises if a folder that an SAE should be in is not there; nothing is read."""
+        """Raises if the folder of an SAE is missing; nothing is read."""
         folders = [self.config.sae_source(place)["path"] for place in range(len(self.identities))]
         gone = [folder for folder in folders if folder is not None and not Path(folder, "cfg.json").is_file()]
         if gone and not self.config.self_contained:
             raise SAENotFoundError(
-                f"The adapter's SAE is not in {gone[0]!r}. Save the adapter with self_contained=True, so that its file "
-                "carries what it needs of it, or put the SAE there."
+                f"The adapter's SAE is not in {gone[0]!r}. Put it there, or save the adapter with self_contained=True, "
+                "so that its file includes the features that it needs."
             )
 
-    def _part(self, layer: int, code: Tensor) -> BlockPart:
+    def _part(self, layer: int, code: Tensor) -> LayerPart:
         sae = self.sae(layer)
         if sae is None:
-            return BlockPart(code[:0], vector_of(code, None), vector_of(code, None), None, "none")
+            return LayerPart(code[:0], vector_of(code, None), vector_of(code, None), None, "none")
         indices = code.nonzero().squeeze(-1)
         cpu = torch.device("cpu")
         part = None if sae.activation == "topk" else sae.select(indices, cpu, sae.dtype)
         up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if part is not None else (None, None)))
-        return BlockPart(code[indices], up, down, part, sae.normalization)
+        return LayerPart(code[indices], up, down, part, sae.normalization)
 
     def _digest(self, codes: dict[int, Tensor]) -> str:
         saes = {layer: identity and identity.content_hash for layer, identity in sorted(self.identities.items())}
@@ -160,14 +163,14 @@ class AdapterFile(SavedAdapter):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a server is started for; each of its processes finds the same.
+    """What a server prepares at start, the same in each of its processes.
 
     Attributes:
         d_model: Width of the model's activations.
-        depth: Number of its blocks.
-        adapters: Those that are served from the start.
-        layers: The blocks that can be steered.
-        features: How many features of a block an adapter may move.
+        depth: Number of its layers.
+        adapters: Adapters served from the start.
+        layers: The layers that can be steered.
+        features: Number of features that an adapter may move at a layer.
     """
 
     d_model: int
@@ -178,10 +181,10 @@ class Prepared:
 
     @classmethod
     def of(cls, settings: Settings, model_config: Any) -> Prepared:
-        """Reads the first adapters, and checks that all of it fits vLLM's model.
+        """Reads the first adapters and checks them and the settings against vLLM's model.
 
         Raises:
-            ConfigError: A setting, or an adapter that it names, does not work.
+            ConfigError: A setting does not fit, or an adapter that it names cannot be served.
         """
         d_model, depth = model_config.get_hidden_size(), model_config.hf_text_config.num_hidden_layers
         adapters: list[Served] = []
@@ -193,29 +196,29 @@ class Prepared:
         layers = sorted({*settings.layers, *(layer for adapter in adapters for layer in adapter.layers)})
         if layers and layers[-1] >= depth:
             raise ConfigError(
-                f"YAPO_LAYERS names block {layers[-1]}, and the served model has {depth}: use 0 to {depth - 1}."
+                f"YAPO_LAYERS names layer {layers[-1]}, but the served model has layers 0 to {depth - 1}."
             )
         features = settings.max_features
         if features is None:
             features = max([256, *(adapter.features for adapter in adapters)])
         return cls(d_model, depth, tuple(adapters), tuple(layers), features)
 
-    def require_room(self, adapter: Served) -> None:
-        """Raises unless an adapter fits into what the server has prepared.
+    def check_fits(self, adapter: Served) -> None:
+        """Checks that an adapter fits what the server has prepared.
 
         Raises:
-            UnsupportedOperationError: It does not.
+            UnsupportedOperationError: It steers other layers, or moves too many features.
         """
         other = sorted({*adapter.layers} - {*self.layers})
         if other:
             wanted = ",".join(str(layer) for layer in sorted({*self.layers, *adapter.layers}))
             raise UnsupportedOperationError(
-                f"Adapter {adapter.name!r} steers block {other[0]}, and the server was started to steer "
+                f"Adapter {adapter.name!r} steers layer {other[0]}, but the server was started to steer "
                 f"{[*self.layers]}: start it with YAPO_LAYERS={wanted}."
             )
         if adapter.features > self.features:
             raise UnsupportedOperationError(
-                f"Adapter {adapter.name!r} moves {adapter.features} features of a block, and the server was started "
-                f"with room for {self.features}: prune it (yapo prune), or start with "
+                f"Adapter {adapter.name!r} moves {adapter.features} features of a layer, but the server was started "
+                f"for {self.features}: prune it (yapo prune), or start with "
                 f"YAPO_MAX_FEATURES={adapter.features}."
             )
