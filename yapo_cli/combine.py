@@ -1,4 +1,4 @@
-"""`yapo combine`: one adapter of several."""
+"""`yapo combine`: combine adapters into one."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ _COMBINED = "combined"
 
 
 def combine(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of one model, on the same SAEs.")
-    ],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of the same model and SAEs.")],
     weights: Annotated[
-        Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="A factor for each; negative ones subtract.")
+        Numbers,
+        typer.Option(parser=numbers, metavar="NUMBERS", help="Weight of each adapter; a negative one subtracts it."),
     ],
     out: NewFolder,
     kind: Annotated[
         Literal["linear", "ties", "magnitude_prune"],
-        typer.Option("--type", help="Sum of the codes, TIES, or the sum of their largest entries."),
+        typer.Option("--type", help="Weighted sum of the codes, TIES, or weighted sum of their largest entries."),
     ] = "linear",
-    density: Annotated[float | None, typer.Option(help="Share of each code's entries that pruning keeps.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the entries that ties and magnitude_prune keep.")
+    ] = None,
     majority_sign: Annotated[
         Literal["total", "frequency"], typer.Option(help="How TIES elects the sign of a feature.")
     ] = "total",
     dtype: DType = "auto",
 ) -> None:
-    """Combine adapters into one code, as PEFT's `add_weighted_adapter`.
+    """Combine adapters into one with PEFT's `add_weighted_adapter`.
 
     `yapo combine polite brief --weights 1,-0.5 --out polite-not-brief`
     """
     if len(weights) != len(adapters):
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     if majority_sign != "total" and kind != "ties":
-        raise typer.BadParameter(f"--majority-sign is for --type ties; --type {kind} elects no sign.")
+        raise typer.BadParameter(f"--majority-sign needs --type ties, not {kind}.")
     from yapo_peft.adapter_file.saving import save_adapter
 
     from .loading import load_adapter, require_effect, require_new
@@ -51,4 +52,4 @@ def combine(
         names, list(weights), _COMBINED, combination_type=kind, density=density, majority_sign_method=majority_sign
     )
     require_effect(model, _COMBINED)
-    typer.echo(f"The adapter is in {save_adapter(model, out, _COMBINED)}.")
+    typer.echo(f"Saved to {save_adapter(model, out, _COMBINED)}.")

@@ -1,4 +1,4 @@
-"""A conversation at one or several multipliers, each with a memory of its own."""
+"""A conversation at one or several multipliers, each with its own history."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import typer
 from .options import numbers
 
 _HELP = """Type a message and press Enter. Or:
-  /multiplier -1,0,1   answer at these multipliers from now on; each goes on from what was said first
-  /reset             forget what was said
-  /quit              end (so does Ctrl-D)"""
+  /multiplier -1,0,1   change the multipliers; new ones continue the first one's conversation
+  /reset               start over
+  /quit                exit (also Ctrl-D)"""
 
 
 def converse(
     model: Any, tokenizer: Any, multipliers: tuple[float, ...], start: list[dict[str, str]], seed: int, options: Any
 ) -> None:
-    """Reads messages and answers them, until the input ends."""
+    """Answers messages from standard input until it ends."""
     talks = {multiplier: list(start) for multiplier in multipliers}
     if sys.stdin.isatty():
         typer.echo(_HELP)
@@ -35,7 +35,7 @@ def converse(
         elif said.startswith("/multiplier"):
             talks = _changed(talks, said.removeprefix("/multiplier").strip())
         elif said.startswith("/"):
-            typer.echo(_HELP if said == "/help" else f"There is no {said.split()[0]}.\n{_HELP}")
+            typer.echo(_HELP if said == "/help" else f"Unknown command {said.split()[0]}.\n{_HELP}")
         else:
             for multiplier, messages in talks.items():
                 messages.append({"role": "user", "content": said})
@@ -63,7 +63,7 @@ def _changed(talks: dict[float, list[Any]], asked: str) -> dict[float, list[Any]
 
 
 def _said(model: Any, tokenizer: Any, messages: list[Any], multiplier: float, seed: int, options: Any) -> str:
-    """One answer, printed as it is written."""
+    """Streams one answer and returns it."""
     import torch
     from transformers import TextStreamer
 

@@ -9,7 +9,7 @@ import typer
 
 from .options import BatchSize, Chosen, DType, Limit, Model, Prompt, Split
 
-app = typer.Typer(no_args_is_help=True, help="Make preference pairs.")
+app = typer.Typer(no_args_is_help=True, help="Create preference pairs.")
 
 
 @app.callback()
@@ -19,33 +19,31 @@ def _group() -> None: ...  # pyright: ignore[reportUnusedFunction]
 @app.command()
 def reject(
     model: Model,
-    dataset: Annotated[
-        str, typer.Option(help="Prompts and chosen answers: a file, or the name of a dataset on the Hub.")
-    ],
-    output_dir: Annotated[Path, typer.Option(help="Where answers and pairs go; the same for all processes.")],
+    dataset: Annotated[str, typer.Option(help="Prompts with chosen answers: a file or a Hub dataset.")],
+    output_dir: Annotated[Path, typer.Option(help="Output folder, shared by all processes.")],
     prompt: Prompt = "prompt",
     chosen: Chosen = "chosen",
     split: Split = "train",
     limit: Limit = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Texts without a chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    plain: Annotated[bool, typer.Option("--plain", help="Do not apply the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
     batch_size: BatchSize = 8,
-    shard_size: Annotated[int, typer.Option(min=1, help="Answers to a file, which is what a stop can lose.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="Sample at this one; 0 for the likeliest answers.")
-    ] = None,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Answers per file; a stopped run resumes from complete files.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample; without both, as the model's config says.")
+        float | None, typer.Option(min=0, max=1, help="Nucleus sampling. Default: the model's generation config.")
     ] = None,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Dataset repository to push the pairs to.")
+        str | None, typer.Option(metavar="NAME", help="Push the pairs to this dataset repository.")
     ] = None,
     dtype: DType = "auto",
 ) -> None:
-    """Make pairs of prompts and chosen answers: what the model says by itself becomes the rejected one.
+    """Create preference pairs with the model's own answers as the rejected ones.
 
-    A run that is started again goes on where it was. Several processes share the work:
+    An interrupted run resumes when it is started again. To use several processes:
     `accelerate launch -m yapo_cli data reject --model ... --dataset ... --output-dir ...`
     """
     from accelerate import PartialState
@@ -76,4 +74,4 @@ def reject(
         push_to_hub=push_to_hub,
         **sampling,
     )
-    PartialState().print(f"{len(pairs)} pairs are in {output_dir}.")
+    PartialState().print(f"Saved {len(pairs)} pairs to {output_dir}.")

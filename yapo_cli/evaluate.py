@@ -1,4 +1,4 @@
-"""`yapo eval`: any task of the Language Model Evaluation Harness, at several multipliers."""
+"""`yapo eval`: tasks of the Language Model Evaluation Harness at several multipliers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ _MULTIPLIERS = Numbers((0.0, 1.0))
 
 def evaluate(
     adapter: Adapter,
-    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, with commas between them, such as mmlu.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups of lm-eval, such as mmlu.")],
     multipliers: Multipliers = _MULTIPLIERS,
-    include_path: Annotated[str | None, typer.Option(help="Folder of tasks of your own.")] = None,
-    metric: Annotated[str, typer.Option(help="Metric of each document, such as acc, acc_norm, exact_match.")] = "acc",
-    filter: Annotated[
-        str | None, typer.Option(help="Which way to read an answer, for tasks that have several.")
+    include_path: Annotated[str | None, typer.Option(help="Folder with custom tasks.")] = None,
+    metric: Annotated[str, typer.Option(help="Metric to report, such as acc, acc_norm or exact_match.")] = "acc",
+    filter: Annotated[str | None, typer.Option(help="Answer filter, for tasks that have several.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Number of few-shot examples.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="Maximum number of documents per task, or a fraction of them.")
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
-    limit: Annotated[float | None, typer.Option(help="Documents per task, or a share of them.")] = None,
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Apply the chat template.")
+    ] = False,
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="JSON file for each document's metric; `Scores.load` reads it.")
+        Path | None, typer.Option(help="Save each document's metric to this JSON file (see `Scores.load`).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run tasks of lm-eval at several multipliers, with 95 % intervals.
+    """Run lm-eval tasks at several multipliers, with 95 % intervals.
 
     `yapo eval my-adapter --tasks mmlu --multipliers 0,1 --num-fewshot 5`
     """

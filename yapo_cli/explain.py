@@ -1,4 +1,4 @@
-"""`yapo explain`: the features of an adapter."""
+"""`yapo explain`: list the features of an adapter."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from .options import (
 
 def explain(
     adapter: Adapter,
-    multiplier: Annotated[float, typer.Option(help="Multiplier at which they are read.")] = 1.0,
-    top: Annotated[int, typer.Option(min=1, help="Features of each block, those of the longest reach.")] = 20,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to list for each.")] = 8,
-    labels: Annotated[bool, typer.Option(help="Ask Neuronpedia for labels.")] = True,
-    dataset: Annotated[str | None, typer.Option(help="Pairs, to say at which share of their tokens each acts.")] = None,
+    multiplier: Annotated[float, typer.Option(help="Multiplier.")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="Features to list per layer, by reach.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="Promoted and suppressed tokens to list per feature.")] = 8,
+    labels: Annotated[bool, typer.Option(help="Fetch labels from Neuronpedia.")] = True,
+    dataset: Annotated[
+        str | None, typer.Option(help="Preference pairs to measure how often each feature acts.")
+    ] = None,
     prompt: Prompt = "prompt",
     chosen: Chosen = "chosen",
     rejected: Rejected = "rejected",
@@ -36,7 +38,7 @@ def explain(
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """List the features that an adapter moves, with the tokens that each promotes and suppresses.
+    """List the features that an adapter steers, with the tokens that each promotes and suppresses.
 
     `yapo explain my-adapter --top 10`
     """
@@ -60,7 +62,7 @@ def explain(
         batch_size=batch_size,
     )
     if not as_json and not len(table):
-        return typer.echo("This adapter moves no feature.")
+        return typer.echo("The adapter steers no features.")
     if not as_json:
         table = table.dropna(axis="columns", how="all")
         table = table.assign(**{name: [" ".join(row) for row in table[name]] for name in ("promotes", "suppresses")})

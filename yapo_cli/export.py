@@ -1,4 +1,4 @@
-"""`yapo export`: an adapter for other programs."""
+"""`yapo export`: convert an adapter for other programs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from .options import Adapter, AsJson, BatchSize, DType, paragraphs
 
 def export(
     adapter: Adapter,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write; for vec, a folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file; a folder for vec.")],
     format: Annotated[
         Literal["gguf", "lm-eval", "neuronpedia", "safetensors", "vec"],
-        typer.Option(help="llama.cpp's control vector; lm-eval's steered; bodies for Neuronpedia; plain; vec_ep*.pt."),
+        typer.Option(
+            help="llama.cpp control vector, lm-eval steered model, Neuronpedia upload, tensors, or BiPO's .pt files."
+        ),
     ],
-    multiplier: Annotated[float, typer.Option(help="Multiplier, which becomes part of the file.")] = 1.0,
-    text: Annotated[Path | None, typer.Option(help="File of text to fit a constant on, where none is exact.")] = None,
+    multiplier: Annotated[float, typer.Option(help="Multiplier to bake into the file.")] = 1.0,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to fit a constant vector on, if no exact one exists.")
+    ] = None,
     max_kl: Annotated[
-        float, typer.Option(min=0, help="Refuse what is further from the true steering, in nats.")
+        float, typer.Option(min=0, help="Fail if the KL from exact steering exceeds this, in nats per token.")
     ] = 0.01,
-    model_id: Annotated[str | None, typer.Option(help="Neuronpedia's name of the model.")] = None,
-    label: Annotated[str | None, typer.Option(help="What Neuronpedia calls the vector.")] = None,
+    model_id: Annotated[str | None, typer.Option(help="Neuronpedia's name for the model.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the vector on Neuronpedia.")] = None,
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter at one multiplier as a file of another program, and say how exact it is there.
+    """Export an adapter at one multiplier to another program's format, and report how exact it is.
 
     `yapo export polite-gemma polite.gguf --format gguf --multiplier 1.5 --text sample.txt`
     """
@@ -56,4 +60,4 @@ def export(
             {} if found is None else {name: getattr(found, name) for name in ("kl", "clipped", "lowered", "tokens")}
         )
         return print_json({"path": str(out), "exact": found is None or found.is_exact, "verdict": verdict, **measured})
-    typer.echo(f"{verdict}\nIt is in {out}.")
+    typer.echo(f"{verdict}\nSaved to {out}.")

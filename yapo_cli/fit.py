@@ -1,4 +1,4 @@
-"""`yapo fit`: adapters without training."""
+"""`yapo fit`: create adapters without training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from .options import (
     read_pairs,
 )
 
-app = typer.Typer(no_args_is_help=True, help="Make an adapter without training, from activations on pairs.")
+app = typer.Typer(
+    no_args_is_help=True, help="Create an adapter from activations on preference pairs, without training."
+)
 Tokens = Annotated[
-    Literal["completion", "last"], typer.Option(help="Where an answer is read: the mean over it, or its last token.")
+    Literal["completion", "last"], typer.Option(help="Use the mean over an answer's tokens, or its last token.")
 ]
 
 
@@ -47,7 +49,7 @@ def caa(
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
 ) -> None:
-    """CAA: a dense vector, the mean difference of the two answers' activations (arXiv 2312.06681)."""
+    """Fit a dense vector with CAA: the mean difference of the answers' activations (arXiv 2312.06681)."""
     from yapo_peft.methods import fit_caa
 
     source = {"source": dataset, "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
@@ -69,13 +71,13 @@ def sas(
     rejected: Rejected = "rejected",
     split: Split = "train",
     limit: Limit = None,
-    tau: Annotated[float, typer.Option(min=0, max=1, help="Share of answers in which a feature has to be on.")] = 0.7,
+    tau: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of answers in which a feature is on.")] = 0.7,
     tokens: Tokens = "completion",
     positions: Positions = "all",
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
 ) -> None:
-    """SAS: a sparse code, the features that tell the two answers apart (arXiv 2503.00177)."""
+    """Fit a sparse code with SAS: the features that differ between the answers (arXiv 2503.00177)."""
     from yapo_peft.methods import fit_sas
 
     source = {"source": dataset, "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
@@ -106,4 +108,4 @@ def _fit(
     steered = attach_adapter(model, dtype, **adapter)
     contrast = measure_contrast(steered, pairs, tokenizer, tokens=tokens, batch_size=batch_size)
     method(steered, contrast, **options)
-    typer.echo(f"The adapter is in {save_adapter(steered, out)}.")
+    typer.echo(f"Saved to {save_adapter(steered, out)}.")

@@ -1,4 +1,4 @@
-"""`yapo generate`: answers at several multipliers, of a batch of prompts or in a conversation."""
+"""`yapo generate`: answer prompts or chat at several multipliers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ _MULTIPLIERS = Numbers((-1.0, 0.0, 1.0))
 
 def generate(
     adapter: Adapter,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="What to say; each is answered at each multiplier.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts, one to a line.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Converse; `/help` says what else can be typed.")] = False,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each answered at each multiplier.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File with one prompt per line.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Chat interactively; type `/help` for commands.")] = False,
     multipliers: Multipliers = _MULTIPLIERS,
-    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest tokens.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="1 for none; small models repeat themselves less at 1.1.")
+        float, typer.Option(help="Repetition penalty; 1 for none. Small models may need 1.1.")
     ] = 1.0,
-    plain: Annotated[bool, typer.Option("--plain", help="Give texts to the model without its chat template.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Do not apply the chat template.")] = False,
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
     as_json: AsJson = False,
@@ -38,13 +36,11 @@ def generate(
     """
     said = [*(prompts or []), *(_lines(file) if file is not None else [])]
     if repetition_penalty <= 0:
-        raise typer.BadParameter(f"--repetition-penalty {repetition_penalty:g}: give a number above 0; 1 is none.")
+        raise typer.BadParameter(f"--repetition-penalty {repetition_penalty:g}: must be above 0 (1 for none).")
     if chat == bool(said):
-        raise typer.BadParameter("give prompts or --file, or else --chat.")
+        raise typer.BadParameter("pass prompts or --file, or else --chat.")
     if chat and (as_json or plain):
-        raise typer.BadParameter(
-            "--chat prints answers as they are written, by the chat template: leave --json and --plain."
-        )
+        raise typer.BadParameter("--chat streams answers with the chat template: omit --json and --plain.")
     from yapo_peft import ConfigError
     from yapo_peft.scoring.pairs import prompt_ids
 
@@ -58,7 +54,7 @@ def generate(
     start = [] if system is None else [{"role": "system", "content": system}]
     if (chat or system is not None) and (plain or not is_chat_model):
         raise ConfigError(
-            "--chat and --system need a chat template, which this model's tokenizer lacks or --plain leaves."
+            "--chat and --system need a chat template: omit --plain, and use a model whose tokenizer has one."
         )
     model = load_adapter(adapter, dtype)
     if chat:
@@ -100,7 +96,7 @@ def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, options: A
 def _lines(file: Path) -> list[str]:
     found = [line for line in read_text(file).splitlines() if line.strip()]
     if not found:
-        raise typer.BadParameter(f"--file {file} has no prompt: write one to a line.")
+        raise typer.BadParameter(f"--file {file} has no prompts: write one per line.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Models by name, with or without an adapter."""
+"""Loads models, adapters and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from .options import whole_numbers
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, or of an adapter's model.
-
-    Raises:
-        OSError: There is no such model or adapter.
-    """
+    """Loads the tokenizer of a model, or of an adapter's model. Raises `OSError` if there is none."""
     from transformers import AutoTokenizer
 
     base = _base_of(name)
     if base is not None:
         try:
-            # A trainer saves it with the adapter, with the chat template that was trained on.
+            # A trainer saves it with the adapter, including the chat template.
             return AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError):
             pass
@@ -29,11 +25,11 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, dtype: str = "auto") -> Any:
-    """A model, or a model with an adapter, in eval mode on the device at hand.
+    """Loads a model, with its adapter if `name` is one, in eval mode on the available device.
 
     Args:
-        name: Name or path of either; an adapter says which model it is for.
-        dtype: Of the model's weights, such as "bfloat16"; "auto" as they are saved.
+        name: Folder or Hub repository of a model or an adapter.
+        dtype: dtype of the model, such as "bfloat16"; "auto" is as saved.
 
     Raises:
         ConfigError: There is no such dtype.
@@ -49,30 +45,26 @@ def load_model(name: str, dtype: str = "auto") -> Any:
 
     named = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ConfigError(f"dtype={dtype!r}: give 'auto', or a floating-point type of torch such as 'bfloat16'.")
+        raise ConfigError(f"dtype={dtype!r}: must be 'auto' or a floating-point dtype of torch, such as 'bfloat16'.")
     loader = AutoModelForCausalLM if _base_of(name) is None else AutoPeftModelForCausalLM
-    # One of several processes has its own device.
+    # Each process of `accelerate launch` has its own device.
     device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()
     model: Any = loader.from_pretrained(name, dtype=dtype)
     return model.to(device).eval()
 
 
 def load_adapter(name: str, dtype: str = "auto") -> Any:
-    """As `load_model`, of an adapter of this method.
-
-    Raises:
-        ConfigError: It is a model without one.
-    """
+    """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
     from yapo_peft import ConfigError, YaPOConfig
 
     model = load_model(name, dtype)
     if not any(isinstance(config, YaPOConfig) for config in getattr(model, "peft_config", {}).values()):
-        raise ConfigError(f"{name!r} is a model without a steering adapter: name an adapter.")
+        raise ConfigError(f"{name!r} is not a YaPO adapter: pass an adapter.")
     return model
 
 
 def _base_of(name: str) -> str | None:
-    """The model that an adapter is for; None if the name is a model's."""
+    """The base model of an adapter; None if `name` is a model."""
     from peft import PeftConfig
 
     import yapo_peft  # registers the method
@@ -82,26 +74,22 @@ def _base_of(name: str) -> str | None:
         return PeftConfig.from_pretrained(name).base_model_name_or_path
     except yapo_peft.YaPOError:
         raise
-    except ValueError as error:  # PEFT's way to say that there is no adapter
+    except ValueError as error:  # PEFT raises it if there is no adapter
         if (Path(name) / "adapter_config.json").is_file():
             raise yapo_peft.AdapterFileError(f"{name}/adapter_config.json cannot be read: {error}") from error
         return None
 
 
 def _require_place(name: str) -> None:
-    """Raises unless a path is the folder of a model or an adapter; a name of the Hub is left to it.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Raises `ConfigError` for a local path without a model or an adapter."""
     from yapo_peft import ConfigError
 
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
             inner = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
-            hint = f" There is one in {inner[0]}." if inner else ""
-            raise ConfigError(f"There is neither an adapter nor a model in the folder {name!r}.{hint}")
+            hint = f" {inner[0]} has an adapter." if inner else ""
+            raise ConfigError(f"The folder {name!r} has neither an adapter nor a model.{hint}")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(f"There is no folder {name!r}.")
 
@@ -117,10 +105,10 @@ def attach_adapter(
     sae_path: Sequence[str] | None = None,
     positions: str = "all",
 ) -> Any:
-    """A model with a new adapter that does nothing yet.
+    """Loads a model and adds a new adapter, which has no effect yet.
 
     Raises:
-        ConfigError: The options do not say which SAE each block has, or say it of a dense adapter.
+        ConfigError: There is not one SAE per layer, or a dense adapter has SAEs.
     """
     from peft import get_peft_model
 
@@ -138,26 +126,18 @@ def attach_adapter(
 
 
 def require_effect(model: Any, adapter_name: str = "default") -> None:
-    """Raises if an adapter would be saved that does nothing.
-
-    Raises:
-        ConfigError: All entries of its codes are zero.
-    """
+    """Raises `ConfigError` if all entries of an adapter's codes are zero."""
     from yapo_peft import ConfigError
     from yapo_peft.tuner.adapters import adapter_of
 
     if not any(bool(layer.code(adapter_name).any()) for layer in adapter_of(model, adapter_name)[2]):
-        raise ConfigError("Nothing is left: all entries of the adapter are zero, so that it would do nothing.")
+        raise ConfigError("All entries of the adapter are zero, so it would have no effect.")
 
 
 def require_new(folder: Path) -> None:
-    """Raises before any work if an adapter could not be saved.
-
-    Raises:
-        ConfigError: There is something at its place.
-    """
+    """Raises `ConfigError` before any work if an adapter could not be saved to a folder."""
     from yapo_peft import ConfigError
     from yapo_peft.adapter_file.saving import is_taken
 
     if is_taken(folder):
-        raise ConfigError(f"--out {folder}: there is something already; name another folder.")
+        raise ConfigError(f"--out {folder} is not empty: pass another folder.")

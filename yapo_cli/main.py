@@ -1,4 +1,4 @@
-"""The command and its subcommands."""
+"""The `yapo` command."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from . import (
 )
 from .output import only_json
 
-_MAKE, _USE, _MEASURE, _HERE = "Make an adapter", "Use it", "Measure and read it", "This machine"
+_MAKE, _USE, _MEASURE, _HERE = "Create adapters", "Use adapters", "Evaluate adapters", "Environment"
 
 app = typer.Typer(
     name="yapo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Sparse activation steering of language models: make, use, measure and share adapters.",
-    epilog="Exit status: 0 done, 1 failed, 2 refused (an option or an input that cannot work).",
+    help="Sparse activation steering of language models: create, use, evaluate and share adapters.",
+    epilog="Exit status: 0 on success, 1 on failure, 2 on an invalid option or input.",
 )
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("train", rich_help_panel=_MAKE, add_help_option=False, context_settings=_PASSED_ON)(train.train)
@@ -66,7 +66,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(  # pyright: ignore[reportUnusedFunction]
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None: ...
 
 
@@ -74,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand.
 
     Args:
-        argv: Arguments after the program's name; those of this process if None.
+        argv: Command-line arguments; those of this process if None.
 
     Returns:
-        The exit status: 0 for done, 1 for failed, 2 for an option or an input that cannot work.
+        The exit status: 0 on success, 1 on failure, 2 on an invalid option or input.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -96,9 +98,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether an error says all that a user needs: what was wrong, and what to do."""
+    """Whether an error's message is all that a user needs, so that the traceback is omitted."""
     errors = sys.modules.get("yapo_peft.errors")
-    # An import that this project asks for says which extra to install, and names no module.
+    # Our own import errors say which extra to install, and unlike Python's have no module name.
     is_missing_extra = isinstance(error, ImportError) and error.name is None
     return (
         isinstance(error, OSError) or is_missing_extra or (errors is not None and isinstance(error, errors.YaPOError))

@@ -1,4 +1,4 @@
-"""`yapo migrate`: adapters of the vectors that other code saved."""
+"""`yapo migrate`: import vectors of YaPO's and BiPO's published code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .options import DType, Model, NewFolder, SaeId, SaePath, SaeRelease
 
 def migrate(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="vec_ep20_layer15.pt and the like, one for each block.")
+        list[Path], typer.Argument(metavar="FILE...", help="Files such as vec_ep20_layer15.pt, one per layer.")
     ],
     model: Model,
     out: NewFolder,
@@ -21,9 +21,9 @@ def migrate(
     sae_path: SaePath = None,
     dtype: DType = "auto",
 ) -> None:
-    """Make an adapter of the vectors that the published code of YaPO or BiPO saved, entry by entry.
+    """Import vectors saved by the published code of YaPO or BiPO.
 
-    With an SAE they are YaPO's, without one BiPO's.
+    Pass the SAE for vectors of YaPO, and none for BiPO.
 
     `yapo migrate vec_ep20_layer15.pt --model google/gemma-2-2b-it --sae-release gemma-scope-2b-pt-res
     --sae-id layer_15/width_65k/average_l0_68 --out polite-gemma`
@@ -46,4 +46,4 @@ def migrate(
     )
     import_vectors(steered, files)
     require_effect(steered)
-    typer.echo(f"The adapter is in {save_adapter(steered, out)}.")
+    typer.echo(f"Saved to {save_adapter(steered, out)}.")

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how they are read."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Numbers(tuple[float, ...]):
-    """Numbers, written with commas between them."""
+    """Comma-separated numbers."""
 
 
 def numbers(text: str | Numbers) -> Numbers:
@@ -20,9 +20,9 @@ def numbers(text: str | Numbers) -> Numbers:
     try:
         found = Numbers(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: write numbers with commas between them, such as -1,0,1.5.") from None
+        raise typer.BadParameter(f"{text!r}: must be comma-separated numbers, such as -1,0,1.5.") from None
     if not all(map(math.isfinite, found)):
-        raise typer.BadParameter(f"{text!r}: each number has to be finite.")
+        raise typer.BadParameter(f"{text!r}: must be finite numbers.")
     return found
 
 
@@ -31,42 +31,42 @@ def whole_numbers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{option} {text!r}: write whole numbers with commas between them.") from None
+        raise typer.BadParameter(f"{option} {text!r}: must be comma-separated whole numbers.") from None
 
 
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of an adapter.")]
-Model = Annotated[str, typer.Option(help="Folder or Hub name of the model.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub repository of an adapter.")]
+Model = Annotated[str, typer.Option(help="Folder or Hub repository of the model.")]
 Multipliers = Annotated[
-    Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="Multipliers, such as -1,0,1; 0 is unsteered.")
+    Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="Comma-separated multipliers; 0 is unsteered.")
 ]
-DType = Annotated[str, typer.Option("--dtype", help="Type of the model's weights, such as bfloat16.")]
+DType = Annotated[str, typer.Option("--dtype", help="dtype to load the model in, such as bfloat16; auto is as saved.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
-NewFolder = Annotated[Path, typer.Option("--out", help="Folder of the new adapter; refused if it has something in it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="Output folder; must be empty or not exist.")]
 
 Dataset = Annotated[
-    str, typer.Option(help="Preference pairs: a CSV, JSON or Parquet file, a saved folder, a Hub name.")
+    str, typer.Option(help="Preference pairs: a CSV, JSON or Parquet file, a saved dataset, or a Hub dataset.")
 ]
-Prompt = Annotated[str, typer.Option(help="Column of the prompts.")]
-Chosen = Annotated[str, typer.Option(help="Column of the answers to prefer.")]
-Rejected = Annotated[str, typer.Option(help="Column of the other answers.")]
-Split = Annotated[str, typer.Option(help="Split of a Hub dataset or a saved folder.")]
+Prompt = Annotated[str, typer.Option(help="Column with prompts.")]
+Chosen = Annotated[str, typer.Option(help="Column with chosen answers.")]
+Rejected = Annotated[str, typer.Option(help="Column with rejected answers.")]
+Split = Annotated[str, typer.Option(help="Split of a Hub or saved dataset.")]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="How many rows to read, from the start (blocks of 256 tokens, of text); all if missing."),
+    typer.Option(min=1, help="Maximum number of rows (of text: blocks of 256 tokens). Default: all."),
 ]
 
-Layers = Annotated[str, typer.Option(metavar="NUMBERS", help="Blocks to steer, such as 14 or 14,15; -1 is the last.")]
-SaeRelease = Annotated[str | None, typer.Option(help="Release in sae-lens' directory; see `yapo sae list`.")]
-SaeId = Annotated[list[str] | None, typer.Option(help="SAE within the release; once for each block.")]
-SaePath = Annotated[list[str] | None, typer.Option(help="Folder of a local SAE, instead; once for each block.")]
+Layers = Annotated[str, typer.Option(metavar="NUMBERS", help="Layers to steer, such as 14 or 14,15; -1 is the last.")]
+SaeRelease = Annotated[str | None, typer.Option(help="SAE release in SAELens; see `yapo sae list`.")]
+SaeId = Annotated[list[str] | None, typer.Option(help="SAE in the release; repeat for each layer.")]
+SaePath = Annotated[list[str] | None, typer.Option(help="Folder of a local SAE; repeat for each layer.")]
 Positions = Annotated[str, typer.Option(help="Tokens to steer: all, completion or last.")]
 
 
 def read_pairs(
     source: str, tokenizer: Any, prompt: str, chosen: str, rejected: str, split: str, limit: int | None
 ) -> Any:
-    """Pairs as messages for a model with a chat template, else as texts."""
+    """Loads pairs, as messages if the tokenizer has a chat template, else as texts."""
     from yapo_peft.data import load_pairs
 
     chat = bool(getattr(tokenizer, "chat_template", None))
@@ -75,14 +75,14 @@ def read_pairs(
 
 
 def read_text(file: Path) -> str:
-    """What a file of text says."""
+    """Reads a text file."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{file} is no text in UTF-8 (byte {error.start}): convert it.") from None
+        raise typer.BadParameter(f"{file} is not UTF-8 text (byte {error.start}): convert it.") from None
 
 
 def paragraphs(file: Path) -> list[str]:
-    """The parts of a file of text between its empty lines."""
+    """The paragraphs of a text file, separated by empty lines."""
     text = read_text(file)
     return [part.strip() for part in text.split("\n\n") if part.strip()] or [text]

@@ -1,4 +1,4 @@
-"""What commands print."""
+"""Output of commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def only_json(wanted: bool) -> Generator[None]:
-    """Within it, if wanted, standard output has JSON alone: what libraries print goes to standard error."""
+    """If wanted, redirects what libraries print to standard error, so that standard output has JSON only."""
     global _stdout
     if not wanted:
         yield
@@ -32,14 +32,12 @@ def only_json(wanted: bool) -> Generator[None]:
 _stdout: TextIO | None = None
 
 
-def print_table(table: pd.DataFrame, as_json: bool, said: str | None = None) -> None:
-    """Prints a table, as JSON rows if asked; with neither numbers nor texts where it has none."""
+def print_table(table: pd.DataFrame, as_json: bool) -> None:
+    """Prints a table, or its rows as JSON."""
     if as_json:
         print_json(json.loads(str(table.to_json(orient="records"))))
     else:
         typer.echo(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
-        if said is not None:
-            typer.echo(said)
 
 
 def print_json(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""`yapo app`: a playground on this machine."""
+"""`yapo app`: a local playground."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .options import DType
 
 
 def playground(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of one model.")],
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    strongest: Annotated[float, typer.Option(help="Ends of the multiplier sliders.")] = 4.0,
-    save_to: Annotated[Path, typer.Option(help="Folder for adapters that are saved.")] = Path("out/app"),
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of the same model.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    strongest: Annotated[float, typer.Option(help="Largest multiplier of the sliders.")] = 4.0,
+    save_to: Annotated[Path, typer.Option(help="Folder to save adapters in.")] = Path("out/app"),
     dtype: DType = "auto",
 ) -> None:
-    """Open a page on this machine to dial adapters and single features, and read answers side by side."""
+    """Start a local web page to adjust adapters and features, and compare answers side by side."""
     from yapo_peft.app import Playground, build_page
 
     from .loading import load_adapter, load_tokenizer
@@ -28,5 +28,5 @@ def playground(
         opened.load(source)
     page = build_page(opened, strongest)
     page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True)
-    print(f"The playground is at http://127.0.0.1:{port} until you press Ctrl-C.", flush=True)
+    print(f"The playground is at http://127.0.0.1:{port}. Press Ctrl-C to stop.", flush=True)
     page.block_thread()

@@ -1,4 +1,4 @@
-"""`yapo prune`: fewer features."""
+"""`yapo prune`: keep an adapter's strongest features."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from .options import Adapter, DType, NewFolder
 
 def prune(
     adapter: Adapter,
-    features: Annotated[int, typer.Option(min=1, help="How many to keep, of all blocks together.")],
+    features: Annotated[int, typer.Option(min=1, help="Number of features to keep, over all layers.")],
     out: NewFolder,
     rescale: Annotated[
-        bool, typer.Option("--rescale", help="Stretch them, so that multiplier 1 means about the same.")
+        bool,
+        typer.Option("--rescale", help="Rescale the kept entries, so that the effect at multiplier 1 stays similar."),
     ] = False,
     dtype: DType = "auto",
 ) -> None:
-    """Keep the features of a sparse adapter that move activations the furthest.
+    """Keep the features of a sparse adapter that change activations the most.
 
     `yapo prune my-adapter --features 64 --rescale --out my-adapter-64`
     """
@@ -32,8 +33,8 @@ def prune(
     before = _entries(model)
     pruned(model, features, rescale=rescale)
     require_effect(model)
-    typer.echo(f"{_entries(model)} of {before} features are kept.")
-    typer.echo(f"The adapter is in {save_adapter(model, out)}.")
+    typer.echo(f"{_entries(model)} of {before} features kept.")
+    typer.echo(f"Saved to {save_adapter(model, out)}.")
 
 
 def _entries(model: Any) -> int:

@@ -1,4 +1,4 @@
-"""`yapo push`: a saved adapter on the Hub."""
+"""`yapo push`: upload an adapter to the Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-# What a user of the adapter needs, and not what its training left there.
+# Files that users of the adapter need; checkpoints and optimizer states stay here.
 _FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -23,15 +23,16 @@ _FILES = [
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
     repository: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; made if there is none.")
+        str, typer.Argument(metavar="OWNER/NAME", help="Hub repository; created if it does not exist.")
     ],
-    private: Annotated[bool, typer.Option("--private", help="If the repository is made, make it private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a steering adapter",
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a steering adapter",
 ) -> None:
-    """Push an adapter with its card, and nothing that training left beside it.
+    """Upload an adapter and its model card to the Hub.
 
-    `yapo report ADAPTER --card ...` puts features and a picture into the card before.
+    Files that training left in the folder are not uploaded. `yapo report ADAPTER --card ...` adds features and a plot
+    to the card.
     """
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HFValidationError
@@ -41,20 +42,20 @@ def push(
     from yapo_peft.report.page import require_card
 
     if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"There is no adapter in {folder}: give the folder that save_pretrained or a trainer wrote.")
+        raise ConfigError(f"No adapter found in {folder}: pass a folder written by save_pretrained or a trainer.")
     config = YaPOConfig.from_pretrained(str(folder))
     if not isinstance(config, YaPOConfig):
-        raise ConfigError(f"{folder} holds an adapter of another method: push that with its own library.")
+        raise ConfigError(f"{folder} has an adapter of another method: push it with PEFT.")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"{repository!r} is no name of a repository: write it as owner/name.") from error
+        raise ConfigError(f"{repository!r} is not a valid repository name: must be owner/name.") from error
     card = ModelCard.load(require_card(folder))
     for name in _local(config):
-        print(f"yapo push: others cannot load it as it is: {name}", file=sys.stderr)
+        print(f"yapo push: warning: others cannot load this adapter: {name}", file=sys.stderr)
     api = HfApi()
     repo_id = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    # The snippet loads it from where it is now.
+    # The card's snippet has the local path.
     card.text = re.sub(r'(AutoPeftModelForCausalLM\.from_pretrained\()"[^"]*"', rf'\1"{repo_id}"', card.text)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -68,15 +69,15 @@ def push(
         revision=revision,
         commit_message=message,
     )
-    typer.echo(f"It is at {api.endpoint}/{repo_id}.")
+    typer.echo(f"Uploaded to {api.endpoint}/{repo_id}.")
 
 
 def _local(config: object) -> list[str]:
-    """What a config names that is on this machine alone."""
+    """What a config refers to that only exists on this machine."""
     base = getattr(config, "base_model_name_or_path", None)
     found: list[str] = []
     if base and Path(base).exists():
-        found.append(f"base_model_name_or_path {base!r} is a folder of this machine; load the model by its Hub name.")
+        found.append(f"base_model_name_or_path {base!r} is a local folder; load the model by its Hub name.")
     if getattr(config, "sae_path", None) and not getattr(config, "self_contained", False):
-        found.append("its SAE is a folder of this machine; save it with self_contained=True, or publish the SAE.")
+        found.append("its SAE is a local folder; save it with self_contained=True, or publish the SAE.")
     return found

@@ -1,4 +1,4 @@
-"""`yapo report`: one page about an adapter."""
+"""`yapo report`: an HTML report about an adapter."""
 
 from __future__ import annotations
 
@@ -32,29 +32,32 @@ def report(
     chosen: Chosen = "chosen",
     rejected: Rejected = "rejected",
     split: Split = "train",
-    pairs: Annotated[int, typer.Option(min=1, help="How many pairs to read, from the start.")] = 32,
+    pairs: Annotated[int, typer.Option(min=1, help="Maximum number of pairs.")] = 32,
     text: Annotated[
-        Path | None, typer.Option(help="File of running text, for damage and contexts; the pairs if missing.")
+        Path | None, typer.Option(help="Text file for side effects and contexts. Default: the pairs.")
     ] = None,
     questions: Annotated[
-        str | None, typer.Option(help="JSON of question, options and answer, to check knowledge with.")
+        str | None,
+        typer.Option(help="Multiple-choice questions to check knowledge: JSON with question, options and answer."),
     ] = None,
     multipliers: Multipliers = _MULTIPLIERS,
-    multiplier: Annotated[float, typer.Option(help="Multiplier at which features are read.")] = 1.0,
-    top: Annotated[int, typer.Option(min=1, help="Features to list for each block.")] = 20,
-    attributed: Annotated[int, typer.Option(min=0, help="Features to leave out one by one; 0 for none.")] = 16,
-    answers: Annotated[int, typer.Option(min=0, help="Prompts to answer.")] = 3,
-    labels: Annotated[bool, typer.Option(help="Ask Neuronpedia for labels.")] = True,
+    multiplier: Annotated[float, typer.Option(help="Multiplier for features, attribution and answers.")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="Features to list per layer.")] = 20,
+    attributed: Annotated[
+        int, typer.Option(min=0, help="Number of features to ablate one by one; 0 skips attribution.")
+    ] = 16,
+    answers: Annotated[int, typer.Option(min=0, help="Number of prompts to answer.")] = 3,
+    labels: Annotated[bool, typer.Option(help="Fetch labels from Neuronpedia.")] = True,
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
     card: Annotated[
-        bool, typer.Option("--card", help="Put the first features and a picture into its card, too.")
+        bool, typer.Option("--card", help="Also add the top features and a plot to the adapter's model card.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="Output file.")] = Path("report.html"),
 ) -> None:
-    """Measure an adapter and write one HTML page: dose-response, side effects, features, attribution, answers.
+    """Evaluate an adapter and write an HTML report: dose-response, side effects, features, attribution and answers.
 
-    The page needs no network to be read.
+    The report is one file that works offline.
     """
     from yapo_peft.data import load_choices
     from yapo_peft.report import collect_report, save_page, write_short_form
@@ -83,6 +86,6 @@ def report(
         labels=labels,
         batch_size=batch_size,
     )
-    typer.echo(f"The report is in {save_page(contents, out)}.")
+    typer.echo(f"Saved to {save_page(contents, out)}.")
     if card:
-        typer.echo(f"Its short form is in {write_short_form(contents, adapter)}.")
+        typer.echo(f"Updated {write_short_form(contents, adapter)}.")

@@ -9,16 +9,14 @@ import typer
 
 from .options import AsJson
 
-app = typer.Typer(no_args_is_help=True, help="Find SAEs for a model, before anything is downloaded.")
+app = typer.Typer(no_args_is_help=True, help="Find SAEs for a model without downloading them.")
 
 
 @app.command("list")
 def list_(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Name or folder of the model, such as google/gemma-2-2b-it.")
-    ],
-    layer: Annotated[int | None, typer.Option(min=0, help="Layer whose output they read; all if missing.")] = None,
-    release: Annotated[str | None, typer.Option(help="Only releases with this in their name.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub repository of the model.")],
+    layer: Annotated[int | None, typer.Option(min=0, help="Layer whose output they read; default: all.")] = None,
+    release: Annotated[str | None, typer.Option(help="Only list releases whose name contains this.")] = None,
     sae_id: Annotated[str | None, typer.Option("--id", help="Only ids with this in them, such as width_65k.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +46,7 @@ def list_(
 @app.command()
 def inspect(
     sae: Annotated[str, typer.Argument(metavar="RELEASE|FOLDER", help="A release, or a local folder.")],
-    sae_id: Annotated[str | None, typer.Argument(metavar="ID", help="The SAE within the release.")] = None,
+    sae_id: Annotated[str | None, typer.Argument(metavar="ID", help="SAE in the release.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Describe an SAE: its entry in the directory and, when online, its size on the Hub; or the one in a folder.

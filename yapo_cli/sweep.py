@@ -1,4 +1,4 @@
-"""`yapo sweep`: a measure over multipliers."""
+"""`yapo sweep`: measure an adapter over multipliers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sweep(
     adapter: Adapter,
     dataset: Annotated[
         str,
-        typer.Option(help="What the measure reads: pairs, questions with options and an answer, or a file of text."),
+        typer.Option(help="Preference pairs, multiple-choice questions or a text file, depending on the measure."),
     ],
     measure: Annotated[
         Measure, typer.Option(help="Margin and accuracy on pairs, accuracy on questions, or KL on text.")
@@ -46,9 +46,9 @@ def sweep(
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="JSON file for each example's metrics; `Scores.load` reads it.")
+        Path | None, typer.Option(help="Save each example's metrics to this JSON file (see `Scores.load`).")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Picture to draw, such as doses.png.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Save a plot, such as doses.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure an adapter over a range of multipliers, with 95 % intervals.
@@ -67,12 +67,12 @@ def sweep(
 
     if measure != "preference" and (prompt, chosen, rejected) != ("prompt", "chosen", "rejected"):
         raise typer.BadParameter(
-            f"--prompt, --chosen and --rejected name columns of pairs; --measure {measure} has none."
+            f"--prompt, --chosen and --rejected are columns of pairs, which --measure {measure} does not read."
         )
     if measure == "damage" and Path(dataset).suffix in BUILDERS:
-        raise typer.BadParameter(f"--dataset {dataset}: damage is measured on running text; give a file of plain text.")
+        raise typer.BadParameter(f"--dataset {dataset}: damage is measured on running text: pass a plain text file.")
     if out is not None and out.is_dir():
-        raise typer.BadParameter(f"--out {out} is a folder: name a file.")
+        raise typer.BadParameter(f"--out {out} is a folder: pass a file.")
     if picture is not None:
         require_picture(picture, len(set(multipliers)))
     tokenizer = load_tokenizer(adapter)

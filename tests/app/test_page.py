@@ -123,7 +123,7 @@ def test_features_can_be_dialled_looked_at_and_saved(browser, address, playgroun
     dials = Dials({"one": 1.0}, {("one", 1, feature): -9.0})
     assert ask(page) == expected(playground, dials)
     assert expected(playground, dials) != whole
-    page.locator("#activity").get_by_text("Where a feature").first.click()
+    page.locator("#activity").get_by_text("Activations of a feature").first.click()
     page.locator("#show").click()
     page.locator("#marked p").wait_for()
     page.locator("#saving").get_by_text("Save an adapter").first.click()

@@ -117,7 +117,7 @@ def test_a_conversation_remembers_and_changes_its_multiplier(run, saved_adapter,
         expected.append(f"[{multiplier:+d}] {text}")
     spoken = [line.strip() for line in printed.splitlines() if line.startswith("[")]
     assert spoken == [line.strip() for line in expected]
-    assert "write numbers with commas" in printed
+    assert "must be comma-separated numbers" in printed
     assert "/reset" in printed
 
 
@@ -235,44 +235,47 @@ def test_data_reject_makes_pairs(run, saved_adapter, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "{adapter}"), "give prompts or --file"),
-        (("generate", "{adapter}", "w1", "--chat"), "give prompts or --file"),
-        (("generate", "{adapter}", "w1", "--multipliers", "1,two"), "'1,two': write numbers with commas"),
-        (("generate", "{adapter}", "w1", "--multipliers", "nan"), "each number has to be finite"),
-        (("generate", "{base}", "w1"), "is a model without a steering adapter"),
-        (("generate", "{adapter}", "--chat", "--json"), "leave --json and --plain"),
+        (("generate", "{adapter}"), "pass prompts or --file"),
+        (("generate", "{adapter}", "w1", "--chat"), "pass prompts or --file"),
+        (("generate", "{adapter}", "w1", "--multipliers", "1,two"), "'1,two': must be comma-separated numbers"),
+        (("generate", "{adapter}", "w1", "--multipliers", "nan"), "must be finite numbers"),
+        (("generate", "{base}", "w1"), "is not a YaPO adapter"),
+        (("generate", "{adapter}", "--chat", "--json"), "omit --json and --plain"),
         (("sweep", "{adapter}", "--dataset", "nowhere.csv"), "There is no file 'nowhere.csv'"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses"), "needs an extension"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--chosen", "best"), "no column 'best'"),
-        (("prune", "{adapter}", "--features", "5", "--out", "{adapter}"), "there is something already"),
+        (("prune", "{adapter}", "--features", "5", "--out", "{adapter}"), "is not empty"),
         (("combine", "{adapter}", "{adapter}", "--weights", "1", "--out", "new"), "1 numbers for 2 adapters"),
         (("fit", "caa", "--model", "{base}", "--layers", "two", "--dataset", "{pairs}", "--out", "x"), "whole numbers"),
         (("fit", "sas", "--model", "{base}", "--layers", "2", "--dataset", "{pairs}", "--out", "x"), "sae"),
-        (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': give 'auto'"),
-        (("explain", "{adapter}", "--dtype", "int8"), "dtype='int8': give 'auto'"),
-        (("explain", "{parent}"), "There is one in {adapter}"),
+        (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': must be 'auto'"),
+        (("explain", "{adapter}", "--dtype", "int8"), "dtype='int8': must be 'auto'"),
+        (("explain", "{parent}"), "{adapter} has an adapter"),
         (("explain", "/nowhere"), "There is no folder '/nowhere'"),
         (("explain", "out/demo/adapter"), "There is no folder 'out/demo/adapter'"),
         (("generate", "{broken}", "w1"), "adapter_config.json cannot be read"),
-        (("generate", "{adapter}", "w1", "--repetition-penalty", "0"), "--repetition-penalty 0: give a number above 0"),
-        (("generate", "{adapter}", "--file", "{latin}"), "is no text in UTF-8 (byte 1)"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "give a file of plain text"),
+        (("generate", "{adapter}", "w1", "--repetition-penalty", "0"), "--repetition-penalty 0: must be above 0"),
+        (("generate", "{adapter}", "--file", "{latin}"), "is not UTF-8 text (byte 1)"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "pass a plain text file"),
         (
             ("sweep", "{adapter}", "--dataset", "{latin}", "--measure", "damage", "--chosen", "x"),
-            "name columns of pairs",
+            "are columns of pairs",
         ),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses.xyz"), "the extension must be one of"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--out", "{parent}"), "is a folder: name a file"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--out", "{parent}"), "is a folder: pass a file"),
         (("sweep", "{adapter}", "--dataset", "{damaged}"), "cannot be read as jsonl"),
-        (("combine", "{adapter}", "{adapter}", "--weights", "1,-1", "--out", "new"), "Nothing is left"),
-        (("push", "{adapter}", "a/b/c"), "'a/b/c' is no name of a repository"),
+        (
+            ("combine", "{adapter}", "{adapter}", "--weights", "1,-1", "--out", "new"),
+            "All entries of the adapter are zero",
+        ),
+        (("push", "{adapter}", "a/b/c"), "'a/b/c' is not a valid repository name"),
         (("sae", "inspect", "{parent}", "x"), "leave the id out"),
-        (("push", "{base}", "me/mine"), "There is no adapter in"),
+        (("push", "{base}", "me/mine"), "No adapter found in"),
         (("train", "--output_dir", "x", "--bf16", "False"), "There is no layer to steer"),
         (("swep",), "No such command 'swep'"),
     ],
 )
-def test_what_cannot_work_is_refused_with_status_2(run, saved_adapter, pairs_file, tmp_path, arguments, message):
+def test_invalid_arguments_exit_with_status_2(run, saved_adapter, pairs_file, tmp_path, arguments, message):
     places = {"adapter": saved_adapter, "base": tmp_path / "base", "pairs": pairs_file, "parent": tmp_path}
     for name, content in (("latin", b"w\xe4"), ("damaged", b'{"prompt": "w1"\n{')):
         places[name] = tmp_path / f"{name}.{'txt' if name == 'latin' else 'jsonl'}"
@@ -287,7 +290,7 @@ def test_what_cannot_work_is_refused_with_status_2(run, saved_adapter, pairs_fil
     assert "".join(message.format(**places).split()) in plain
 
 
-def test_an_adapter_that_is_there_is_kept(run, saved_adapter):
+def test_existing_adapter_is_not_overwritten(run, saved_adapter):
     before = (saved_adapter / "adapter_model.safetensors").read_bytes()
     assert run("prune", saved_adapter, "--features", 5, "--out", saved_adapter)[0] == 2
     assert (saved_adapter / "adapter_model.safetensors").read_bytes() == before

@@ -138,15 +138,15 @@ def test_a_dense_vector_is_one_feature_of_each_block(pairs, tokenizer):
 
 def test_bad_arguments_are_named(pairs, tokenizer):
     model = steered(layers=(2,))
-    with pytest.raises(ConfigError, match="steps=0: give a whole number of 1 or more"):
+    with pytest.raises(ConfigError, match="steps=0: must be a whole number, at least 1"):
         attribute(model, pairs, tokenizer, steps=0)
-    with pytest.raises(ConfigError, match="multiplier=0: an adapter does nothing"):
+    with pytest.raises(ConfigError, match="multiplier=0: an adapter has no effect"):
         attribute(model, pairs, tokenizer, multiplier=0)
-    with pytest.raises(ConfigError, match="multiplier=inf: give a finite number"):
+    with pytest.raises(ConfigError, match="multiplier=inf: must be a finite number"):
         attribute(model, pairs, tokenizer, multiplier=float("inf"))
     with pytest.raises(ConfigError, match="adapter_name='other'"):
         attribute(model, pairs, tokenizer, adapter_name="other")
-    with pytest.raises(ConfigError, match="has 207 tokens with its answer, and the model takes 128"):
+    with pytest.raises(ConfigError, match="A pair has 207 tokens, but the model takes at most 128"):
         attribute(model, [{"prompt": "w1 " * 200, "chosen": "w2 " * 6, "rejected": "w3"}], tokenizer)
     with pytest.raises(DatasetError, match=r"A pair is 'prompt'.*\.to_dict\('records'\)"):
         attribute(model, pairs.to_pandas(), tokenizer)

@@ -189,25 +189,25 @@ def test_labels_and_links_are_in_the_table(neuronpedia, tokenizer, monkeypatch):
 
 def test_bad_arguments_are_named(tokenizer):
     model, _ = steered()
-    with pytest.raises(ConfigError, match="multiplier=0: an adapter does nothing"):
+    with pytest.raises(ConfigError, match="multiplier=0: an adapter has no effect"):
         explain(model, tokenizer=tokenizer, multiplier=0)
-    with pytest.raises(ConfigError, match="top=0: give a whole number"):
+    with pytest.raises(ConfigError, match="top=0: must be a whole number"):
         explain(model, tokenizer=tokenizer, top=0)
-    with pytest.raises(DatasetError, match="The texts are one str"):
+    with pytest.raises(DatasetError, match="a list or a dataset, not one str"):
         explain(model, tokenizer=tokenizer, texts="w1")
     for texts in ({"text": ["w1"]}, pd.DataFrame({"text": ["w1"]})):
-        with pytest.raises(DatasetError, match=f"The texts are one {type(texts).__name__}"):
+        with pytest.raises(DatasetError, match=f"a list or a dataset, not one {type(texts).__name__}"):
             explain(model, tokenizer=tokenizer, texts=texts)
     with pytest.raises(DatasetError, match=r"A row has the columns \['foo'\]"):
         explain(model, tokenizer=tokenizer, texts=[{"foo": "w1"}])
     for features, message in (
-        ([3], "give features by block"),
-        ({0: [3]}, "names block 0"),
-        ({1: [96]}, "none of the 96"),
+        ([3], "pass features by layer"),
+        ({0: [3]}, "layer 0 is not among"),
+        ({1: [96]}, "has 96 features"),
     ):
         with pytest.raises(ConfigError, match=message):
             explain(model, tokenizer=tokenizer, features=features)
-    with pytest.raises(DatasetError, match="A text is 3"):
+    with pytest.raises(DatasetError, match="3 is not a text"):
         explain(model, tokenizer=tokenizer, texts=[3])
-    with pytest.raises(ConfigError, match="no tokenizer under the model's name"):
+    with pytest.raises(ConfigError, match="No tokenizer found"):
         explain(model)

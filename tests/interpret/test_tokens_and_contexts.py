@@ -88,11 +88,11 @@ def test_dense_vectors_and_steered_positions(tokenizer):
     assert (moved.iloc[:-1] == 0).all()
     with pytest.raises(ConfigError, match="prompt is empty"):
         token_effects(model, "", tokenizer)
-    with pytest.raises(ConfigError, match="has 200 tokens, and the model takes 128"):
+    with pytest.raises(ConfigError, match="has 200 tokens, but the model takes at most 128"):
         token_effects(model, "w1 " * 200, tokenizer)
-    with pytest.raises(ConfigError, match=r"top=1.5: give a whole number of 0 or more"):
+    with pytest.raises(ConfigError, match=r"top=1.5: must be a whole number, at least 0"):
         token_effects(model, "w1", tokenizer, top=1.5)
-    with pytest.raises(DatasetError, match="A text is 3"):
+    with pytest.raises(DatasetError, match="3 is not a text"):
         token_effects(model, 3, tokenizer)
 
 
@@ -210,16 +210,16 @@ def test_only_what_is_read_is_run(texts, tokenizer):
 
 def test_bad_features_are_named(texts, tokenizer):
     model, _ = steered()
-    with pytest.raises(ConfigError, match=r"steers blocks \[1, 3\]: give features by block"):
+    with pytest.raises(ConfigError, match=r"steers layers \[1, 3\]: pass features by layer"):
         contexts(model, [1], texts, tokenizer)
-    with pytest.raises(ConfigError, match=r"names? block 2, and the adapter steers \[1, 3\]"):
+    with pytest.raises(ConfigError, match=r"layer 2 is not among the steered layers \[1, 3\]"):
         contexts(model, {2: [1]}, texts, tokenizer)
-    with pytest.raises(ConfigError, match="Feature 96 is none of the 96"):
+    with pytest.raises(ConfigError, match=r"feature=96: the SAE of layer . has 96 features"):
         contexts(model, {1: [96]}, texts, tokenizer)
     with pytest.raises(ConfigError, match="features= is empty"):
         contexts(model, {1: []}, texts, tokenizer)
     with pytest.raises(ConfigError, match="top=0"):
         contexts(model, {1: [1]}, texts, tokenizer, top=0)
     dense = get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
-    with pytest.raises(ConfigError, match="is dense, and has no features"):
+    with pytest.raises(ConfigError, match="is dense and has no features"):
         contexts(dense, [1], texts, tokenizer)

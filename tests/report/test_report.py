@@ -93,7 +93,7 @@ def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             write_report(steered(), file, pairs, tokenizer, **options)
-    with pytest.raises(DatasetError, match="The texts are one str"):
+    with pytest.raises(DatasetError, match="a list or a dataset, not one str"):
         write_report(steered(), file, pairs, tokenizer, text="w1 w2")
     with pytest.raises(DatasetError, match="A pair has no"):
         write_report(steered(), file, [{"prompt": "w1"}], tokenizer)
@@ -142,7 +142,7 @@ def test_the_command_reports_on_a_saved_adapter(pairs, saved_adapter, tmp_path, 
         (["--dataset", "nowhere.csv"], "There is no file 'nowhere.csv'"),
         (["--out", str(tmp_path)], "give a name that ends in '.html'"),
         (["--card"], "There is no"),
-        (["--dtype", "foo"], "dtype='foo': give 'auto'"),
+        (["--dtype", "foo"], "dtype='foo': must be 'auto'"),
     ):
         assert main([*arguments, *bad]) == 2
         assert message in capsys.readouterr().err

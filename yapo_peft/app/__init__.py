@@ -1,4 +1,4 @@
-"""A playground on this machine: dial adapters and single features, and read what the model says."""
+"""A local playground: adjust adapters and single features, and read the model's answers."""
 
 from .page import build_page
 from .playground import Dials, Playground

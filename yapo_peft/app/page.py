@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..errors import YaPOError
+from ..report.marking import marked_tokens
 from .playground import Dials, Playground
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
-# Nothing is told to anyone.
+# Gradio sends usage statistics otherwise.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-_HEAD = ["adapter", "block", "feature", "value", "factor", "promotes", "label"]
+_HEAD = ["adapter", "layer", "feature", "value", "factor", "promotes", "label"]
 _TYPES: list[Any] = ["str", "number", "number", "number", "number", "str", "str"]
 _FACTOR = _HEAD.index("factor")
 
 
 def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
-    """Builds the page; `.launch(server_name="127.0.0.1")` serves it on this machine alone.
+    """Builds the page; `.launch(server_name="127.0.0.1")` serves it on this machine only.
 
-    What a user sets stays with that user: each answer is steered by the dials that are sent along with it.
+    Settings are per user: each request carries the dials that steer its answer.
 
     Args:
         playground: The model and its adapters.
@@ -50,7 +50,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
 
     def table(chosen: list[str]) -> tuple[list[list[Any]], Any]:
         rows = [row for name in chosen for row in _feature_rows(playground, name)]
-        names = [f"{adapter}: block {block}, feature {feature}" for adapter, block, feature, *_ in rows]
+        names = [f"{adapter}: layer {layer}, feature {feature}" for adapter, layer, feature, *_ in rows]
         return rows, gr.update(choices=names, value=names[0] if names else None)
 
     def answer(
@@ -70,17 +70,20 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
 
     def highlight(text: str, feature: str | None) -> str:
         if not text or not feature:
-            return "<p>Ask for an answer, and choose a feature.</p>"
-        adapter, _, place = feature.rpartition(": block ")
-        block, _, index = place.partition(", feature ")
+            return "<p>Generate an answer and choose a feature first.</p>"
+        adapter, _, place = feature.rpartition(": layer ")
+        layer, _, index = place.partition(", feature ")
         try:
-            return _marked(playground.activity(text, adapter, (int(block), int(index))))
+            tokens, values = playground.activity(text, adapter, (int(layer), int(index)))
         except YaPOError as error:
             raise said(error) from error
+        if not any(value > 0 for value in values):
+            return "<p>The feature is off at all of these tokens.</p>"
+        return f'<p style="white-space: pre-wrap">{marked_tokens(tokens, values)}</p>'
 
     def save(adapter: str, name: str, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> str:
         try:
-            return f"Saved in {playground.save(adapter, _dials(chosen, multipliers, rows), name.strip())}."
+            return f"Saved to {playground.save(adapter, _dials(chosen, multipliers, rows), name.strip())}."
         except YaPOError as error:
             raise said(error) from error
 
@@ -92,7 +95,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             chosen = gr.Dropdown(
                 playground.adapters, value=first, multiselect=True, label="Adapters", elem_id="adapters"
             )
-            source = gr.Textbox(label="Load an adapter: folder or repository", elem_id="source")
+            source = gr.Textbox(label="Load an adapter (folder or Hub repository)", elem_id="source")
             loading = gr.Button("Load", elem_id="load")
 
         @gr.render(inputs=[chosen, multipliers], triggers=[page.load, chosen.change])
@@ -116,28 +119,28 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
 
         prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
-            length = gr.Slider(1, 400, value=80, step=1, label="Length in tokens")
-            temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 is greedy")
+            length = gr.Slider(1, 400, value=80, step=1, label="Maximum new tokens")
+            temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0 is greedy)")
             seed = gr.Number(0, precision=0, label="Seed")
         with gr.Row():
-            asking = gr.Button("Answer", variant="primary", elem_id="answer")
+            asking = gr.Button("Generate", variant="primary", elem_id="answer")
             stopping = gr.Button("Stop", elem_id="stop")
         with gr.Row():
             unsteered = gr.Textbox(label="Unsteered", lines=8, interactive=False, elem_id="unsteered")
             steered = gr.Textbox(label="Steered", lines=8, interactive=False, elem_id="steered")
-        with gr.Accordion("Features: the factor of an entry, 0 is off", open=False, elem_id="features"):
+        with gr.Accordion("Features (factor 0 turns one off)", open=False, elem_id="features"):
             features = gr.Dataframe(
                 headers=_HEAD, datatype=_TYPES, type="array", interactive=True, static_columns=_static(), wrap=True,
                 column_count=len(_HEAD), elem_id="factors",
             )  # fmt: skip
-        with gr.Accordion("Where a feature is on in the steered answer", open=False, elem_id="activity"):
+        with gr.Accordion("Activations of a feature on the steered answer", open=False, elem_id="activity"):
             feature = gr.Dropdown([], label="Feature", elem_id="feature")
             marking = gr.Button("Show", elem_id="show")
             marked = gr.HTML(elem_id="marked")
-        with gr.Accordion("Save an adapter as it is dialled", open=False, elem_id="saving"):
+        with gr.Accordion("Save an adapter with these settings", open=False, elem_id="saving"):
             with gr.Row():
                 which = gr.Dropdown(playground.adapters, value=(first or [None])[0], label="Adapter")
-                name = gr.Textbox(label="New name", elem_id="name")
+                name = gr.Textbox(label="New adapter's name", elem_id="name")
                 saving = gr.Button("Save", elem_id="save")
             where = gr.Markdown(elem_id="saved")
 
@@ -174,28 +177,13 @@ def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
 
 
 def _dials(chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> Dials:
-    """What a user's page says; a factor that is none leaves an entry as it is."""
+    """The settings of a user's page; a factor that is not a finite number is ignored."""
     factors: dict[tuple[str, int, int], float] = {}
-    for adapter, block, feature, _, factor, *_ in rows:
+    for adapter, layer, feature, _, factor, *_ in rows:
         try:
             number = float(factor)
         except (TypeError, ValueError):
             continue
         if number != 1.0 and number == number and abs(number) != float("inf"):
-            factors[str(adapter), int(block), int(feature)] = number
+            factors[str(adapter), int(layer), int(feature)] = number
     return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, factors)
-
-
-def _marked(tokens: list[tuple[str, float]]) -> str:
-    """A text whose tokens are the darker the further a feature is on."""
-    peak = max((value for _, value in tokens), default=0.0)
-    if peak <= 0:
-        return "<p>The feature is on at none of these tokens.</p>"
-    marks = [
-        f'<mark style="background: rgba(213, 94, 0, {0.7 * value / peak:.2f}); color: inherit" title="{value:.3g}">'
-        f"{escape(token)}</mark>"
-        if value > 0
-        else escape(token)
-        for token, value in tokens
-    ]
-    return f'<p style="white-space: pre-wrap">{"".join(marks)}</p>'

@@ -1,4 +1,4 @@
-"""What the playground does, without its page: one model, shared by all who use it, steered anew for each answer."""
+"""The playground without its page: one model, shared by all users and steered per answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 import torch
@@ -21,7 +21,8 @@ from .._utils import evaluating
 from ..adapter_file.saving import save_adapter
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
-from ..interpret.texts import device_and_dtype, padded, unsteered_outputs, window_of
+from ..interpret.texts import context_length, device_and_dtype, padded, unsteered_outputs
+from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
 from ..tuner.adapters import adapter_of, steered_layers, write_code
@@ -32,11 +33,11 @@ _CODE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Dials:
-    """How one user has the model steered.
+    """One user's settings.
 
     Attributes:
-        multipliers: The adapters that steer, and how strongly.
-        factors: Of single features, by adapter, block and feature, by what their entry is multiplied: 0 is off.
+        multipliers: Multipliers of the adapters that steer, by name.
+        factors: Factors of single entries, by adapter, layer and feature; 0 turns a feature off.
     """
 
     multipliers: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -44,14 +45,14 @@ class Dials:
 
 
 class Playground:
-    """A model with adapters, answering one prompt at a time.
+    """A model with adapters that answers one prompt at a time.
 
-    Every answer is steered by the dials that come with it, under a lock; between answers the model is as it was.
+    A lock is held while an answer is generated with its user's dials; afterwards the model is as before.
 
     Args:
         model: A `PeftModel` with YaPO adapters.
-        tokenizer: The model's.
-        folder: Where changed adapters are saved.
+        tokenizer: The model's tokenizer.
+        folder: Folder to save changed adapters in.
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path = "out/app") -> None:
@@ -65,18 +66,19 @@ class Playground:
         return [name for name, config in self.model.peft_config.items() if isinstance(config, YaPOConfig)]
 
     def load(self, source: str) -> str:
-        """Loads an adapter, of safetensors alone, and returns its name.
+        """Loads an adapter from safetensors files only, and returns its name.
 
         Args:
-            source: A folder, or a repository of the Hub.
+            source: A folder or a Hub repository.
 
         Raises:
-            ConfigError: There is none, it is no YaPO adapter, or it has its code in another format.
-            SAEMismatchError: It is of another model.
+            AdapterFileError: The folder has no safetensors file.
+            ConfigError: There is no such adapter, or it is not a YaPO adapter.
+            SAEMismatchError: It was made for another model.
         """
         source = source.strip()
         if not source:
-            raise ConfigError("Give the folder of an adapter, or the name of its repository.")
+            raise ConfigError("Enter the folder or the Hub repository of an adapter.")
         self._require_safetensors(source)
         name = _free_name(re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter", self.adapters)
         with self._lock:
@@ -89,7 +91,7 @@ class Playground:
         return name
 
     def features(self, adapter: str, top: int = 20) -> pd.DataFrame:
-        """The features of an adapter that move activations the furthest, as `explain` lists them."""
+        """The features of an adapter that change activations the most, as listed by `explain`."""
         with self._lock:
             if adapter not in self._tables:
                 self._tables[adapter] = explain(
@@ -100,12 +102,12 @@ class Playground:
     def answers(
         self, prompt: str, dials: Dials, max_new_tokens: int = 80, temperature: float = 0.0, seed: int = 0
     ) -> Generator[tuple[str, str]]:
-        """Answers a prompt unsteered and steered, side by side, and gives both texts as they grow.
+        """Streams the unsteered and the steered answer to a prompt, as a pair of texts so far.
 
-        Closing the generator ends the work.
+        Closing the generator stops the generation.
 
         Raises:
-            ConfigError: The prompt is empty or too long, or a dial has no meaning.
+            ConfigError: The prompt is empty or too long, or there is no such adapter.
         """
         ids = self._ids(prompt, max_new_tokens)
         for name in dials.multipliers:
@@ -124,7 +126,7 @@ class Playground:
         thread.start()
         tokens: list[list[int]] = [[], []]
         ended = [False, False]
-        ends = _end_tokens(self.model)
+        ends = end_tokens(self.model, self.tokenizer)
         try:
             while (step := steps.get()) is not None:
                 if isinstance(step, BaseException):
@@ -139,31 +141,33 @@ class Playground:
             stop.set()
             thread.join()
 
-    def activity(self, text: str, adapter: str, feature: tuple[int, int]) -> list[tuple[str, float]]:
-        """The tokens of a text, and how far a feature (block and index) is on at each, unsteered."""
+    def activity(self, text: str, adapter: str, feature: tuple[int, int]) -> tuple[list[str], list[float]]:
+        """The tokens of a text, and the unsteered activation of a feature (layer and index) at each."""
         _, _, layers = adapter_of(self.model, adapter)
         layer = next((layer for layer in layers if layer.index == feature[0]), None)
         sae = layer.yapo_sae[adapter] if layer is not None else None
         if layer is None or sae is None:
-            raise ConfigError(f"Adapter {adapter!r} has no feature {feature[1]} at block {feature[0]}.")
+            raise ConfigError(f"Adapter {adapter!r} has no feature {feature[1]} at layer {feature[0]}.")
         ids = cast(list[int], self.tokenizer(text)["input_ids"])
         if not ids:
-            return []
+            return [], []
         device, dtype = device_and_dtype(self.model)
         with self._lock, evaluating(self.model), torch.no_grad():
             h = unsteered_outputs(self.model, [layer], padded([ids], self.tokenizer, device))[layer.index]
             values = sae.select(torch.tensor([feature[1]], device=device), device, dtype).encode(h)[0][0, :, 0]
         tokens = [str(self.tokenizer.decode([token])) for token in ids]
-        return list(zip(tokens, values.float().tolist(), strict=True))
+        return tokens, values.float().tolist()
 
     def save(self, adapter: str, dials: Dials, name: str) -> Path:
-        """Saves an adapter as it is dialled: factors in its code, and its multiplier as the one that it loads with.
+        """Saves an adapter with a user's settings: factors in its code, and the multiplier in its config.
 
         Raises:
-            ConfigError: The name is no plain one, or taken.
+            ConfigError: The name has other characters than letters, digits, "-" and "_", or is taken.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ConfigError(f"{name!r} is no name for an adapter here: use letters, digits, - and _.")
+            raise ConfigError(
+                f"name={name!r}: may only have letters, digits, - and _, and must start with a letter or digit."
+            )
         target = self.folder / name
         _, config, _ = adapter_of(self.model, adapter)
         with self._lock, self._changed_codes(dials):
@@ -175,14 +179,14 @@ class Playground:
 
     def _ids(self, prompt: str, max_new_tokens: int) -> list[int]:
         if not prompt.strip():
-            raise ConfigError("The prompt is empty: say something to the model.")
+            raise ConfigError("The prompt is empty: enter one.")
         chat = getattr(self.tokenizer, "chat_template", None)
         ids = prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)
-        window = window_of(self.model)
+        window = context_length(self.model)
         if window is not None and len(ids) + max_new_tokens > window:
             raise ConfigError(
-                f"The prompt has {len(ids)} tokens, and the model's window of {window} has to hold {max_new_tokens} "
-                "more: shorten one of them."
+                f"The prompt has {len(ids)} tokens and max_new_tokens={max_new_tokens}, but the model takes at most "
+                f"{window} tokens: shorten one of them."
             )
         return ids
 
@@ -216,8 +220,8 @@ class Playground:
 
     @contextmanager
     def _dialled(self, dials: Dials) -> Generator[None]:
-        """Within it, the second row of a batch is steered by the dials, and the first one is not."""
-        # Which puts everything back that is set here.
+        """Steers the second row of a batch of two by the dials."""
+        # `steering` restores all that is set here.
         with steering(self.model, 0.0), self._changed_codes(dials):
             for layer in steered_layers(self.model):
                 layer.activate([name for name in dials.multipliers if name in layer.yapo_code])
@@ -227,7 +231,7 @@ class Playground:
 
     @contextmanager
     def _changed_codes(self, dials: Dials) -> Generator[None]:
-        """Within it, entries of single features are multiplied by their factors."""
+        """Multiplies entries of codes by their factors, and restores the codes afterwards."""
         changed = {(name, layer) for name, layer, _ in dials.factors}
         found = [
             (layer, name, layer.code(name).detach().clone())
@@ -250,17 +254,15 @@ class Playground:
     def _require_safetensors(self, source: str) -> None:
         config = PeftConfig.from_pretrained(source) if Path(source).is_dir() else _from_hub(source)
         if not isinstance(config, YaPOConfig):
-            raise ConfigError(f"{source!r} is an adapter of another method ({type(config).__name__}).")
+            raise ConfigError(f"{source!r} is an adapter of another method ({type(config).__name__}), not of YaPO.")
         if Path(source).is_dir() and not (Path(source) / _CODE).is_file():
-            raise AdapterFileError(f"{source!r} has no {_CODE}; other formats can run code, and are not loaded here.")
+            raise AdapterFileError(
+                f"{source!r} has no {_CODE}: other formats can execute code, so they are not loaded."
+            )
 
 
 def _from_hub(source: str) -> PeftConfig:
-    """The config of an adapter of the Hub, once it is known to have its code as safetensors.
-
-    Raises:
-        ConfigError: There is no such repository, or no adapter of that kind in it.
-    """
+    """The config of a Hub adapter. Raises `ConfigError` if the repository has no safetensors adapter."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -269,7 +271,7 @@ def _from_hub(source: str) -> PeftConfig:
         return PeftConfig.from_pretrained(source)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
-            f"{source!r} is neither a folder nor a repository with {_CODE} in reach ({type(error).__name__})."
+            f"{source!r} is neither a folder nor a reachable repository with {_CODE} ({type(error).__name__})."
         ) from error
 
 
@@ -279,8 +281,3 @@ def _free_name(name: str, taken: list[str]) -> str:
     while found in taken:
         found, number = f"{name}-{number}", number + 1
     return found
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else set(ends if isinstance(ends, list) else [ends])

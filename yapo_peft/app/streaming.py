@@ -1,4 +1,4 @@
-"""Tokens as they are generated, and an end to it when nobody reads them."""
+"""Streams tokens while they are generated, and stops when they are not needed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class RowStreamer(BaseStreamer):
-    """Puts the tokens of each step, `(rows,)`, into a queue; the prompt is left out."""
+    """Puts the new tokens of each step, `(rows,)`, into a queue."""
 
     def __init__(self, steps: queue.Queue[Any]) -> None:
         self._steps = steps
         self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Takes the tokens of a step; first those of the prompt."""
+        """Receives the prompt's tokens first, and then those of each step."""
         if not self._is_prompt:
             self._steps.put(value.cpu())
         self._is_prompt = False
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Does nothing: the end is known otherwise."""
 
 
 class StopWhenSet(StoppingCriteria):
-    """Ends a generation that nobody waits for any more."""
+    """Stops a generation when an event is set."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import at_least, evaluating
 from ..errors import ConfigError
 from ..evaluation.preference import Preference
 from ..scoring.scorer import SweepScorer
@@ -22,9 +22,9 @@ from ..tuner import steering
 from ..tuner.adapters import adapter_of
 from ..tuner.hooks import changed_outputs
 from ..tuner.multiplier import require_enabled
-from .checks import require_counts, require_multiplier
+from .checks import require_multiplier
 from .parts import Parts
-from .texts import device_and_dtype, tokenizer_of, window_of
+from .texts import device_and_dtype, require_length, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,14 @@ def attribute(
     Source: arXiv 1703.01365 (integrated gradients).
     """
     name, _, layers = adapter_of(model, adapter_name)
-    require_counts(top=top, steps=steps, batch_size=batch_size)
+    at_least(1, top=top, steps=steps, batch_size=batch_size)
     require_multiplier(multiplier)
     require_enabled(model)
     if not any(bool(layer.code(name).any()) for layer in layers):
         raise ConfigError(f"All entries of adapter {name!r} are zero: it does nothing that could be attributed.")
     tokenizer = tokenizer_of(model, tokenizer)
     batches = Preference().batches(dataset, tokenizer, batch_size)
-    longest, window = max(batch["input_ids"].shape[1] for batch in batches), window_of(model)
-    if window is not None and longest > window:
-        raise ConfigError(f"A pair has {longest} tokens with its answer, and the model takes {window}: leave it out.")
+    require_length(model, max(batch["input_ids"].shape[1] for batch in batches), "A pair")
     device, dtype = device_and_dtype(model)
     with torch.inference_mode(False), evaluating(model):
         parts = [part for layer in layers if len(part := Parts.of(layer, name, device, dtype))]

@@ -1,58 +1,40 @@
-"""What users hand in, checked before any work."""
+"""Checks of arguments, before any work."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any
 
+from .._utils import at_least, finite
 from ..errors import ConfigError
 from ..tuner import YaPOLayer
 
 
-def require_counts(least: int = 1, **values: Any) -> None:
-    """Raises unless all values are whole numbers, `least` or more.
-
-    Raises:
-        ConfigError: One is not; the message names it.
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ConfigError(f"{name}={value!r}: give a whole number of {least} or more.")
-
-
-def require_multiplier(multiplier: Any) -> None:
-    """Raises unless an adapter does something at a multiplier.
-
-    Raises:
-        ConfigError: It is zero, not finite, or no number.
-    """
-    if isinstance(multiplier, bool) or not isinstance(multiplier, Real) or not math.isfinite(multiplier):
-        raise ConfigError(f"multiplier={multiplier!r}: give a finite number.")
+def require_multiplier(multiplier: float) -> None:
+    """Raises `ConfigError` unless the multiplier is finite and not zero."""
+    finite(multiplier=multiplier)
     if multiplier == 0:
-        raise ConfigError("multiplier=0: an adapter does nothing there; give another number.")
+        raise ConfigError("multiplier=0: an adapter has no effect at 0; pass another number.")
 
 
 def features_by_layer(
     features: Sequence[int] | Mapping[int, Sequence[int]], layers: list[YaPOLayer], adapter_name: str
 ) -> dict[int, list[int]]:
-    """Features as users name them, by the index of their block, each once, without blocks that have none.
+    """Returns the given features by layer index, without duplicates and without layers that have none.
 
     Args:
-        features: Indices, of an adapter of one block; or for each block's index those of its SAE.
+        features: Feature indices, if the adapter steers one layer; else a mapping from layer index to feature indices.
         layers: The adapter's layers.
-        adapter_name: Its name.
+        adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: They are none of the adapter's SAEs.
+        ConfigError: The adapter's SAEs have no such features.
     """
     if isinstance(features, str) or not isinstance(features, Sequence | Mapping):
-        raise ConfigError(f"features={features!r}: give a list of indices, or one for each block's index.")
+        raise ConfigError(f"features={features!r}: must be a list of indices, or map layer indices to such lists.")
     if not isinstance(features, Mapping):
         if len(layers) != 1:
             raise ConfigError(
-                f"The adapter steers blocks {[layer.index for layer in layers]}: give features by block, as "
+                f"The adapter steers layers {[layer.index for layer in layers]}: pass features by layer, such as "
                 f"{{{layers[0].index}: [...]}}."
             )
         features = {layers[0].index: features}
@@ -60,16 +42,16 @@ def features_by_layer(
     found: dict[int, list[int]] = {}
     for index, chosen in features.items():
         if index not in by_index:
-            raise ConfigError(f"features= names block {index}, and the adapter steers {sorted(by_index)}.")
+            raise ConfigError(f"features: layer {index} is not among the steered layers {sorted(by_index)}.")
         sae = by_index[index].yapo_sae[adapter_name]
         if sae is None:
-            raise ConfigError(f"Adapter {adapter_name!r} is dense, and has no features: give a sparse one.")
+            raise ConfigError(f"Adapter {adapter_name!r} is dense and has no features: pass a sparse one.")
         if isinstance(chosen, str) or not isinstance(chosen, Sequence):
-            raise ConfigError(f"features={{{index}: {chosen!r}}}: give a list of indices.")
+            raise ConfigError(f"features={{{index}: {chosen!r}}}: must be a list of indices.")
         for feature in chosen:
-            require_counts(0, feature=feature)
+            at_least(0, feature=feature)
         outside = [feature for feature in chosen if feature >= sae.identity.d_sae]
         if outside:
-            raise ConfigError(f"Feature {outside[0]} is none of the {sae.identity.d_sae} of block {index}'s SAE.")
+            raise ConfigError(f"feature={outside[0]}: the SAE of layer {index} has {sae.identity.d_sae} features.")
         found[index] = list(dict.fromkeys(int(feature) for feature in chosen))
     return {index: found[index] for index in sorted(found) if found[index]}

@@ -15,13 +15,14 @@ from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import at_least
 from ..errors import ConfigError
 from ..evaluation.sweep import sweep
 from ..sae import FrozenSAE
 from ..steering.vector import vector_of
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of
-from .checks import require_counts, require_multiplier
+from .checks import require_multiplier
 from .regression import sparse_regression
 from .texts import device_and_dtype, tokenizer_of
 
@@ -83,7 +84,7 @@ def compare(
         raise ConfigError(
             f"adapters={adapters!r}: a comparison needs two adapters at least; there are {sorted(configs)}."
         )
-    require_counts(features=features, batch_size=batch_size)
+    at_least(1, features=features, batch_size=batch_size)
     require_multiplier(multiplier)
     layers = {name: {layer.index: layer for layer in adapter_of(model, name)[2]} for name in names}
     device, _ = device_and_dtype(model)
@@ -147,7 +148,7 @@ def read_vector(
             f"{name!r} has space={config.space!r} and {other!r} has space={sparse.space!r}: read a dense adapter with "
             "the SAEs of a sparse one."
         )
-    require_counts(features=features)
+    at_least(1, features=features)
     saes = {layer.index: layer.yapo_sae[other] for layer in sparse_layers}
     device, _ = device_and_dtype(model)
     tables: list[pd.DataFrame] = []

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import at_least, evaluating
 from ..errors import ConfigError
-from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
 from ..tuner.adapters import adapter_of
-from .checks import features_by_layer, require_counts, require_multiplier
+from .checks import features_by_layer, require_multiplier
 from .neuronpedia import neuronpedia_labels, neuronpedia_link
 from .parts import Parts
 from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
@@ -90,7 +89,7 @@ def explain(
     """
     name, _, layers = adapter_of(model, adapter_name)
     require_multiplier(multiplier)
-    require_counts(tokens=tokens, **({} if top is None else {"top": top}))
+    at_least(1, tokens=tokens, **({} if top is None else {"top": top}))
     wanted = None if features is None else features_by_layer(features, layers, name)
     tokenizer = tokenizer_of(model, tokenizer)
     device, dtype = device_and_dtype(model)
@@ -136,6 +135,7 @@ def _table(
     raised = (wanted > 0).tolist() if sae is not None else [True]
     on = shares.tolist() if shares is not None and sae is not None else [float("nan")] * len(features)
     known = neuronpedia_labels(sae.identity, features) if sae is not None and ask else {}
+    links = [None if sae is None else neuronpedia_link(sae.identity, feature) for feature in features]
     return pd.DataFrame(
         {
             "layer": layer.index,
@@ -150,13 +150,9 @@ def _table(
             "suppresses": suppresses,
             # As objects, or pandas would make NaN of what is missing.
             "label": pd.Series([known.get(feature) for feature in features], dtype=object),
-            "link": pd.Series([_link(sae, feature) for feature in features], dtype=object),
+            "link": pd.Series(links, dtype=object),
         }
     )
-
-
-def _link(sae: FrozenSAE | None, feature: int) -> str | None:
-    return None if sae is None else neuronpedia_link(sae.identity, feature)
 
 
 def _shares_on(
@@ -171,6 +167,8 @@ def _shares_on(
     counts = [torch.zeros(len(part), device=device) for part in parts]
     total = 0
     for batch in tqdm(batches, desc="Counting", unit="batch"):
+        if not any(batch):
+            continue
         inputs = padded(batch, tokenizer, device)
         real = inputs["attention_mask"].bool()
         outputs = unsteered_outputs(model, layers, inputs)
@@ -179,5 +177,5 @@ def _shares_on(
             count += (on[real] > 0).sum(dim=0)
         total += int(real.sum())
     if not total:
-        raise ConfigError("The texts are empty: there is no token to count on.")
+        raise ConfigError("The texts have no tokens: pass texts that are not empty.")
     return [count / total for count in counts]

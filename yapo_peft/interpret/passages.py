@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating, hash_model, replacing
+from .._utils import at_least, evaluating, hash_model, replacing
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..tuner.adapters import adapter_of
 from ..tuner.layer import is_steering
-from .checks import features_by_layer, require_counts
+from .checks import features_by_layer
 from .texts import base_of, device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs
 
 _SAVED_EVERY = 50
@@ -93,8 +93,8 @@ def contexts(
     wanted = features_by_layer(features, all_layers, name)
     if not wanted:
         raise ConfigError("features= is empty: name one feature at least.")
-    require_counts(top=top)
-    require_counts(0, window=window)
+    at_least(1, top=top)
+    at_least(0, window=window)
     if resume is not None and Path(resume).is_dir():
         raise ConfigError(f"resume={str(resume)!r} is a folder: name a file.")
     tokenizer = tokenizer_of(model, tokenizer)

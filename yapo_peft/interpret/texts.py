@@ -1,39 +1,41 @@
-"""Texts as batches of tokens, and what steered blocks put out for them."""
+"""Texts as batches of tokens, and the outputs of steered layers for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import at_least
 from ..errors import ConfigError, DatasetError
 from ..scoring.pairs import common_prefix, padding_of, prompt_ids
 from ..tuner import YaPOLayer, steering
 from ..tuner.hooks import block_outputs, forward_hooks
-from .checks import require_counts
 
-_SHAPES = "give texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
+_SHAPES = "pass texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
 
 
 class _Enough(Exception):  # noqa: N818
-    """Ends a forward pass of which nothing more is read."""
+    """Ends a forward pass once all that is read was computed."""
 
 
 def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of one text, as the model reads it.
+    """Tokenises one text.
 
     Args:
         text: A text; messages; or a row with a column `text`, `messages`, or `prompt` and an answer, which is `chosen`
             or `completion`. Conversations are rendered by the tokenizer's chat template.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        DatasetError: It is something else.
+        DatasetError: `text` is something else.
     """
     if isinstance(text, dict):
         text = content_of_row(cast(dict[str, Any], text))
@@ -42,92 +44,75 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(text, list) and text and isinstance(text[0], dict):
         rendered = cast(str, tokenizer.apply_chat_template(cast(Any, text), tokenize=False))
         return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    raise DatasetError(f"A text is {text!r}: {_SHAPES}.")
+    raise DatasetError(f"{text!r} is not a text: {_SHAPES}.")
 
 
 def answer_start(text: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Where the answer of a row with a prompt and an answer starts in its tokens; None of other texts."""
+    """The index of the answer's first token, for a row with a prompt and an answer; None for other texts."""
     if not isinstance(text, dict) or not text.get("prompt") or any(text.get(name) for name in ("text", "messages")):
         return None
     return common_prefix(prompt_ids(text["prompt"], tokenizer), ids)
 
 
 def content_of_row(row: dict[str, Any]) -> Any:
-    """The text or messages of a row.
-
-    Raises:
-        DatasetError: It has no column of either.
-    """
+    """The text or messages of a row. Raises `DatasetError` if it has neither."""
     found = next((row[name] for name in ("text", "messages") if row.get(name)), None)
     if found is None and row.get("prompt"):
         found = row["prompt"] + (row.get("chosen") or row.get("completion") or type(row["prompt"])())
     if found is None:
-        raise DatasetError(f"A row has the columns {sorted(row)}, and no text in them: {_SHAPES}.")
+        raise DatasetError(f"A row has the columns {sorted(row)} and no text in them: {_SHAPES}.")
     return found
 
 
 def require_texts(texts: Any) -> None:
-    """Raises unless something is a collection of texts.
-
-    Raises:
-        DatasetError: It is one text, one row, or a table that gives its columns' names.
-    """
+    """Raises `DatasetError` for a single text or row, and for a DataFrame, which iterates over its columns' names."""
     if isinstance(texts, str | Mapping | pd.DataFrame) or not isinstance(texts, Iterable):
         rows = " (of a DataFrame: .to_dict('records'))" if isinstance(texts, pd.DataFrame) else ""
-        raise DatasetError(f"The texts are one {type(texts).__name__}: {_SHAPES}, in a list or a dataset{rows}.")
+        raise DatasetError(f"The texts must be a list or a dataset, not one {type(texts).__name__}: {_SHAPES}{rows}.")
 
 
-def window_of(model: nn.Module) -> int | None:
-    """How many tokens a model takes, if its config says so."""
+def context_length(model: nn.Module) -> int | None:
+    """The maximum number of tokens of an input, if the model's config has it."""
     return getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_length(model: nn.Module, tokens: int, what: str) -> None:
+    """Raises `ConfigError` if the model's context is too short."""
+    longest = context_length(model)
+    if longest is not None and tokens > longest:
+        raise ConfigError(f"{what} has {tokens} tokens, but the model takes at most {longest}: shorten it.")
 
 
 def text_batches(
     texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int, model: nn.Module
 ) -> Iterator[list[list[int]]]:
-    """Batches of tokens, `batch_size` texts each, as they come.
+    """Batches of the tokens of `batch_size` texts, tokenised lazily.
 
-    What exceeds `max_length` tokens of a text, or what the model takes, is left out.
+    Texts are truncated to `max_length` tokens and to the model's context.
 
     Raises:
         ConfigError: A size is not positive.
-        DatasetError: They are no texts, or one of them is none.
+        DatasetError: `texts` is not a collection of texts, or one of them is not a text.
     """
-    require_counts(batch_size=batch_size, max_length=max_length)
+    at_least(1, batch_size=batch_size, max_length=max_length)
     require_texts(texts)
-    max_length = min(max_length, window_of(model) or max_length)
-    return _batches(texts, tokenizer, batch_size, max_length)
-
-
-def _batches(
-    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
-) -> Iterator[list[list[int]]]:
-    batch: list[list[int]] = []
-    for text in texts:
-        batch.append(tokens_of(text, tokenizer)[:max_length])
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    max_length = min(max_length, context_length(model) or max_length)
+    tokens = (tokens_of(text, tokenizer)[:max_length] for text in texts)
+    return iter(lambda: list(islice(tokens, batch_size)), [])
 
 
 def padded(batch: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` of a batch, `(batch, seq)`, padded on the right."""
-    length = max(1, *map(len, batch))
-    ids = torch.full((len(batch), length), padding_of(tokenizer))
-    mask = torch.zeros(len(batch), length, dtype=torch.long)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    rows = [torch.tensor(tokens, dtype=torch.long, device=device) for tokens in batch]
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding_of(tokenizer))
+    return {"input_ids": ids, "attention_mask": pad_sequence(list(map(torch.ones_like, rows)), batch_first=True)}
 
 
 @torch.no_grad()
 def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[str, Tensor]) -> dict[int, Tensor]:
-    """What steered blocks put out with steering off, `(batch, seq, d_model)` by the block's index.
+    """Outputs of the steered layers without steering, `(batch, seq, d_model)` by layer index.
 
-    The blocks above the highest one are not run, but where accelerate moves weights for each block.
+    The layers above the highest steered one do not run, unless accelerate's hooks move weights layer by layer.
     """
     base = base_of(model)
 
@@ -142,22 +127,18 @@ def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[st
 
 
 def base_of(model: nn.Module) -> Any:
-    """The causal language model within PEFT's wrapper."""
+    """The causal language model that PEFT wraps."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a model's weights are, and what it computes in."""
+    """The device of a model's weights, and the dtype that it computes in."""
     base = base_of(model)
     return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu")), base.dtype
 
 
 def tokenizer_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, or that of the model's name.
-
-    Raises:
-        ConfigError: There is none by that name.
-    """
+    """The tokenizer, or if None the one of the model's name. Raises `ConfigError` if there is none."""
     if tokenizer is not None:
         return tokenizer
     from transformers import AutoTokenizer
@@ -167,4 +148,4 @@ def tokenizer_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"There is no tokenizer under the model's name, {name!r}: give tokenizer=.") from error
+        raise ConfigError(f"No tokenizer found for the model {name!r}: pass tokenizer=.") from error

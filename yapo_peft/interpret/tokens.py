@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import at_least, evaluating
 from ..errors import ConfigError
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of
 from ..tuner.blocks import hidden_states
 from ..tuner.hooks import forward_hooks
-from .checks import require_counts
 from .parts import Parts
-from .texts import answer_start, device_and_dtype, padded, tokenizer_of, tokens_of, window_of
+from .texts import answer_start, device_and_dtype, padded, require_length, tokenizer_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,12 @@ def token_effects(
         DatasetError: The prompt is none.
     """
     name, _, layers = adapter_of(model, adapter_name)
-    require_counts(0, top=top)
+    at_least(0, top=top)
     tokenizer = tokenizer_of(model, tokenizer)
     ids = tokens_of(prompt, tokenizer)
     if not ids:
         raise ConfigError("The prompt is empty: there is no token to steer.")
-    window = window_of(model)
-    if window is not None and len(ids) > window:
-        raise ConfigError(f"The prompt has {len(ids)} tokens, and the model takes {window}: shorten it.")
+    require_length(model, len(ids), "The prompt")
     texts = [cast(str, tokenizer.decode([token])) for token in ids]
     found: dict[int, dict[str, Any]] = {}
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import at_least, evaluating
 from ..errors import ConfigError
 from ..evaluation import Damage, MultipleChoice, Preference, Scores, sweep
 from ..interpret import Attribution, attribute, contexts, explain
-from ..interpret.checks import require_counts, require_multiplier
+from ..interpret.checks import require_multiplier
 from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
@@ -107,8 +107,8 @@ def collect_report(
     name, config, layers = adapter_of(model, adapter_name)
     require_enabled(model)
     require_multiplier(multiplier)
-    require_counts(top=top, steps=steps, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    require_counts(0, attributed=attributed, prompts=prompts)
+    at_least(1, top=top, steps=steps, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    at_least(0, attributed=attributed, prompts=prompts)
     if text is not None:
         require_texts(text)
     if len(set(multipliers)) < 2:

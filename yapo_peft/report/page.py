@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..evaluation import plot_dose_response
 from . import pictures
 from .contents import ReportContents, collect_report
+from .marking import marked_tokens
 
 PICTURE = "dose-response.png"
 
@@ -150,14 +151,9 @@ def _multipliers(contents: ReportContents) -> list[dict[str, Any]]:
 def _features(contents: ReportContents) -> list[dict[str, Any]]:
     """A row per feature: what it is, what it contributes, and where it is on."""
     rows = [{str(key): value for key, value in row.items()} for row in _by_contribution(contents).to_dict("records")]
-    passages: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
+    passages: dict[tuple[int, int | None], list[str]] = {}
     for passage in contents.passages.to_dict("records"):
-        peak = max(passage["values"], default=0.0) or 1.0
-        marked = [
-            (token, round(max(0.0, value) / peak, 2), value)
-            for token, value in zip(passage["tokens"], passage["values"], strict=True)
-        ]
-        passages.setdefault(_key(passage), []).append({"peak": passage["peak"], "tokens": marked})
+        passages.setdefault(_key(passage), []).append(marked_tokens(passage["tokens"], passage["values"]))
     said = [{name: row[name] if isinstance(row[name], str) else None for name in ("label", "link")} for row in rows]
     return [{**row, **own, "passages": passages.get(_key(row), [])} for row, own in zip(rows, said, strict=True)]
 

@@ -42,7 +42,7 @@ def answer(
             torch.manual_seed(seed)
         output = cast(Any, model).generate(**inputs, **options)
     answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = _end_tokens(model, tokenizer, generation.get("eos_token_id"))
+    ends = end_tokens(model, tokenizer, generation.get("eos_token_id"))
     return [
         (cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip(), any(token in ends for token in ids))
         for ids in answers
@@ -56,7 +56,8 @@ def _padded(prompts: Sequence[list[int]], padding: int, device: torch.device) ->
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, given: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> set[int]:
+    """The tokens that end an answer: as given, else of the generation config, else the tokenizer's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = given if given is not None else configured if configured is not None else tokenizer.eos_token_id
     return set(cast(list[int], ends if isinstance(ends, list | tuple) else [ends]))
