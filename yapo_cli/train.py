@@ -13,8 +13,8 @@ def train(context: typer.Context) -> None:
 def launch(arguments: list[str]) -> int:
     """Launches the training script.
 
-    Unknown options are passed to `accelerate launch`, such as `--num_processes 2`; `--accelerate_config` takes a file or
-    the name of one of TRL's configs.
+    Unknown options are passed to `accelerate launch`, such as `--num_processes 2`; `--accelerate_config` takes a file
+    or the name of one of TRL's configs.
 
     Args:
         arguments: Options of the script and of the launcher, in any order.

@@ -269,7 +269,7 @@ def test_data_reject_makes_pairs(run, saved_adapter, pairs, tmp_path):
             "All entries of the adapter are zero",
         ),
         (("push", "{adapter}", "a/b/c"), "'a/b/c' is not a valid repository name"),
-        (("sae", "inspect", "{parent}", "x"), "leave the id out"),
+        (("sae", "inspect", "{parent}", "x"), "leave out the id"),
         (("push", "{base}", "me/mine"), "No adapter found in"),
         (("train", "--output_dir", "x", "--bf16", "False"), "There is no layer to steer"),
         (("swep",), "No such command 'swep'"),

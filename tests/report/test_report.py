@@ -52,7 +52,7 @@ def test_what_is_measured_is_what_is_said(contents):
     assert f"{contents.attribution.effect:+.4g}" in text
     assert all(f"{value:.3g}" in text for value in contents.preference.summary()["margin"])
     assert "knowledge, %" in text
-    assert "held out" in text
+    assert "evaluation" in text
     assert [row["multiplier"] for row in contents.answers] == [-1.0, 0.0, 1.0] * 2
     listed = set(zip(contents.features["layer"], contents.features["feature"], strict=True))
     left_out = contents.attribution.features.dropna(subset="left_out")
@@ -84,7 +84,7 @@ def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="multipliers="):
         write_report(steered(), file, pairs, tokenizer, multipliers=(1,))
     assert file.read_text() == "before"
-    with pytest.raises(ConfigError, match=r"ends in '\.html'"):
+    with pytest.raises(ConfigError, match=r"must end in '\.html'"):
         write_report(steered(), tmp_path / "report.pdf", pairs, tokenizer)
     for options, message in (
         ({"prompts": -1}, "prompts=-1"),
@@ -140,7 +140,7 @@ def test_the_command_reports_on_a_saved_adapter(pairs, saved_adapter, tmp_path, 
     for bad, message in (
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--dataset", "nowhere.csv"], "There is no file 'nowhere.csv'"),
-        (["--out", str(tmp_path)], "give a name that ends in '.html'"),
+        (["--out", str(tmp_path)], "must end in '.html'"),
         (["--card"], "There is no"),
         (["--dtype", "foo"], "dtype='foo': must be 'auto'"),
     ):

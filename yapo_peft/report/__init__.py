@@ -1,4 +1,4 @@
-"""One page about an adapter: what it is, what it does, and what that costs."""
+"""HTML reports about adapters: properties, effects and side effects."""
 
 from .contents import ReportContents, collect_report
 from .page import render_report, save_page, write_report, write_short_form

@@ -1,10 +1,11 @@
-"""What a report says, measured."""
+"""Measures the contents of a report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,20 +31,20 @@ MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class ReportContents:
-    """What a report says of an adapter.
+    """The contents of a report about an adapter.
 
     Attributes:
-        title: Name of the adapter.
-        facts: What it is, as pairs of a name and a value.
-        preference: Margin and accuracy on the dataset over multipliers.
-        damage: KL, perplexity and changed tokens on text over multipliers.
-        knowledge: Accuracy on questions over multipliers, if there were any.
-        history: The log of its training, if it was found.
-        attribution: What each feature contributes to the margin, if it is not left out.
-        features: As `explain` gives it.
-        passages: As `contexts` gives them.
-        answers: Rows of `prompt`, `multiplier` and `answer`.
-        multiplier: The multiplier at which features are read.
+        title: Title of the report.
+        facts: Properties of the adapter, as names and values.
+        preference: Margin and accuracy on the dataset, by multiplier.
+        damage: KL, perplexity and changed tokens on text, by multiplier.
+        knowledge: Accuracy on questions, by multiplier; None without questions.
+        history: The log of the training; empty if there is none.
+        attribution: The contribution of each feature to the margin; None if skipped.
+        features: The table of `explain`.
+        passages: The table of `contexts`.
+        answers: Rows with `prompt`, `multiplier` and `answer`.
+        multiplier: The multiplier for features and attribution.
     """
 
     title: str
@@ -79,29 +80,29 @@ def collect_report(
     labels: bool = True,
     batch_size: int = 8,
 ) -> ReportContents:
-    """Measures what a report says. The model is not changed.
+    """Measures the contents of a report. The model is not changed.
 
     Args:
         model: A `PeftModel` with a YaPO adapter.
-        dataset: Preference pairs in TRL's format, of what the adapter is about; better not those it was trained on.
-        tokenizer: The model's; found by the model's name if None.
+        dataset: Preference pairs in TRL's format, preferably not those of the training.
+        tokenizer: The model's tokenizer; loaded by the model's name if None.
         adapter_name: The adapter; the active one if None.
-        title: What to call it; its name if None.
-        text: Running text for damage and contexts, as texts or rows with a column `text`; the pairs' own if None.
-        questions: Multiple choice as of `load_choices`, for a knowledge check; none if None.
-        history: The log of its training, `trainer.state.log_history`.
+        title: Title of the report; the adapter's name if None.
+        text: Running text for damage and contexts, as texts or rows with a column `text`; the pairs if None.
+        questions: Multiple-choice questions of `load_choices`, for a knowledge check.
+        history: The log of the training, `trainer.state.log_history`.
         multipliers: The multipliers of the dose-response.
-        multiplier: The multiplier at which features are read and attributed.
-        top: How many features of each block to list, besides those that are left out one by one.
-        attributed: How many features to leave out one by one; 0 leaves attribution out.
-        steps: Multipliers that integrated gradients are averaged over.
-        prompts: How many of the dataset's prompts to answer at -1, 0 and +1 times `multiplier`.
-        max_new_tokens: Length of these answers.
-        labels: Whether to ask Neuronpedia for labels.
+        multiplier: The multiplier for features and attribution.
+        top: Number of features to list per layer, besides those that are ablated one by one.
+        attributed: Number of features to ablate one by one; 0 skips attribution.
+        steps: Number of multipliers that integrated gradients are averaged over.
+        prompts: Number of prompts to answer at -1, 0 and +1 times `multiplier`.
+        max_new_tokens: Maximum length of these answers, in tokens.
+        labels: Whether to fetch labels from Neuronpedia.
         batch_size: Rows per forward pass.
 
     Raises:
-        ConfigError: There is no such adapter, or an argument has a value that cannot work.
+        ConfigError: There is no such adapter, or an argument is invalid.
         DatasetError: The dataset is empty, or a pair lacks a column or an answer.
     """
     name, config, layers = adapter_of(model, adapter_name)
@@ -115,55 +116,27 @@ def collect_report(
         raise ConfigError(f"multipliers={list(multipliers)}: a dose-response needs at least two multipliers.")
     tokenizer = tokenizer_of(model, tokenizer)
     pairs = list(dataset)
-    Preference().batches(pairs, tokenizer, 1)  # so that a pair that cannot be read is an error before any work
+    Preference().batches(pairs, tokenizer, 1)  # validates the pairs before any work
     texts = list(pairs if text is None else text)
-    preference = sweep(model, pairs, tokenizer, multipliers, adapter_name=name, batch_size=batch_size)
+    shared: dict[str, Any] = {"tokenizer": tokenizer, "adapter_name": name, "batch_size": batch_size}
+    swept = partial(sweep, model, multipliers=multipliers, **shared)
     running = [_running(row) for row in texts]
-    damage = sweep(
-        model,
-        running,
-        tokenizer,
-        multipliers,
-        measure=_blocks(running, tokenizer),
-        adapter_name=name,
-        batch_size=batch_size,
-    )
-    knowledge = None
-    if questions is not None:
-        measure = MultipleChoice("text", "characters")
-        knowledge = sweep(
-            model, questions, tokenizer, multipliers, measure=measure, adapter_name=name, batch_size=batch_size
-        )
+    preference, damage = swept(pairs), swept(running, measure=_blocks(running, tokenizer))
+    knowledge = None if questions is None else swept(questions, measure=MultipleChoice("text", "characters"))
     found = None
     if attributed and any(bool(layer.code(name).any()) for layer in layers):
-        found = attribute(
-            model,
-            pairs,
-            tokenizer,
-            adapter_name=name,
-            multiplier=multiplier,
-            top=attributed,
-            steps=steps,
-            batch_size=batch_size,
-        )
+        found = attribute(model, pairs, multiplier=multiplier, top=attributed, steps=steps, **shared)
     table = explain(
         model,
-        name,
-        tokenizer=tokenizer,
         multiplier=multiplier,
         top=top,
         features=None if found is None else _worth_listing(found.features, top) or None,
         texts=texts,
         labels=labels,
-        batch_size=batch_size,
+        **shared,
     )
-    wanted: dict[int, list[int]] = {}
-    for layer, feature in zip(table["layer"].tolist(), table["feature"].tolist(), strict=True):
-        if not pd.isna(feature):
-            wanted.setdefault(layer, []).append(feature)
-    passages = pd.DataFrame()
-    if wanted:
-        passages = contexts(model, wanted, texts, tokenizer, adapter_name=name, top=3, window=10, batch_size=batch_size)
+    wanted = _by_layer(table)
+    passages = contexts(model, wanted, texts, top=3, window=10, **shared) if wanted else pd.DataFrame()
     return ReportContents(
         title or name,
         _facts(model, config, layers, name),
@@ -180,7 +153,7 @@ def collect_report(
 
 
 def training_history(folder: str | Path) -> list[dict[str, Any]]:
-    """The log of a training whose trainer wrote to a folder, or to one around it; empty if there is none."""
+    """The log that a trainer wrote to a folder or its parent; empty if there is none."""
     folder = Path(folder)
     files = [parent / "trainer_state.json" for parent in (folder, folder.parent)]
     files += sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))[::-1]
@@ -191,24 +164,25 @@ def training_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _worth_listing(features: pd.DataFrame, top: int) -> dict[int, list[int]]:
-    """Of each block, the features of the longest reach, and those that were left out one by one."""
+    """The features of the largest reach at each layer, and those that were ablated one by one."""
     features = features.dropna(subset="feature")
     longest = features.sort_values("reach", ascending=False, kind="stable").groupby("layer").head(top)
-    listed = pd.concat([longest, features.dropna(subset="left_out")])
-    found: dict[int, list[int]] = {}
-    for layer, feature in dict.fromkeys(zip(listed["layer"].tolist(), listed["feature"].tolist(), strict=True)):
-        found.setdefault(layer, []).append(feature)
-    return found
+    return _by_layer(pd.concat([longest, features.dropna(subset="left_out")]))
+
+
+def _by_layer(table: pd.DataFrame) -> dict[int, list[int]]:
+    features = table.dropna(subset="feature").drop_duplicates(["layer", "feature"]).groupby("layer", sort=False)
+    return {int(cast(Any, layer)): found.tolist() for layer, found in features["feature"]}
 
 
 def _running(row: Any) -> str:
-    """A row as running text."""
+    """The running text of a row."""
     parts = row if isinstance(row, str) else content_of_row(row)
     return parts if isinstance(parts, str) else " ".join(str(message["content"]) for message in parts)
 
 
 def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Damage:
-    """Blocks as long as the text allows, few enough for a report."""
+    """A measure with blocks as long as the text allows, and few enough for a report."""
     tokens = sum(len(tokenizer(text + "\n", add_special_tokens=False)["input_ids"]) for text in texts[:200])
     return Damage(block_size=max(2, min(256, tokens)), max_blocks=16)
 
@@ -240,17 +214,17 @@ def _facts(model: nn.Module, config: YaPOConfig, layers: list[YaPOLayer], name: 
     facts = [
         ("model", Path(base).name if Path(base).exists() else base),
         ("space", "features of an SAE" if config.space == "sae" else "residual stream"),
-        ("blocks", ", ".join(str(layer.index) for layer in layers)),
+        ("layers", ", ".join(str(layer.index) for layer in layers)),
         ("tokens", config.positions),
     ]
     for layer in layers:
         sae, code = layer.yapo_sae[name], layer.code(name).detach()
         if sae is None:
-            facts.append((f"vector of block {layer.index}", f"{len(code)} entries of length {float(code.norm()):.3g}"))
+            facts.append((f"vector of layer {layer.index}", f"{len(code)} entries, norm {float(code.norm()):.3g}"))
             continue
         identity = sae.identity
         where = f"{identity.release}, {identity.sae_id}" if identity.release else f"hash {identity.content_hash[:12]}"
-        facts.append((f"SAE of block {layer.index}", f"{where}: {identity.d_sae} features, {identity.architecture}"))
+        facts.append((f"SAE of layer {layer.index}", f"{where}: {identity.d_sae} features, {identity.architecture}"))
         raised, lowered = int((code > 0).sum()), int((code < 0).sum())
-        facts.append((f"code of block {layer.index}", f"{raised} entries above zero, {lowered} below"))
+        facts.append((f"code of layer {layer.index}", f"{raised} positive entries, {lowered} negative"))
     return facts

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else."""
+"""Renders a report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._utils import replacing
 from ..adapter_file.card import add_findings
 from ..errors import ConfigError
 from ..evaluation import plot_dose_response
-from . import pictures
+from . import plots
 from .contents import ReportContents, collect_report
 from .marking import marked_tokens
 
@@ -25,11 +25,11 @@ PICTURE = "dose-response.png"
 def write_report(
     model: nn.Module, path: str | Path, dataset: Iterable[dict[str, Any]], *args: Any, **options: Any
 ) -> Path:
-    """Measures an adapter, and writes what was found as one HTML file without a need for a network.
+    """Measures an adapter and writes an HTML report, which works offline.
 
     Args:
         model: A `PeftModel` with a YaPO adapter.
-        path: The file, ending in ".html"; a failure leaves what was there.
+        path: The file, ending in ".html"; it is not changed on failure.
         dataset: Preference pairs.
         *args: As of `collect_report`.
         **options: As of `collect_report`.
@@ -46,7 +46,7 @@ def write_report(
 
 
 def save_page(contents: ReportContents, path: str | Path) -> Path:
-    """As `write_report`, of what `collect_report` returned."""
+    """As `write_report`, with the contents of `collect_report`."""
     path, page = Path(path), render_report(contents)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
@@ -55,19 +55,19 @@ def save_page(contents: ReportContents, path: str | Path) -> Path:
 
 
 def write_short_form(contents: ReportContents, folder: str | Path) -> Path:
-    """Puts the first features and a picture of the dose-response into the card of a saved adapter.
+    """Adds the top features and a plot of the dose-response to the model card of a saved adapter.
 
-    What else its `README.md` says stays. `model.push_to_hub`, `yapo push` and `hf upload` send both files along.
+    The rest of `README.md` is kept. `model.push_to_hub`, `yapo push` and `hf upload` upload both files.
 
     Args:
-        contents: What `collect_report` returned.
-        folder: A folder that `save_pretrained` or a trainer wrote.
+        contents: The contents of `collect_report`.
+        folder: A folder written by `save_pretrained` or a trainer.
 
     Returns:
         Path of the card.
 
     Raises:
-        ConfigError: There is no adapter with a card in the folder.
+        ConfigError: The folder has no model card.
         ImportError: matplotlib is not installed.
     """
     file = require_card(folder)
@@ -81,29 +81,25 @@ def write_short_form(contents: ReportContents, folder: str | Path) -> Path:
 
 
 def require_card(folder: str | Path) -> Path:
-    """The card of a saved adapter.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """The model card of a saved adapter. Raises `ConfigError` if there is none."""
     file = Path(folder) / "README.md"
     if not file.is_file():
-        raise ConfigError(f"There is no {file}: give the folder of a saved adapter, which has a card.")
+        raise ConfigError(f"There is no {file}: pass the folder of a saved adapter.")
     return file
 
 
 def require_page(path: Path) -> None:
-    """Raises before any work if a page could not be written."""
+    """Raises before any work if a report could not be written."""
     if path.suffix != ".html":
-        raise ConfigError(f"path={str(path)!r}: a report is an HTML file, so give a name that ends in '.html'.")
+        raise ConfigError(f"path={str(path)!r}: must end in '.html'.")
     if path.is_dir():
-        raise ConfigError(f"path={str(path)!r} is a folder: name a file.")
+        raise ConfigError(f"path={str(path)!r} is a folder: pass a file.")
     if find_spec("matplotlib") is None or find_spec("jinja2") is None:
         raise ImportError("Reports need matplotlib and jinja2: pip install 'yapo-peft[report]'.")
 
 
 def render_report(contents: ReportContents) -> str:
-    """The page of a report, as HTML."""
+    """Renders a report as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -114,11 +110,11 @@ def render_report(contents: ReportContents) -> str:
     attribution, knowledge = contents.attribution, contents.knowledge
     return environment.get_template("page.html").render(
         contents=contents,
-        doses=pictures.dose_response(contents.preference, ("margin", "accuracy"), "preference pairs"),
-        damage=pictures.dose_response(contents.damage, ("kl", "top_changed"), "running text"),
-        knowledge=pictures.dose_response(knowledge, ("accuracy",), "questions") if knowledge is not None else [],
-        losses=pictures.losses(contents.history),
-        bars=None if attribution is None else pictures.attribution_bars(attribution.features),
+        doses=plots.dose_response(contents.preference, ("margin", "accuracy"), "preference pairs"),
+        damage=plots.dose_response(contents.damage, ("kl", "top_changed"), "running text"),
+        knowledge=plots.dose_response(knowledge, ("accuracy",), "questions") if knowledge is not None else [],
+        losses=plots.losses(contents.history),
+        bars=None if attribution is None else plots.attribution_bars(attribution.features),
         multipliers=_multipliers(contents),
         features=_features(contents),
         answers=_by_prompt(contents.answers),
@@ -126,19 +122,19 @@ def render_report(contents: ReportContents) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line ends to be seen."""
+    """A token with visible whitespace."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """A number as people read it; nothing where there is none."""
+    """A formatted number; empty for None and NaN."""
     if value is None or pd.isna(value):
         return ""
     return f"{value:{'+' if signed else ''}.{digits}g}"
 
 
 def _multipliers(contents: ReportContents) -> list[dict[str, Any]]:
-    """A row per multiplier: what it does to preferences, and what that costs."""
+    """One row per multiplier: effects and side effects."""
     rows = contents.preference.summary().merge(contents.damage.summary(), on="multiplier")
     if contents.knowledge is not None:
         known = contents.knowledge.summary()
@@ -149,7 +145,7 @@ def _multipliers(contents: ReportContents) -> list[dict[str, Any]]:
 
 
 def _features(contents: ReportContents) -> list[dict[str, Any]]:
-    """A row per feature: what it is, what it contributes, and where it is on."""
+    """One row per feature: its properties, contribution and passages."""
     rows = [{str(key): value for key, value in row.items()} for row in _by_contribution(contents).to_dict("records")]
     passages: dict[tuple[int, int | None], list[str]] = {}
     for passage in contents.passages.to_dict("records"):
@@ -159,7 +155,7 @@ def _features(contents: ReportContents) -> list[dict[str, Any]]:
 
 
 def _by_contribution(contents: ReportContents) -> pd.DataFrame:
-    """The features with what they contribute, `left_out` and `integrated`; those of the largest contribution first."""
+    """The features with their contributions `left_out` and `integrated`, the largest first."""
     table = contents.features.assign(left_out=float("nan"), integrated=float("nan"))
     if contents.attribution is None:
         return table

@@ -1,4 +1,4 @@
-"""Pictures as text that a page can hold: SVG, in the page's own colours."""
+"""Plots as inline SVG in the page's colours."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..evaluation.scores import Scores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Stands for the colour of the page's text, which follows the reader's theme.
+# Placeholder for the page's text colour, which follows the reader's theme.
 _INK = "#010203"
 
 
 def figure_as_svg(figure: Figure, text: str) -> str:
-    """An SVG element, whose ink has the colour of the text around it.
+    """Converts a figure to an SVG element in the surrounding text's colour.
 
     Args:
-        figure: Of matplotlib.
-        text: What it shows, for those who do not see it.
+        figure: A matplotlib figure.
+        text: Its description for screen readers.
     """
     from matplotlib import rc_context
 
@@ -48,7 +48,7 @@ def figure_as_svg(figure: Figure, text: str) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
-    # Names that nothing refers to go, and the others become the picture's own: a page has several.
+    # IDs must be unique on the page: unused ones are removed, and the others get a prefix.
     own = re.sub(r"\W+", "-", text)
     named, seen = set(re.findall(r"#([\w.-]+)", svg)), set[str]()
 
@@ -65,7 +65,7 @@ def figure_as_svg(figure: Figure, text: str) -> str:
 
 
 def dose_response(scores: Scores, metrics: Sequence[str], of: str) -> list[str]:
-    """Metrics against the multiplier, a picture each, so that a narrow page can put them below each other."""
+    """Plots of metrics against the multiplier, one each, so that they wrap on a narrow page."""
     return [
         figure_as_svg(dose_response_figure(scores, "", metrics=[metric]), f"{metric} on {of} by multiplier")
         for metric in metrics
@@ -73,10 +73,10 @@ def dose_response(scores: Scores, metrics: Sequence[str], of: str) -> list[str]:
 
 
 def losses(history: Sequence[dict[str, Any]]) -> str | None:
-    """The losses of a training, and how many entries its code had; None where the log has no loss."""
+    """A plot of the training and evaluation losses; None if the log has none."""
     from matplotlib.figure import Figure
 
-    lines = [(name, metric) for name, metric in (("training", "loss"), ("held out", "eval_loss"))]
+    lines = [(name, metric) for name, metric in (("training", "loss"), ("evaluation", "eval_loss"))]
     points = {
         name: [(entry["step"], float(entry[metric])) for entry in history if metric in entry] for name, metric in lines
     }
@@ -90,11 +90,11 @@ def losses(history: Sequence[dict[str, Any]]) -> str | None:
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return figure_as_svg(figure, "Loss of the training by step")
+    return figure_as_svg(figure, "Training loss by step")
 
 
 def attribution_bars(features: pd.DataFrame) -> str:
-    """What features contribute, by both ways of asking."""
+    """A bar plot of the features' contributions, by both methods."""
     from matplotlib.figure import Figure
 
     shown = cast(pd.DataFrame, features.dropna(subset="left_out")[::-1])
@@ -113,7 +113,7 @@ def attribution_bars(features: pd.DataFrame) -> str:
     axes.set(xlabel="contribution to the mean margin (nats)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    return figure_as_svg(figure, "Contribution of single features to the margin")
+    return figure_as_svg(figure, "Contributions of features to the margin")
 
 
 def _named(row: Any, with_block: bool) -> str:
