@@ -20,11 +20,11 @@ def test_an_answer_is_an_index_a_letter_or_the_text(answer):
     ("change", "message"),
     [
         ({"o": ["O", "A", "B"], "a": "A"}, "the text of option B and the letter of another one"),
-        ({"a": 3}, "Row 0 has a=3, which is none of its 3 options"),
+        ({"a": 3}, "Row 0 has a=3, which is not one of its 3 options"),
         ({"a": "w9"}, "Row 0 has a='w9'"),
         ({"a": -1}, "Row 0 has a=-1"),
-        ({"o": ["w2"]}, "give a list of two texts at least"),
-        ({"o": ["w2", "w2"]}, "has an option twice"),
+        ({"o": ["w2"]}, "must be a list of at least two texts"),
+        ({"o": ["w2", "w2"]}, "has duplicate options"),
         ({"q": " "}, "Row 0 has q=' '"),
     ],
 )

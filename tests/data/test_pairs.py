@@ -91,7 +91,7 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted():
     [
         ({}, DatasetError, r"no column 'prompt', 'chosen', 'rejected' but 'question', 'matching', 'not_matching'"),
         ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
-        ({**BIPO, "keep": ["prompt"]}, ConfigError, "'prompt' is a column of the pairs themselves"),
+        ({**BIPO, "keep": ["prompt"]}, ConfigError, "The column 'prompt' would be overwritten"),
         ({**BIPO, "streaming": True}, DatasetError, "streaming=True"),
         ({"prompt": None, "rejected": None}, ConfigError, "prompt=None, rejected=None"),
     ],
@@ -130,7 +130,7 @@ def test_a_source_that_cannot_be_read_is_named(source_, error, message):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "pairs.xlsx").touch()
-    with pytest.raises(DatasetError, match=r"pairs.xlsx' is of no kind that is read here: .csv"):
+    with pytest.raises(DatasetError, match=r"pairs.xlsx' has an unsupported format: must be one of .csv"):
         load_rows(tmp_path / "pairs.xlsx")
 
 

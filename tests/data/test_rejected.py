@@ -48,7 +48,7 @@ def test_an_active_adapter_steers_what_is_kept(tmp_path, tokenizer):
         plain = generate_rejected(model, tokenizer, PROMPTS, tmp_path / "b", **OPTIONS)
     assert steered["rejected"] != plain["rejected"]
     set_multiplier(model, 0.5)
-    with pytest.raises(ConfigError, match=r"holds answers of another run .*model"):
+    with pytest.raises(ConfigError, match=r"has answers of another run .*model"):
         generate_rejected(model, tokenizer, PROMPTS, tmp_path / "a", **OPTIONS)
 
 
@@ -134,8 +134,8 @@ def test_answers_that_are_cut_say_so(tmp_path, tokenizer):
         (PROMPTS.remove_columns("chosen"), {}, DatasetError, "no column 'chosen' but 'prompt'"),
         (Dataset.from_list([{"prompt": "w1", "chosen": None}]), {}, DatasetError, "Row 0 has chosen=None"),
         (PROMPTS, {"batch_size": 0}, ConfigError, "batch_size=0"),
-        (PROMPTS, {"max_length": 9}, ConfigError, "leave max_length"),
-        (PROMPTS, {"num_return_sequences": 2}, ConfigError, "leave max_length"),
+        (PROMPTS, {"max_length": 9}, ConfigError, "omit max_length"),
+        (PROMPTS, {"num_return_sequences": 2}, ConfigError, "omit max_length"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_generated(tmp_path, tokenizer, rows, options, error, message):

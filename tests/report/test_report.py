@@ -66,7 +66,7 @@ def test_a_dense_adapter_has_vectors_instead_of_features(pairs, tokenizer, tmp_p
     )
     page = render_report(found)
     assert page.count("<td>vector</td>") == 2
-    assert "No questions were given" in page
+    assert "no questions were given" in page
     assert 'id="answers"' not in page
     assert 'id="training"' not in page
 
@@ -74,7 +74,7 @@ def test_a_dense_adapter_has_vectors_instead_of_features(pairs, tokenizer, tmp_p
 def test_a_code_of_zeros_is_said_to_do_nothing(pairs, tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     page = render_report(collect_report(model, pairs, tokenizer, multipliers=(0, 1), prompts=0))
-    assert "the adapter does nothing" in page
+    assert "the adapter has no effect" in page
     assert 'id="attribution"' not in page
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..errors import ConfigError, DatasetError
-from .sources import load_rows, require_columns
+from .sources import load_rows, require_columns, require_free
 
 PAIR = ("prompt", "chosen", "rejected")
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
@@ -26,7 +26,7 @@ def load_pairs(
     split: str = "train",
     **options: Any,
 ) -> Dataset:
-    """Reads preference pairs and gives them TRL's columns: `prompt`, `chosen`, `rejected`.
+    """Loads preference pairs with TRL's columns `prompt`, `chosen` and `rejected`.
 
     BiPO's files are `load_pairs("train.csv", prompt="question", chosen="matching", rejected="not_matching")`.
 
@@ -51,11 +51,7 @@ def load_pairs(
     """
     if prompt is None and rejected is None:
         raise ConfigError("prompt=None, rejected=None: a prompt is what two answers both start with; name its column.")
-    taken = sorted(set(keep or []) & set(PAIR))
-    if taken:
-        raise ConfigError(
-            f"keep={keep!r}: {taken[0]!r} is a column of the pairs themselves; rename the other one first."
-        )
+    require_free(keep or [], PAIR)
     rows = load_rows(source, split, **options)
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     columns = {ours: theirs for ours, theirs in names.items() if theirs is not None}

@@ -1,22 +1,22 @@
-"""Rows of any source that `datasets` reads, and some of them."""
+"""Loads and filters rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 
 # The builders of `datasets` for local files, by the ending of their names.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any) -> Dataset:
-    """Reads a dataset, wherever it is.
+    """Loads a dataset from a file, a folder or the Hub.
 
     Args:
         source: A CSV, TSV, JSON, JSON-lines, Parquet or Arrow file; a folder that `save_to_disk` wrote; the name of a
@@ -25,7 +25,7 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
         **options: For `datasets.load_dataset`, such as `name` or `revision`.
 
     Raises:
-        DatasetError: The file's kind is unknown, or the source is something else than a dataset.
+        DatasetError: The file format is not supported, or `source` is not a dataset.
         FileNotFoundError: There is no such file.
     """
     if options.get("streaming"):
@@ -34,7 +34,7 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
         return source
     if not isinstance(source, str | Path):
         raise DatasetError(
-            f"source is a {type(source).__name__}: give a path, the name of a dataset on the Hub, or a "
+            f"source is a {type(source).__name__}: must be a path, the name of a Hub dataset, or a "
             "datasets.Dataset (one split of a DatasetDict; the rows of a stream by Dataset.from_list(list(stream)))."
         )
     path = Path(source)
@@ -91,9 +91,16 @@ def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
         )
 
 
+def require_free(names: Iterable[str], ours: Iterable[str]) -> None:
+    """Raises `ConfigError` if a kept column has the name of one that is created."""
+    taken = sorted(set(names) & set(ours))
+    if taken:
+        raise ConfigError(f"The column {taken[0]!r} would be overwritten: rename it first.")
+
+
 def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
     if path.suffix not in BUILDERS:
-        raise DatasetError(f"{str(path)!r} is of no kind that is read here: {', '.join(BUILDERS)}.")
+        raise DatasetError(f"{str(path)!r} has an unsupported format: must be one of {', '.join(BUILDERS)}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     if BUILDERS[path.suffix] == "csv":
