@@ -228,7 +228,7 @@ def test_data_reject_makes_pairs(run, saved_adapter, pairs, tmp_path):
     assert status == 0, complained
     files = [str(file) for file in (tmp_path / "out").glob("pairs-*.parquet")]
     made = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert f"{len(made)} pairs are in" in printed
+    assert f"Saved {len(made)} pairs to" in printed
     assert set(made.column_names) >= {"prompt", "chosen", "rejected"}
 
 
