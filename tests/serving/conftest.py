@@ -5,10 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from served import HAS_VLLM
 from tiny import inference_sae, make_model, make_sae, random_code
 
 from yapo_peft import YaPOConfig
 from yapo_peft.tuner.adapters import steered_layers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of vLLM's own engine and server if it is not installed."""
+    for item in items:
+        if item.get_closest_marker("vllm") and not HAS_VLLM:
+            item.add_marker(pytest.mark.skip("vLLM is not installed: make test-vllm"))
 
 
 @pytest.fixture

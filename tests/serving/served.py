@@ -23,7 +23,7 @@ from yapo_peft import YaPOConfig, set_multiplier
 from yapo_peft.tuner.adapters import steered_layers
 
 HAS_VLLM = find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make test-vllm")
+needs_vllm = pytest.mark.vllm
 
 D_MODEL, VOCABULARY = 64, 128
 # Heads as wide as vLLM's attention takes them.
