@@ -85,7 +85,7 @@ class YaPOTrainingConfig(DPOConfig):
     per_device_train_batch_size: int = 4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 100
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and not is_torch_bf16_gpu_available():

@@ -218,7 +218,7 @@ class YaPOModel(BaseTuner):
         for layer in steered_layers(self.model):
             layer.unmerge()
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         merge: bool = True,
         progressbar: bool = False,
