@@ -1,4 +1,4 @@
-"""Makes adapters readable: which features they move, where those are on, and what each contributes."""
+"""Explains adapters: the features that they steer, where those are on, and what each contributes."""
 
 from .attribution import Attribution, attribute
 from .compare import compare, read_vector

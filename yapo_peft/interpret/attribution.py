@@ -1,4 +1,4 @@
-"""How much each feature of an adapter contributes to what it does to preferences."""
+"""Attributes an adapter's effect on preferences to its features."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from .texts import device_and_dtype, require_length, tokenizer_of
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each feature contributes to the mean margin of some pairs, in nats.
+    """The contribution of each feature to the mean margin of preference pairs, in nats.
 
     Attributes:
-        features: A row per block and feature: `layer`, `feature` (None for a dense vector), `value` (of the code),
+        features: A row per layer and feature: `layer`, `feature` (None for a dense vector), `value` (of the code),
             `reach` (how far the entry moves a token at most), `integrated` (its integrated gradient), and `left_out`
             (by how much the effect falls without it; NaN where that was not measured). Those that contribute the most
             come first.
@@ -48,12 +48,12 @@ class Attribution:
 
     @property
     def interaction(self) -> float:
-        """What the features do only together: the effect less what falls with each of them, and with the rest."""
+        """The part of the effect due to interactions: the effect minus each `left_out` and `rest`."""
         return self.effect - float(np.nansum(self.features["left_out"])) - self.rest
 
     @property
     def integration_error(self) -> float:
-        """By how much integrated gradients fail to add up to the effect, for there were too few steps."""
+        """The effect minus the sum of integrated gradients; more `steps` reduce it."""
         return self.effect - float(np.sum(self.features["integrated"]))
 
 
@@ -75,10 +75,10 @@ def attribute(
     - Integrated gradients, of all features: the margin's derivative by a feature's entry, times the entry, averaged
       over multipliers from 0 to `multiplier` (midpoint rule). They add up to the effect, but for that rule's error.
 
-    The model is not changed, and the blocks below the lowest steered one run once per pair.
+    The model is not changed, and the layers below the lowest steered one run once per pair.
 
     Args:
-        model: A `PeftModel` with a YaPO adapter; of a dense one, each block's vector counts as one feature.
+        model: A `PeftModel` with a YaPO adapter; the vector of each layer of a dense adapter counts as one feature.
         dataset: Preference pairs in TRL's format, conversational or plain, with a `prompt`.
         tokenizer: The model's; found by the model's name if None.
         adapter_name: The adapter; the active one if None.
@@ -125,7 +125,7 @@ def attribute(
     return Attribution(table.loc[order].reset_index(drop=True), effect, rest, len(steered))
 
 
-# Changes what a block puts out, given what it put out before steering and after it.
+# Computes a layer's output from its outputs before and after steering.
 _Change = tuple[Parts, Callable[[Tensor, Tensor], Tensor]]
 
 
@@ -178,16 +178,16 @@ class _Runs:
 
 @contextmanager
 def _changed(changes: Iterable[_Change]) -> Generator[None]:
-    """Within it, steered blocks put out what is made of their output."""
+    """Replaces the outputs of steered layers temporarily."""
     with changed_outputs((part.layer, change) for part, change in changes):
         yield
 
 
 @contextmanager
 def _traced(parts: list[Parts]) -> Generator[dict[int, tuple[Tensor, Tensor, Tensor | None]]]:
-    """Within it, gradients reach what steered blocks put out.
+    """Traces gradients of the outputs of steered layers.
 
-    Gives for each block's index the last output before steering, the steered one, and which tokens are steered.
+    Yields by layer index the last output before steering, the steered one, and which tokens are steered.
     """
     found: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 

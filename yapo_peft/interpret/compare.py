@@ -1,4 +1,4 @@
-"""How alike adapters are: in the features they move, in the residual stream, and in what they do."""
+"""Compares adapters: their features, their vectors in the residual stream, and their effects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .texts import device_and_dtype, tokenizer_of
 
 @dataclass(frozen=True)
 class _Code:
-    """A code or a vector at a block: itself, its autoencoder, and what it adds to each token at +1 and at -1."""
+    """A code or vector at a layer: itself, its SAE, and its shift of each token at multipliers +1 and -1."""
 
     values: Tensor
     sae: FrozenSAE | None
@@ -47,7 +47,7 @@ def compare(
     features: int = 32,
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Compares adapters of a model, two at a time, block by block. The model is not changed.
+    """Compares adapters of a model, pairwise and layer by layer. The model is not changed.
 
     Adapters of different methods can be compared: a dense vector is read in the features of the other's SAE by sparse
     regression on its decoder (see `read_vector`).
@@ -62,7 +62,7 @@ def compare(
         batch_size: Rows per forward pass.
 
     Returns:
-        A row per pair of adapters and block that both steer, with `a`, `b` and `layer`, and NaN where a comparison
+        A row per pair of adapters and layer that both steer, with `a`, `b` and `layer`, and NaN where a comparison
         makes no sense:
 
         - `features_a`, `features_b`, `shared`: how many features each moves, and how many both.
@@ -123,7 +123,7 @@ def read_vector(
     sae_of: str,
     features: int = 32,
 ) -> pd.DataFrame:
-    """Reads the vectors of a dense adapter in the features of the SAEs of a sparse one at the same blocks.
+    """Reads the vectors of a dense adapter in the features of the SAEs of a sparse one at the same layers.
 
     Args:
         model: A `PeftModel` with both adapters.
@@ -132,14 +132,14 @@ def read_vector(
         features: How many features to explain each vector with.
 
     Returns:
-        A row per block and feature, `layer` and `feature`, those of the largest `weight` first: `weight` is the
+        A row per layer and feature, `layer` and `feature`, those of the largest `weight` first: `weight` is the
         feature's coefficient in `vector ~ sum of weight * decoder row` with few features, by orthogonal matching
         pursuit; `encoder`, by how much the vector moves the feature's pre-activation, its product with the encoder's
         column; `explained`, the share of the vector's squared length that all listed features of the block explain
         together.
 
     Raises:
-        ConfigError: An adapter is missing, of the wrong space, or steers no block that the other does.
+        ConfigError: An adapter is missing, of the wrong space, or both steer no common layer.
     """
     name, config, layers = adapter_of(model, adapter_name)
     other, sparse, sparse_layers = adapter_of(model, sae_of)

@@ -1,4 +1,4 @@
-"""An adapter as a table: which features it moves, how, and what they stand for."""
+"""Lists the features that an adapter steers, with their effects and meanings."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ def explain(
     batch_size: int = 8,
     max_length: int = 512,
 ) -> pd.DataFrame:
-    """Says what an adapter does, feature by feature, those that move activations the furthest first at each block.
+    """Lists an adapter's features by layer, those that change activations the most first.
 
     The model is not changed.
 
     Args:
         model: A `PeftModel` with a YaPO adapter.
         adapter_name: The adapter; the active one if None.
-        tokenizer: The model's; found by the model's name if None.
+        tokenizer: The model's tokenizer; loaded by the model's name if None.
         multiplier: The multiplier at which it is read: at a negative one, features of positive entries are lowered.
-        top: How many features of each block to list; None for all.
+        top: Number of features to list per layer; None for all.
         features: Indices of those to list instead, of an adapter of one block, or for each block's index; those that
             the adapter does not move are left out.
-        tokens: How many promoted and suppressed tokens to list.
+        tokens: Number of promoted and suppressed tokens to list.
         texts: Texts to count on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.
-        labels: Whether to ask Neuronpedia for labels, where the SAE is there and the machine is online.
+        labels: Whether to fetch labels from Neuronpedia, if it has the SAE and the machine is online.
         batch_size: Texts per forward pass.
         max_length: Tokens of a text that are read.
 
     Returns:
-        A row per block and feature:
+        A row per layer and feature:
 
         - `layer`, `feature`: where; no feature for a dense vector, which is one row.
         - `value`: the code's entry, or the length of a dense vector.
@@ -84,7 +84,7 @@ def explain(
 
     Raises:
         ConfigError: There is no such adapter, or an argument has a value that cannot work.
-        DatasetError: A text is none.
+        DatasetError: A text is not one.
         UnsupportedOperationError: The model's end cannot be read.
     """
     name, _, layers = adapter_of(model, adapter_name)
@@ -162,7 +162,7 @@ def _shares_on(
     batches: Iterable[list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Tensor]:
-    """The share of tokens at which each feature is on, `(n,)` for each block."""
+    """The share of tokens at which each feature is on, `(n,)` for each layer."""
     device = parts[0].entries.device
     counts = [torch.zeros(len(part), device=device) for part in parts]
     total = 0

@@ -1,4 +1,4 @@
-"""Labels that others gave to features, where an SAE is on Neuronpedia."""
+"""Fetches labels of features from Neuronpedia."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's effect at one block, taken apart into features."""
+"""Splits an adapter's effect at one layer into features."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..tuner.positions import tokens_to_steer
 
 @dataclass(frozen=True)
 class Parts:
-    """The features that an adapter moves at a block; a dense vector counts as one that is always on.
+    """The features that an adapter steers at a layer; a dense vector counts as one that is always on.
 
     Attributes:
         layer: The steered layer.
         adapter_name: The adapter.
         features: Indices of the features, `(n,)` on the CPU; of a dense vector `[-1]`.
         entries: The code's entries for them, `(n,)` in float32; of a dense vector `[1]`.
-        rows: What each adds to the output of the block per unit, `(n, d_model)`: rows of the decoder, or the vector.
+        rows: The shift of the layer's output per unit of each, `(n, d_model)`: rows of the decoder, or the vector.
         sae: The encoder of these features; None for a dense vector.
     """
 
@@ -35,7 +35,7 @@ class Parts:
 
     @classmethod
     def of(cls, layer: YaPOLayer, adapter_name: str, device: torch.device, dtype: torch.dtype) -> Parts:
-        """All parts of an adapter at a block, the one that moves the output the furthest first."""
+        """All parts of an adapter at a layer, sorted by how much they change the output."""
         code, sae = layer.code(adapter_name).detach().to(device), layer.yapo_sae[adapter_name]
         if sae is None:
             return cls(layer, adapter_name, torch.tensor([-1]), torch.ones(1, device=device), code[None], None)
@@ -59,7 +59,7 @@ class Parts:
         """How far each feature is on, `(batch, seq, n)` in float32, and the scale of the decoder's output.
 
         Args:
-            h: What the block put out, `(batch, seq, d_model)`.
+            h: The layer's output, `(batch, seq, d_model)`.
         """
         if self.sae is None:
             return torch.ones(*h.shape[:2], 1, device=h.device), None
@@ -73,7 +73,7 @@ class Parts:
         Has to be called within the model's forward pass, which knows the tokens.
 
         Args:
-            h: What the block put out, before steering, `(batch, seq, d_model)`.
+            h: The layer's output before steering, `(batch, seq, d_model)`.
             multiplier: One for all, or one per row, `(batch,)`.
         """
         on, scale = self.on(h)

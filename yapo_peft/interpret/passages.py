@@ -1,4 +1,4 @@
-"""The passages in which features are on the most."""
+"""Finds the passages with the highest activations of features."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def contexts(
     max_length: int = 512,
     resume: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Finds the passages in which features are on the most, with steering off.
+    """Finds the passages with the highest activations of features, without steering.
 
     Texts are streamed: what is kept is `top` passages of each feature, one of a text at most. The model is not changed.
 
     Args:
         model: A `PeftModel` with a sparse YaPO adapter, whose SAEs are read.
-        features: Indices of features, of an adapter of one block; or for each block's index those of its SAE.
+        features: Feature indices, if the adapter steers one layer; else a mapping from layer index to feature indices.
         texts: Any iterable, such as a streamed dataset, of texts, messages, or rows with a column `text`, `messages`,
             or `prompt` and `chosen`.
         tokenizer: The model's; found by the model's name if None.
@@ -87,7 +87,7 @@ def contexts(
     Raises:
         ConfigError: There is no such adapter or feature, an argument has a value that cannot work, or `resume` is a
             file of another search.
-        DatasetError: A text is none.
+        DatasetError: A text is not one.
     """
     name, _, all_layers = adapter_of(model, adapter_name)
     wanted = features_by_layer(features, all_layers, name)
@@ -131,7 +131,7 @@ def contexts(
 
 
 def _sinks(h: Tensor, lengths: list[int]) -> Tensor:
-    """Which tokens of texts of these lengths are attention sinks, `(batch, seq)`, by a block's output."""
+    """Which tokens of texts of these lengths are attention sinks, `(batch, seq)`, by a layer's output."""
     norms = h.float().norm(dim=-1)
     others = [row[1:length] if length > 1 else row[:1] for row, length in zip(norms, lengths, strict=True)]
     usual = torch.stack([row.median() for row in others])
@@ -190,7 +190,7 @@ class _Search:
             yield text
 
     def add(self, layer: int, batch: list[list[int]], values: Tensor, top: int, window: int) -> None:
-        """Looks at the features of one block, `(batch, seq, n)`."""
+        """Adds the activations of one layer's features, `(batch, seq, n)`."""
         for row, tokens in enumerate(batch):
             if not tokens:
                 continue

@@ -1,4 +1,4 @@
-"""What steering does to each token of a prompt."""
+"""Measures the effect of steering on each token of a prompt."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class TokenEffects:
     """What steering does to each token of a prompt.
 
     Attributes:
-        tokens: A row per block and token: `layer`, `position`, `token` (its text), `norm` (length of the block's output
+        tokens: A row per layer and token: `layer`, `position`, `token` (its text), `norm` (norm of the layer's output
             before steering), `moved` (how far steering moved it), `share` (`moved / norm`), and how many of the
             adapter's features were `on`, `raised`, `lowered` (and are still on) and `cut` (to zero).
-        features: A row per block, token and feature: `layer`, `position`, `feature`, `on` (how far it was on before),
+        features: A row per layer, token and feature: `layer`, `position`, `feature`, `on` (how far it was on before),
             `change` (of the feature), and `effect`, "raised", "lowered" or "cut". All features that were on, and of
             those that were off the ones that moved the token the furthest.
     """
@@ -49,7 +49,7 @@ def token_effects(
 ) -> TokenEffects:
     """Says of each token of a prompt which features were on, raised or cut, and how far the residual stream moved.
 
-    With several steered blocks, each is read as it runs, above those that are steered below it. An adapter that steers
+    With several steered layers, each is read with the lower ones steered. An adapter that steers
     answers alone is read on a row with a prompt and an answer; a prompt alone it leaves as it is. The model is not
     changed.
 
@@ -63,7 +63,7 @@ def token_effects(
 
     Raises:
         ConfigError: There is no such adapter, or the prompt is empty.
-        DatasetError: The prompt is none.
+        DatasetError: The prompt is not a text, messages or a row.
     """
     name, _, layers = adapter_of(model, adapter_name)
     at_least(0, top=top)

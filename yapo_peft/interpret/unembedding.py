@@ -1,4 +1,4 @@
-"""Which tokens a direction promotes, through a model's own final norm and unembedding."""
+"""Finds the tokens that a direction promotes, with the model's final norm and unembedding."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def _final_norm(model: nn.Module, base: Any) -> nn.Module | None:
         if isinstance(output, Tensor) and output.shape == states.shape and torch.equal(output, states):
             return None if any(True for _ in module.children()) else module
     raise UnsupportedOperationError(
-        f"Found no module in {type(base).__name__} that puts out its last hidden states: promoted tokens need the "
+        f"Found no module in {type(base).__name__} that outputs its last hidden states: promoted tokens need the "
         "final norm."
     )
