@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError, UnsupportedOperationError
 
@@ -85,6 +86,18 @@ def evaluating(model: nn.Module) -> Generator[None]:
 def mixed_seed(*key: object) -> int:
     """A seed that depends on a key alone, so that it does not matter what was drawn before."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+def whole(code: Tensor) -> Tensor:
+    """Gathers a code, `(d_sae,)`, that FSDP2 or ZeRO-3 may have sharded; all processes must call this."""
+    if isinstance(code, DTensor):
+        return code.full_tensor().detach()
+    if hasattr(code, "ds_id"):
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        with deepspeed.zero.GatheredParameters([code]):
+            return code.detach().clone()
+    return code.detach()
 
 
 def hash_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:

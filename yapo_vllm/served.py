@@ -19,7 +19,7 @@ from yapo_peft.errors import (
 )
 from yapo_peft.sae import SAEWeights
 from yapo_peft.sae.weights import Normalization
-from yapo_peft.steering.vector import vector_of
+from yapo_peft.steering.formula import vector_of
 
 from .settings import Settings, require_name
 

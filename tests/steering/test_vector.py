@@ -8,7 +8,7 @@ from tiny import D_SAE, make_sae
 from torch.testing import assert_close
 
 from yapo_peft.sae import load_sae, register_sae
-from yapo_peft.steering.vector import vector_of
+from yapo_peft.steering.formula import vector_of
 
 
 @pytest.fixture(scope="module")

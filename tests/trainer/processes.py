@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import is_deepspeed_available
 
 from yapo_peft import NonFiniteLossError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
-from yapo_peft.adapter_file.codes import whole
+from yapo_peft._utils import whole
 from yapo_peft.tuner.adapters import steered_layers
 
 FOLDER, WORLD = (Path(sys.argv[1]), int(sys.argv[2])) if __name__ == "__main__" else (Path(), 1)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from .._utils import whole
 from ..errors import AdapterFileError, SAEMismatchError
 from ..sae.identity import SAEIdentity
 
@@ -38,18 +38,6 @@ def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) ->
         packed[name + _VALUES] = code[indices].to(torch.float32)
         packed[name + _SAE] = _hash(sae)
     return packed
-
-
-def whole(code: Tensor) -> Tensor:
-    """Gathers a code, `(d_sae,)`, that FSDP2 or ZeRO-3 may have sharded; all processes must call this."""
-    if isinstance(code, DTensor):
-        return code.full_tensor().detach()
-    if hasattr(code, "ds_id"):
-        import deepspeed  # pyright: ignore[reportMissingImports]
-
-        with deepspeed.zero.GatheredParameters([code]):
-            return code.detach().clone()
-    return code.detach()
 
 
 def unpack_codes(packed: dict[str, Tensor], saes: Mapping[int, SAEIdentity | None], d_model: int) -> dict[int, Tensor]:

@@ -17,7 +17,7 @@ from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
 from ..scoring.scorer import SweepScorer
 from ..tuner import steering
-from ..tuner.multiplier import require_enabled
+from ..tuner.adapters import require_enabled
 from .preference import Preference
 from .scores import Scores, distinct
 

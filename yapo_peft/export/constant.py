@@ -18,10 +18,9 @@ from ..interpret.checks import require_multiplier
 from ..interpret.parts import Parts
 from ..interpret.texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of
 from ..tuner import YaPOLayer, steering
-from ..tuner.adapters import adapter_of
+from ..tuner.adapters import adapter_of, require_enabled
 from ..tuner.hooks import changed_outputs
 from ..tuner.merging import full_shift, token_dependence
-from ..tuner.multiplier import require_enabled
 
 
 @dataclass(frozen=True)

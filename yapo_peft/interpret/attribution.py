@@ -19,9 +19,8 @@ from ..errors import ConfigError
 from ..evaluation.preference import Preference
 from ..scoring.scorer import SweepScorer
 from ..tuner import steering
-from ..tuner.adapters import adapter_of
+from ..tuner.adapters import adapter_of, require_enabled
 from ..tuner.hooks import changed_outputs
-from ..tuner.multiplier import require_enabled
 from .checks import require_multiplier
 from .parts import Parts
 from .texts import device_and_dtype, require_length, tokenizer_of

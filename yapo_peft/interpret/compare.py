@@ -19,7 +19,7 @@ from .._utils import at_least
 from ..errors import ConfigError
 from ..evaluation.sweep import sweep
 from ..sae import FrozenSAE
-from ..steering.vector import vector_of
+from ..steering.formula import vector_of
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of
 from .checks import require_multiplier

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..sae import FrozenSAE
+from ..steering.formula import vector_of
 from ..steering.reach import keep_largest, reach
-from ..steering.vector import vector_of
 from ..tuner.adapters import layers_of, write_code
 
 

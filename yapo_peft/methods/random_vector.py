@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..steering.vector import vector_of
+from ..steering.formula import vector_of
 from ..tuner import YaPOLayer
 from ..tuner.adapters import layers_of, write_code
 

@@ -23,8 +23,7 @@ from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
 from ..tuner import YaPOConfig, YaPOLayer, steering
-from ..tuner.adapters import adapter_of
-from ..tuner.multiplier import require_enabled
+from ..tuner.adapters import adapter_of, require_enabled
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 

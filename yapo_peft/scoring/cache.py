@@ -19,8 +19,9 @@ from .._utils import evaluating, hash_model
 from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
+from ..tuner.adapters import one_sae
 from ..tuner.layer import is_steering, lowest_steered
-from .checks import distance, one_sae, require_constant, require_no_noise, same, why_not_shared
+from .checks import distance, require_constant, require_no_noise, same, why_not_shared
 from .lm_head import score_packed
 from .packing import PackedBatch, attention_cost, keep_rows, share_prompts, survey
 from .scorer import CachedPairs

@@ -12,8 +12,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
-from ..sae import FrozenSAE
-from ..tuner import YaPOLayer
 from ..tuner.layer import is_code
 from .packing import PackedBatch, share_prompts
 
@@ -107,22 +105,6 @@ def require_constant(model: PeftModel) -> None:
             f"cache_activations=True needs the same activations in every epoch, but {dropout[0]!r} applies dropout: "
             "leave disable_dropout=True, or train without the cache."
         )
-
-
-def one_sae(layer: YaPOLayer) -> FrozenSAE | None:
-    """The SAE of a layer's active adapters; None if they are dense.
-
-    Raises:
-        UnsupportedOperationError: They have several.
-    """
-    found = [layer.yapo_sae[name] for name in layer.active_adapters if name in layer.yapo_sae]
-    saes = {id(sae): sae for sae in found if sae is not None}
-    if len(saes) > 1:
-        raise UnsupportedOperationError(
-            f"cache_activations=True stores the features of one SAE, but the active adapters of layer {layer.index} "
-            "have several: activate one of them, or train without the cache."
-        )
-    return next(iter(saes.values()), None)
 
 
 def require_no_noise(

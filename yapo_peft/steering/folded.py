@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..sae import FrozenSAE
 from ..sae.weights import SAEWeights
-from .formula import Multiplier, steering_shift
-from .vector import vector_of
+from .formula import Multiplier, steering_shift, vector_of
 
 
 @dataclass

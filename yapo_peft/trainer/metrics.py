@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapter_file.codes import whole
+from .._utils import whole
 from ..tuner import YaPOLayer
 
 

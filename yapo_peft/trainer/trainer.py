@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..adapter_file.codes import whole
+from .._utils import whole
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..scoring.cache import ActivationCache, CacheOptions
 from ..scoring.scorer import Scorer, WholeModel

@@ -1,14 +1,22 @@
-"""Finds the steered layers and the adapters of a model, and writes their codes."""
+"""Finds the adapters of a model, and sets their codes and multipliers."""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .._utils import finite
 from ..errors import ConfigError, UnsupportedOperationError
+from ..sae import FrozenSAE
+from ..steering.formula import Multiplier
+from .call import as_rows
 from .config import YaPOConfig
+from .hooks import require_single_hooks
 from .layer import YaPOLayer
 
 
@@ -63,3 +71,110 @@ def write_code(layer: YaPOLayer, adapter_name: str, code: Tensor) -> None:
             "saved adapter into a model in memory."
         )
     own.data.copy_(code)
+
+
+def one_sae(layer: YaPOLayer) -> FrozenSAE | None:
+    """The SAE of a layer's active adapters; None if they are dense.
+
+    Raises:
+        UnsupportedOperationError: They have several.
+    """
+    found = [layer.yapo_sae[name] for name in layer.active_adapters if name in layer.yapo_sae]
+    saes = {id(sae): sae for sae in found if sae is not None}
+    if len(saes) > 1:
+        raise UnsupportedOperationError(
+            f"cache_activations=True stores the features of one SAE, but the active adapters of layer {layer.index} "
+            "have several: activate one of them, or train without the cache."
+        )
+    return next(iter(saes.values()), None)
+
+
+@contextmanager
+def steering(
+    model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None
+) -> Generator[None]:
+    """Steers with another multiplier within a `with` block, and restores the previous state afterwards.
+
+    Contexts can be nested. Which parameters are trainable does not change. The multiplier is part of the model's state,
+    so threads that share a model cannot steer it differently at the same time.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a YaPO adapter.
+        multiplier: 1 as trained, 0 off, negative for the opposite; or one per row of the batch, `(batch,)`.
+        adapter_name: The adapter that steers within the block, instead of the active ones.
+
+    Raises:
+        ConfigError: The model has no such adapter, or the multiplier is not finite.
+    """
+    layers = _layers_with(model, adapter_name)
+    multiplier = _checked(multiplier)
+    if torch.is_grad_enabled():
+        for layer in layers:
+            require_single_hooks(layer.block)
+    before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
+    try:
+        for layer in layers:
+            if adapter_name is not None:
+                layer.activate([adapter_name])
+            for name in layer.active_adapters:
+                if name in layer.multiplier:
+                    layer.multiplier[name] = multiplier
+        yield
+    finally:
+        for layer, active, multipliers in before:
+            layer.activate(active)
+            layer.multiplier.update({name: value for name, value in multipliers.items() if name in layer.multiplier})
+
+
+def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None) -> None:
+    """Sets the multiplier of an adapter, active or not, until it is set again.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a YaPO adapter.
+        multiplier: 1 as trained, 0 off, negative for the opposite; or one per row of the batch, `(batch,)`.
+        adapter_name: Which adapter; None for the active ones.
+
+    Raises:
+        ConfigError: The model has no such adapter, or the multiplier is not finite.
+    """
+    layers = _layers_with(model, adapter_name)
+    multiplier = _checked(multiplier)
+    for layer in layers:
+        for name in [adapter_name] if adapter_name is not None else layer.active_adapters:
+            if name in layer.multiplier:
+                layer.multiplier[name] = multiplier
+
+
+def require_enabled(model: nn.Module) -> None:
+    """Checks that adapters are enabled: otherwise, measurements would be without steering at any multiplier.
+
+    Raises:
+        ConfigError: The adapters are disabled.
+    """
+    if any(layer.disable_adapters for layer in steered_layers(model)):
+        raise ConfigError("The adapters are disabled: leave disable_adapter(), or call enable_adapter_layers().")
+
+
+def _layers_with(model: nn.Module, adapter_name: str | None) -> list[YaPOLayer]:
+    layers = steered_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no YaPO adapter: attach one with get_peft_model(model, YaPOConfig(...)), or "
+            "load one with PeftModel.from_pretrained."
+        )
+    known = sorted({name for layer in layers for name in layer.yapo_code})
+    if adapter_name is not None and adapter_name not in known:
+        raise ConfigError(f"There is no YaPO adapter {adapter_name!r}; the model has {', '.join(map(repr, known))}.")
+    if any(layer.merged for layer in layers):
+        raise ConfigError("The multiplier of a merged adapter is fixed: call unmerge_adapter() first.")
+    return layers
+
+
+def _checked(multiplier: Multiplier | Sequence[float]) -> Multiplier:
+    """Converts a multiplier to a float, or to a tensor with one per row."""
+    if isinstance(multiplier, Tensor) and multiplier.dim() == 0:
+        multiplier = float(multiplier)
+    if isinstance(multiplier, Tensor) or (isinstance(multiplier, Sequence) and not isinstance(multiplier, str)):
+        return cast(Tensor, as_rows(multiplier))
+    finite(multiplier=multiplier)
+    return float(multiplier)

@@ -114,13 +114,10 @@ class YaPOConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         save_card(self, Path(save_directory))
 
-    def __getattr__(self, name: str) -> Any:
+    @property
+    def trainable_token_indices(self) -> None:
         """Explains why TRL's option to train new tokens is not supported."""
-        if name == "trainable_token_indices":
-            raise _TokenTrainingError(
-                "A YaPO adapter trains codes; it cannot train the embeddings of new tokens as well."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise _TokenTrainingError("A YaPO adapter trains codes; it cannot train the embeddings of new tokens as well.")
 
     def layer_indices(self) -> list[int]:
         """The layers as a list."""

@@ -11,8 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._utils import evaluating
 from ..errors import AdapterFileError, UnsupportedOperationError
-from ..steering.formula import Multiplier
-from ..steering.vector import vector_of
+from ..steering.formula import Multiplier, vector_of
 from .hooks import block_outputs
 from .layer import YaPOLayer
 
