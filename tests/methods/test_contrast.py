@@ -198,6 +198,6 @@ def test_bad_arguments_are_named(tokenizer):
     for call, message in cases:
         with pytest.raises(ConfigError, match=message):
             call()
-    for rows, message in (([], "dataset is empty"), ([{"prompt": "a", "chosen": "b"}], "lacks")):
+    for rows, message in (([], "dataset is empty"), ([{"prompt": "a", "chosen": "b"}], "has no")):
         with pytest.raises(DatasetError, match=message):
             measure_contrast(model, rows, tokenizer)

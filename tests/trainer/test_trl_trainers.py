@@ -93,8 +93,10 @@ def build(tmp_path, tokenizer):
         args = getattr(import_module(module), f"{name}Config")(
             output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, bf16=False, save_strategy="no", **options
         )
+        # TRL adds tokens to the tokenizer that it gets, which tests share.
+        own_tokenizer = deepcopy(tokenizer)
         trainer = getattr(import_module(module), f"{name}Trainer")(
-            model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **extra
+            model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=own_tokenizer, **extra
         )
         if mode == "given":
             set_code(trainer.model, code)
