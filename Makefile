@@ -13,7 +13,7 @@ SOURCES := yapo_peft yapo_cli yapo_vllm tests examples benchmarks
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-full test-lowest test-newest test-vllm lint types docs wheel support format clean
+.PHONY: demo test mutants test-full test-lowest test-newest test-vllm lint types docs wheel support format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ test: $(VENV)/.ready $(VENV)/.deepspeed
 # All combinations of parameters where make test runs a cover of them, and examples and benchmarks on the embedded model.
 test-full: $(VENV)/.ready $(VENV)/.deepspeed
 	$(BIN)/python $(PYTEST) --full
+
+# Whether the tests notice faults: a list of small ones, each applied to a copy of the tree.
+mutants: $(VENV)/.ready
+	$(BIN)/python tests/mutants.py
 
 # What depends on versions, with the lowest ones that are supported, in an environment of its own.
 VERSIONED := tests/tuner tests/adapter_file tests/sae tests/trainer/test_trl_seams.py tests/trainer/test_trainer.py \
