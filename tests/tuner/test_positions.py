@@ -5,6 +5,7 @@ from tiny import _SHAPE, ARCHITECTURES, make_model, make_sae, random_code, rando
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    ContinuousBatchingConfig,
     Gemma3nTextConfig,
     GenerationConfig,
     MambaConfig,
@@ -115,9 +116,11 @@ def test_a_second_turn_that_reuses_the_cache_is_prompt_again(positions):
 
 def packed_generate(model):
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    config = GenerationConfig(**options, num_blocks=16, block_size=32, max_batch_tokens=64)
+    config = GenerationConfig(**options)
+    # Without these sizes it fills buffers as large as the memory allows.
+    sizes = ContinuousBatchingConfig(num_blocks=16, block_size=32, max_batch_tokens=64)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 9)]
-    results = model.generate_batch(inputs=prompts, generation_config=config)
+    results = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=sizes)
     results = sorted(results.values(), key=lambda result: len(result.prompt_ids))
     alone = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
     return results, alone
