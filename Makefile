@@ -11,7 +11,7 @@ SOURCES := yapo_peft yapo_cli yapo_vllm tests examples benchmarks
 
 # Workers of the tests, one thread each.
 WORKERS ?= 2
-PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test mutants test-full test-lowest test-newest test-vllm lint types docs wheel support format clean
 

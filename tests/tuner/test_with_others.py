@@ -158,8 +158,7 @@ def test_quantised_models(options, tmp_path):
 
 
 @pytest.mark.feature("transformers", "`torch.compile`: steering breaks no graph and changes no logit")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("positions", ["all", "completion", "last"])
+@pytest.mark.combine(architecture=ARCHITECTURES, positions=["all", "completion", "last"])
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.13"), reason="torch 2.9 breaks the graph at PEFT's context managers"
 )
