@@ -281,7 +281,7 @@ def test_gradient_checkpointing(row, use_reentrant):
         ids = random_ids()
         if checkpointing and REPEATS_HOOKS:
             with (
-                pytest.raises(UnsupportedOperationError, match="runs the hooks of a block again"),
+                pytest.raises(UnsupportedOperationError, match="runs the hooks of a layer again"),
                 steering(model, -1.0),
             ):
                 pass

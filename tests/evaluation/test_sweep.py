@@ -58,7 +58,7 @@ def test_scores_equal_those_of_one_answer_at_a_time(tokenizer, conversational, b
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("positions", ["all", "completion"])
-def test_the_lower_half_is_run_once_for_all_multipliers(tokenizer, architecture, positions, monkeypatch):
+def test_lower_layers_run_once_for_all_multipliers(tokenizer, architecture, positions, monkeypatch):
     model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae(), positions=positions))
     set_code(model, random_code())
     lowest = decoder_blocks(model.get_base_model())[1][0]

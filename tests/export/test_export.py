@@ -111,7 +111,7 @@ def test_a_control_vector_has_what_llama_cpp_reads(tmp_path):
     assert set(tensors) == {"direction.1", "direction.2"}
     for index in (1, 2):
         assert torch.equal(tensors[f"direction.{index}"], found.vectors[index])
-    with pytest.raises(UnsupportedOperationError, match="Block 0 is steered"):
+    with pytest.raises(UnsupportedOperationError, match="Layer 0 is steered"):
         export_adapter(steered(layers=(0,), code=random_code().abs()), tmp_path / "first.gguf", "gguf")
     assert not (tmp_path / "first.gguf").exists()
 

@@ -105,5 +105,5 @@ def test_bad_arguments_are_named():
     with pytest.raises(ConfigError, match="read a dense adapter with"):
         read_vector(model, "one", sae_of="dense")
     model.add_adapter("elsewhere", YaPOConfig(layers=1, space="dense"))
-    with pytest.raises(ConfigError, match=r"'elsewhere' steers blocks \[1\], and 'one' \[2\]"):
+    with pytest.raises(ConfigError, match=r"'elsewhere' steers layers \[1\], and 'one' \[2\]"):
         read_vector(model, "elsewhere", sae_of="one")

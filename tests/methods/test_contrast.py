@@ -183,16 +183,16 @@ def test_bad_arguments_are_named(tokenizer):
         (lambda: fit_caa(model, contrast), "CAA needs space='dense', but adapter 'sas'"),
         (lambda: fit_sas(model, contrast, "caa"), "SAS needs space='sae', but adapter 'caa'"),
         (lambda: fit_sas(model, contrast, tau=1.5), r"tau=1\.5: give a share"),
-        (lambda: fit_sas(model, contrast, tau=0.0), r"tau=0\.0 leaves no feature of block 2"),
+        (lambda: fit_sas(model, contrast, tau=0.0), r"tau=0\.0 leaves no feature of layer 2"),
         (
             lambda: fit_caa(model, contrast, "nobody"),
             "adapter_name='nobody': name a YaPO adapter of the model, which has",
         ),
-        (lambda: fit_caa(model, contrast, "other"), r"measured at blocks \[2\], not at 1"),
+        (lambda: fit_caa(model, contrast, "other"), r"measured at layers \[2\], not at 1"),
         (lambda: fit_sas(model, contrast, "gated"), "measured without the SAE of adapter 'gated'"),
-        (lambda: fit_random(model, "nobody", "caa"), "like='nobody' names no adapter at block 2"),
+        (lambda: fit_random(model, "nobody", "caa"), "like='nobody' names no adapter at layer 2"),
         (lambda: fit_random(model, "caa", "sas"), "space='dense'"),
-        (lambda: fit_random(model, "caa", "caa"), "like='caa' has a zero code at block 2"),
+        (lambda: fit_random(model, "caa", "caa"), "like='caa' has a zero code at layer 2"),
         (lambda: fit_random(model, "normalised", "caa"), "scales each token by itself"),
     ]
     for call, message in cases:

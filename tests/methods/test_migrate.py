@@ -60,9 +60,9 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     for layer in (1, 2):
         torch.save(torch.ones(D_SAE), tmp_path / f"vec_ep1_layer{layer}.pt")
     first, second = tmp_path / "vec_ep1_layer1.pt", tmp_path / "vec_ep1_layer2.pt"
-    with pytest.raises(ConfigError, match=r"blocks \[1\], and adapter 'default' steers \[1, 2\]"):
+    with pytest.raises(ConfigError, match=r"layers \[1\], and adapter 'default' steers \[1, 2\]"):
         import_vectors(model, [first])
-    with pytest.raises(ConfigError, match="does not say its block"):
+    with pytest.raises(ConfigError, match="does not say its layer"):
         import_vectors(model, [tmp_path / "vector.pt"])
     with pytest.raises(FileNotFoundError):
         import_vectors(model, [tmp_path / "no" / "vec_ep1_layer1.pt", second])
@@ -78,6 +78,6 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     first.write_text("no tensor")
     for content in ("no tensor", "hello", ""):
         first.write_text(content)
-        with pytest.raises(AdapterFileError, match="is no tensor that torch saved"):
+        with pytest.raises(AdapterFileError, match="is not a tensor that torch saved"):
             import_vectors(model, [first, second])
     assert not any(layer.code("default").any() for layer in steered_layers(model))

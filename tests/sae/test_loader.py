@@ -166,5 +166,5 @@ def test_the_block_is_read_from_the_hook_point(hook_name, block):
 def test_hook_points_other_than_a_block_output_are_refused(hook_name):
     sae = make_sae("gated")
     sae.cfg.metadata.hook_name = hook_name
-    with pytest.raises(UnsupportedSAEError, match=f"reads '{hook_name}', which is not the output of a block"):
+    with pytest.raises(UnsupportedSAEError, match=f"reads '{hook_name}', which is not the output of a layer"):
         _ = load_sae(content_hash=register_sae(sae)).block

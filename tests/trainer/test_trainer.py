@@ -241,7 +241,7 @@ def test_training_lowers_the_loss_and_only_changes_the_code(build, pairs):
 )
 def test_options_of_trl_work(build, options, pairs):
     if CHECKPOINTING in options and REPEATS_HOOKS:
-        with pytest.raises(UnsupportedOperationError, match="runs the hooks of a block again"):
+        with pytest.raises(UnsupportedOperationError, match="runs the hooks of a layer again"):
             build(**options)
         return
     trainer = build(**options)

@@ -98,7 +98,7 @@ def test_the_sae_of_another_layer_is_refused():
 def test_another_hook_point_is_refused():
     sae = make_sae("gated", seed=6)
     sae.cfg.metadata.hook_name = "blocks.1.hook_mlp_out"
-    with pytest.raises(UnsupportedSAEError, match="not the output of a block"):
+    with pytest.raises(UnsupportedSAEError, match="not the output of a layer"):
         get_peft_model(make_model(), YaPOConfig(layers=1, sae=sae))
 
 

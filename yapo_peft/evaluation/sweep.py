@@ -63,10 +63,9 @@ def sweep(
 ) -> Scores:
     """Measures a model over a range of multipliers.
 
-    Log-probabilities: what lies below the lowest steered block is run once per batch, whatever the number of
-    multipliers,
-    and the prompt of a pair once for both answers, where that gives the same. Answers: the multipliers of a prompt are
-    generated in one batch, if it has room for them, and are kept in the table.
+    For log-probabilities, everything below the output of the lowest steered layer runs once per batch, whatever the
+    number of multipliers, and the prompt of a pair once for both answers, if that gives the same. For generated
+    answers, all multipliers of a prompt are in one batch, if they fit, and the answers are kept in the table.
 
     Args:
         model: A model with a YaPO adapter.

@@ -1,4 +1,4 @@
-"""An adapter's steering as one vector per block, which is all that most other programs can add."""
+"""An adapter's steering as one vector per layer, which is all that most other programs can add."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ..tuner.merging import full_shift, token_dependence
 
 @dataclass(frozen=True)
 class ConstantSteering:
-    """What an adapter adds at one multiplier, as a vector per block.
+    """What an adapter adds at one multiplier, as a vector per layer.
 
     Attributes:
         multiplier: The multiplier; it is in the vectors.
-        vectors: By the block's index, `(d_model,)` in float32 on the CPU.
+        vectors: By the layer's index, `(d_model,)` in float32 on the CPU.
         reason: Why a constant is only an approximation; None where it is exact.
         lowered: Share of the code's entries that are lowered at this multiplier, and so depend on the token.
         clipped: Of what these ask for, the share that the calibration tokens do not have to give: 1 if their features
@@ -74,7 +74,7 @@ def constant_steering(
     """Finds the vectors that steer as an adapter does, or the best ones for some text.
 
     It is exact where the same is added to every token: for dense adapters, and for codes that lower no feature at this
-    multiplier. Elsewhere each block's vector is the mean of what the adapter adds there on the calibration texts,
+    multiplier. Elsewhere each layer's vector is the mean of what the adapter adds there on the calibration texts,
     without
     their first tokens, which are attention sinks; and how far that is from the adapter is measured on the same texts.
 
@@ -126,7 +126,7 @@ def _fitted(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[dict[int, Tensor], float | None]:
-    """The mean shift at each block, and the share of what is lowered that there was nothing to take from."""
+    """The mean shift at each layer, and the share of what is lowered that there was nothing to take from."""
     total: dict[int, Tensor] = {}
     count, asked, given = 0, 0.0, 0.0
     lowering = {layer.index: _lowered(layer, name, multiplier, device, dtype) for layer in layers}
@@ -158,7 +158,7 @@ def _fitted(
 
 
 def _lowered(layer: YaPOLayer, name: str, multiplier: float, device: torch.device, dtype: torch.dtype) -> Parts | None:
-    """The features that a code lowers at a block; None if there are none."""
+    """The features that a code lowers at a layer; None if there are none."""
     part = Parts.of(layer, name, device, dtype)
     lowered = part.only((multiplier * part.entries < 0).nonzero().squeeze(-1))
     return lowered if part.sae is not None and len(lowered) else None
@@ -198,7 +198,7 @@ def _kl(
 
 @contextmanager
 def adding(layers: Sequence[YaPOLayer], vectors: dict[int, Tensor]) -> Generator[None]:
-    """Within it, each block puts out its vector on top, at every token."""
+    """Adds a vector to the output of each layer, at every token."""
 
     def add(vector: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda before, after: after + vector.to(after.device, after.dtype)

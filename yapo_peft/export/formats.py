@@ -40,9 +40,9 @@ def export_adapter(
 ) -> ConstantSteering | None:
     """Writes an adapter at one multiplier as a file of another program.
 
-    - "gguf": a control vector of llama.cpp, repeng and EasySteer. It cannot steer the lowest block.
+    - "gguf": a control vector of llama.cpp, repeng and EasySteer. It cannot steer the lowest layer.
     - "lm-eval": the `.pt` file of lm-eval's model `steered`.
-    - "neuronpedia": the bodies of `POST /api/vector/new`, one for each block.
+    - "neuronpedia": the bodies of `POST /api/vector/new`, one for each layer.
     - "safetensors": `block.{index}`, the plain vectors, with the verdict in the metadata.
     - "vec": a folder with `vec_ep0_layer{index}.pt` for the published code of BiPO and YaPO at its multiplier 1. Of a
       sparse adapter that is the code, which the code there clips by itself: exact, with the same SAE.
@@ -80,7 +80,7 @@ def export_adapter(
                 torch.save((multiplier * layer.code(name).detach().float()).cpu(), partial)
         return None
     if format == "gguf" and any(layer.index == 0 for layer in layers):
-        raise UnsupportedOperationError("Block 0 is steered, which a GGUF control vector cannot express.")
+        raise UnsupportedOperationError("Layer 0 is steered, which a GGUF control vector cannot express.")
     found = constant_steering(model, multiplier, texts, tokenizer, adapter_name=name, **options)
     if found.kl is not None and not found.kl <= max_kl:
         raise UnsupportedOperationError(
@@ -120,7 +120,7 @@ class _Names:
         model_type: transformers' name of the architecture.
         model_id: The model.
         label: The adapter.
-        blocks: Path of each block within the model without its head, by its index.
+        blocks: Path of each layer within the model without its head, by its index.
     """
 
     model_type: str

@@ -129,7 +129,7 @@ _Change = tuple[Parts, Callable[[Tensor, Tensor], Tensor]]
 
 
 class _Runs:
-    """Margins of the same pairs, steered in many ways; a batch's lower blocks run once for all of them."""
+    """Margins of the same pairs, steered in many ways; a batch's lower layers run once for all of them."""
 
     def __init__(self, model: nn.Module, name: str, parts: list[Parts], batches: list[dict[str, Tensor]]) -> None:
         self._model, self._name, self._parts, self._batches = model, name, parts, batches
@@ -146,7 +146,7 @@ class _Runs:
         sums = [torch.zeros(len(part), device=part.entries.device) for part in self._parts]
         for batch in self._batches:
             kept: dict[str, Any] = {}
-            # First, so that gradients are taken through what lies above the lowest steered block alone.
+            # First, so that gradients are taken through what lies above the lowest steered layer alone.
             ends.append(self._of_batch(batch, kept, [(multiplier, []), (0.0, [])], bar))
             for step in range(steps):
                 partial = multiplier * (step + 0.5) / steps

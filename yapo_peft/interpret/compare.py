@@ -135,7 +135,7 @@ def read_vector(
         A row per layer and feature, `layer` and `feature`, those of the largest `weight` first: `weight` is the
         feature's coefficient in `vector ~ sum of weight * decoder row` with few features, by orthogonal matching
         pursuit; `encoder`, by how much the vector moves the feature's pre-activation, its product with the encoder's
-        column; `explained`, the share of the vector's squared length that all listed features of the block explain
+        column; `explained`, the share of the vector's squared length that all listed features of the layer explain
         together.
 
     Raises:
@@ -162,7 +162,7 @@ def read_vector(
         columns = {"feature": found.tolist(), "weight": weights.tolist(), "encoder": encoder.tolist()}
         tables.append(pd.DataFrame({"layer": layer.index, **columns, "explained": explained}))
     if not tables:
-        raise ConfigError(f"{name!r} steers blocks {[layer.index for layer in layers]}, and {other!r} {sorted(saes)}.")
+        raise ConfigError(f"{name!r} steers layers {[layer.index for layer in layers]}, and {other!r} {sorted(saes)}.")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -57,7 +57,7 @@ def explain(
         tokenizer: The model's tokenizer; loaded by the model's name if None.
         multiplier: The multiplier at which it is read: at a negative one, features of positive entries are lowered.
         top: Number of features to list per layer; None for all.
-        features: Indices of those to list instead, of an adapter of one block, or for each block's index; those that
+        features: Indices of those to list instead, of an adapter of one layer, or for each layer's index; those that
             the adapter does not move are left out.
         tokens: Number of promoted and suppressed tokens to list.
         texts: Texts to count on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.

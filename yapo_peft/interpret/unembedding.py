@@ -24,13 +24,13 @@ class Unembedding:
 
     Each direction goes through the final norm alone, as if the residual stream were nothing else, and then through the
     head. That is exact for the direction's ranking of tokens up to the norm's dependence on what else is there; what
-    the blocks in between make of it is left out.
+    the layers in between make of it is left out.
 
     Args:
         model: A model with a YaPO adapter.
 
     Raises:
-        UnsupportedOperationError: The model has no head, or something else than one module between its last block and
+        UnsupportedOperationError: The model has no head, or something else than one module between its last layer and
             its head.
 
     Source: the logit lens.

@@ -9,7 +9,7 @@ from .contrast import Contrast, statistics_at
 
 
 def fit_caa(model: nn.Module, contrast: Contrast, adapter_name: str | None = None) -> None:
-    """Gives a dense adapter the mean of `h(chosen) - h(rejected)`, at each of its blocks.
+    """Gives a dense adapter the mean of `h(chosen) - h(rejected)`, at each of its layers.
 
     Args:
         model: A model with a dense adapter.
@@ -17,7 +17,7 @@ def fit_caa(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
         adapter_name: The adapter; the active one if None.
 
     Raises:
-        ConfigError: There is no such adapter, it is not dense, or the contrast was measured at other blocks.
+        ConfigError: There is no such adapter, it is not dense, or the contrast was measured at other layers.
 
     Source: arXiv 2312.06681, section 3.
     """

@@ -39,11 +39,11 @@ class FeatureStatistics:
 
 @dataclass
 class AnswerStatistics:
-    """Activations of one block, over answers of one kind.
+    """Activations of one layer, over answers of one kind.
 
     Attributes:
         total: Sum over answers of the activations, `(d_model,)` in float32.
-        features: Those of each SAE that an adapter of the block has, by the hash of its weights.
+        features: Those of each SAE that an adapter of the layer has, by the hash of its weights.
     """
 
     total: Tensor
@@ -52,10 +52,10 @@ class AnswerStatistics:
 
 @dataclass
 class Contrast:
-    """Statistics of chosen and rejected answers, at each steered block.
+    """Statistics of chosen and rejected answers, at each steered layer.
 
     Attributes:
-        chosen: Those of the chosen answers, by the index of the block.
+        chosen: Those of the chosen answers, by the index of the layer.
         rejected: Those of the rejected answers.
         pairs: Number of pairs.
     """
@@ -73,12 +73,12 @@ def measure_contrast(
     tokens: str = "completion",
     batch_size: int = 8,
 ) -> Contrast:
-    """Reads chosen and rejected answers once, unsteered, at all blocks that any adapter of the model steers.
+    """Reads chosen and rejected answers once, unsteered, at all layers that any adapter of the model steers.
 
     `fit_caa` and `fit_sas` make adapters of it. An answer counts once, however long it is.
 
     Args:
-        model: A `PeftModel` with YaPO adapters, whose blocks and SAEs are measured.
+        model: A `PeftModel` with YaPO adapters, whose layers and SAEs are measured.
         dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
         tokenizer: The model's tokenizer.
         tokens: Where an answer is read: the mean over its tokens ("completion"), or its "last" one, such as the letter
@@ -179,7 +179,7 @@ def statistics_at(contrast: Contrast, layer: YaPOLayer) -> tuple[AnswerStatistic
     """
     if layer.index not in contrast.chosen:
         raise ConfigError(
-            f"The contrast was measured at blocks {sorted(contrast.chosen)}, not at {layer.index}: call "
+            f"The contrast was measured at layers {sorted(contrast.chosen)}, not at {layer.index}: call "
             "measure_contrast again, with this adapter in the model."
         )
     return contrast.chosen[layer.index], contrast.rejected[layer.index]

@@ -19,19 +19,19 @@ _NAME = re.compile(r"layer_?(\d+)\D*\.pt")
 def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], adapter_name: str | None = None) -> None:
     """Gives an adapter the vectors of `vec_ep{epoch}_layer{block}.pt` files, entry by entry.
 
-    The same block is steered by the same amount as there: both count blocks from 0 and steer what a block puts out, at
+    The same layer is steered by the same amount as there: both count layers from 0 and steer the output of a layer, at
     all tokens (`positions="all"`) and at multiplier 1. A file holds neither the model nor the SAE; what the vector was
     trained on is for the caller to know.
 
     Args:
-        model: A model with an adapter at these blocks: for YaPO's a sparse one, with the SAE of the training; for
+        model: A model with an adapter at these layers: for YaPO's a sparse one, with the SAE of the training; for
             BiPO's a dense one.
-        files: One for each block of the adapter, or the only one.
+        files: One for each layer of the adapter, or the only one.
         adapter_name: The adapter; the active one if None.
 
     Raises:
-        ConfigError: There is no such adapter, a file's name says no block, or the blocks differ from the adapter's.
-        AdapterFileError: A file is no vector, is not finite, or has another length than the adapter's.
+        ConfigError: There is no such adapter, a file's name says no layer, or the layers differ from the adapter's.
+        AdapterFileError: A file does not hold a vector, is not finite, or has another length than the adapter's.
 
     Source: `vec_ep{epoch}_layer{block}.pt` as written by the code of arXiv 2406.00045 and 2601.08441.
     """
@@ -42,7 +42,7 @@ def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], a
     blocks = [layer.index for layer in layers]
     if sorted(by_block) != sorted(blocks):
         raise ConfigError(
-            f"The files are of blocks {sorted(by_block)}, and adapter {name!r} steers {blocks}: give a file for each."
+            f"The files are of layers {sorted(by_block)}, and adapter {name!r} steers {blocks}: give a file for each."
         )
     vectors = {layer: _read(by_block[layer.index], layer, name, config.space) for layer in layers}
     for layer, vector in vectors.items():
@@ -50,7 +50,7 @@ def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], a
 
 
 def block_of(file: str | Path) -> int:
-    """The block that a file's name says.
+    """The layer that a file's name says.
 
     Raises:
         ConfigError: It says none.
@@ -58,7 +58,7 @@ def block_of(file: str | Path) -> int:
     match = _NAME.search(Path(file).name)
     if match is None:
         raise ConfigError(
-            f"{str(file)!r} does not say its block: name it as the published code does, vec_ep20_layer15.pt."
+            f"{str(file)!r} does not say its layer: name it as the published code does, vec_ep20_layer15.pt."
         )
     return int(match[1])
 
@@ -70,7 +70,7 @@ def _read(file: Path, layer: YaPOLayer, adapter_name: str, space: str) -> Tensor
         # Tensors alone: a file of someone else could hold code otherwise.
         vector = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what it raises of a file that is something else has no common kind
-        raise AdapterFileError(f"{str(file)!r} is no tensor that torch saved: {error}") from error
+        raise AdapterFileError(f"{str(file)!r} is not a tensor that torch saved: {error}") from error
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         raise AdapterFileError(f"{str(file)!r} holds a {type(vector).__name__}, and not one vector of floating point.")
     vector = vector.detach().float().squeeze()
@@ -78,7 +78,7 @@ def _read(file: Path, layer: YaPOLayer, adapter_name: str, space: str) -> Tensor
     if vector.shape != length:
         what = "features of the adapter's SAE" if space == "sae" else "entries of the residual stream"
         raise AdapterFileError(
-            f"{str(file)!r} has shape {tuple(vector.shape)}, and block {layer.index} takes the {length[0]} {what}: is "
+            f"{str(file)!r} has shape {tuple(vector.shape)}, and layer {layer.index} takes the {length[0]} {what}: is "
             "it of this model, and of this SAE?"
         )
     if not vector.isfinite().all():

@@ -19,9 +19,9 @@ def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, 
 
     Args:
         model: A model with a sparse adapter.
-        max_features: How many to keep, of all its blocks together.
+        max_features: How many to keep, of all its layers together.
         adapter_name: The adapter; the active one if None.
-        rescale: Whether to stretch what is kept, so that multiplier 1 goes on to mean about the same: at each block,
+        rescale: Whether to stretch what is kept, so that multiplier 1 goes on to mean about the same: at each layer,
         the
             positive entries together move activations as far as before, and so do the negative ones at multiplier -1,
             if

@@ -23,7 +23,7 @@ def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
         tau: Share of the answers in which a feature must be on, in [0, 1].
 
     Raises:
-        ConfigError: There is no such adapter, it is dense, the contrast was measured at other blocks or with other
+        ConfigError: There is no such adapter, it is dense, the contrast was measured at other layers or with other
             SAEs, `tau` is out of range, or no feature is left.
 
     Source: arXiv 2503.00177, the six steps of its figure 1.
@@ -38,13 +38,13 @@ def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
         kinds = [kind.features.get(sae.identity.content_hash) for kind in statistics_at(contrast, layer)]
         if kinds[0] is None or kinds[1] is None:
             raise ConfigError(
-                f"The contrast was measured without the SAE of adapter {name!r} at block {layer.index}: call "
+                f"The contrast was measured without the SAE of adapter {name!r} at layer {layer.index}: call "
                 "measure_contrast again, with this adapter in the model."
             )
         code = sas_code(kinds[0], kinds[1], contrast.pairs, tau)
         if not code.any():
             raise ConfigError(
-                f"tau={tau} leaves no feature of block {layer.index} that is often on in one kind of answer and not in "
+                f"tau={tau} leaves no feature of layer {layer.index} that is often on in one kind of answer and not in "
                 "the other: lower it if features are rare, raise it if most are on in both."
             )
         codes.append(code)

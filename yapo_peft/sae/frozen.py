@@ -17,7 +17,7 @@ from .weights import Activation, Normalization, SAEWeights
 class FrozenSAE:
     """A sparse autoencoder shared by every adapter that uses it.
 
-    It is no module and holds no parameters: it is never trained, saved or moved with a model. Copies for a device
+    It is not a module and has no parameters: it is never trained, saved or moved with a model. Copies for a device
     and a dtype are made when first asked for, and shared.
 
     Attributes:
@@ -96,17 +96,17 @@ class FrozenSAE:
 
     @property
     def block(self) -> int | None:
-        """The block whose output this autoencoder reads, or None where it does not say.
+        """The layer whose output this autoencoder reads, or None where it does not say.
 
         Raises:
-            UnsupportedSAEError: It says, and it is something else than the output of a block.
+            UnsupportedSAEError: It says, and it is something else than the output of a layer.
         """
         if not self.hook_name:
             return None
         match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)|(?:.*\.)?(?:layers|h)\.(\d+)", self.hook_name)
         if match is None:
             raise UnsupportedSAEError(
-                f"The SAE reads {self.hook_name!r}, which is not the output of a block. Steering needs an SAE of the "
+                f"The SAE reads {self.hook_name!r}, which is not the output of a layer. Steering needs an SAE of the "
                 "residual stream, such as one trained on 'blocks.15.hook_resid_post'."
             )
         if match[3] is not None:
