@@ -100,7 +100,14 @@ MUTANTS = (
     ),
     _mutant("reach", "steering/reach.py", "code[part].abs() *", "code[part] *", "tests/methods/test_prune.py"),
     _mutant("jumprelu", "sae/weights.py", "pre.relu() * (pre > self.threshold)", "pre.relu()", FORMULA),
-    _mutant("not-detached", "tuner/layer.py", "            h = h.detach()\n", "            pass\n", TRAINER, CONTRACT),
+    _mutant(
+        "not-detached",
+        "tuner/layer.py",
+        "            h = h.detach()\n",
+        "            pass\n",
+        "tests/tuner/test_dense.py",
+        "tests/tuner/test_adapter.py",
+    ),
     _mutant(
         "mask-ignored",
         "tuner/layer.py",
@@ -145,7 +152,7 @@ MUTANTS = (
         "tuner/call.py",
         "multipliers.repeat_interleave(",
         "multipliers.repeat(",
-        "tests/tuner/test_multiplier.py",
+        CONTRACT,
     ),
     _mutant(
         "merge-any-architecture",
