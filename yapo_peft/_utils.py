@@ -36,6 +36,10 @@ def help_from_docstring(cls: type[Config]) -> type[Config]:
     return cls
 
 
+# The size up to which `hash_model` always reads a tensor whole, and what it samples of larger ones, in entries.
+_WHOLE, _START = 1 << 20, 1 << 12
+
+
 def choice(options: Collection[object], **values: object) -> None:
     """Raises `ConfigError` unless each value is one of the options."""
     for name, value in values.items():
@@ -110,14 +114,14 @@ def hash_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def hash_model(
-    model: Any, *, ignore: Callable[[str], bool] = lambda name: False, entries: int | None = None, head: str = ""
+    model: Any, *, ignore: Callable[[str], bool] = lambda name: False, sampled: bool = False, head: str = ""
 ) -> str:
     """SHA-256 over what decides a model's outputs: config, weights, and the state of its adapters.
 
     Args:
         model: A transformers model, with or without adapters.
         ignore: Whether to leave out a module or a tensor, by its name.
-        entries: How many entries of each tensor to read, to save time; None for all.
+        sampled: Whether to read only the start of large tensors, to save time. Codes are read whole.
         head: What else to hash.
 
     Raises:
@@ -139,5 +143,10 @@ def hash_model(
         raise UnsupportedOperationError(
             f"The model cannot be told from others, because {offloaded[0]!r} is offloaded: load it without offloading."
         )
-    parts = ((name, tensor.flatten()[:entries]) for name, tensor in tensors if not ignore(name))
+    start = _START if sampled else None
+    parts = (
+        (name, tensor if tensor.numel() <= _WHOLE else tensor.flatten()[:start])
+        for name, tensor in tensors
+        if not ignore(name)
+    )
     return hash_tensors("|".join(state), parts)

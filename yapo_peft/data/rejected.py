@@ -22,9 +22,6 @@ from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids
 from .sources import require_columns
 
-# Entries of each weight to hash.
-_START = 1 << 12
-
 
 def generate_rejected(
     model: nn.Module,
@@ -213,7 +210,7 @@ def _hash_prompts(prompts: list[list[int]]) -> str:
 def _hash_model(model: Any) -> str:
     """Hash of a model, its adapters, its steering and its generation config."""
     generation = getattr(model, "generation_config", None) and model.generation_config.to_dict()
-    return hash_model(model, entries=_START, head=repr(generation))
+    return hash_model(model, sampled=True, head=repr(generation))
 
 
 def _require_texts(dataset: Dataset) -> None:

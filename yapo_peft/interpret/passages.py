@@ -28,8 +28,6 @@ from .texts import base_of, device_and_dtype, padded, require_texts, text_batche
 _SAVED_EVERY = 50
 # On SmolLM2 the second token of a text can be 10 to 20 times as long as the median, and the first 140 times.
 _SINK = 5
-# Of each weight, for the hash that tells models apart.
-_ENTRIES = 1 << 12
 
 
 @dataclass(order=True)
@@ -104,7 +102,7 @@ def contexts(
         "features": {str(layer): found for layer, found in wanted.items()},
         "saes": {str(layer): sae.identity.content_hash for layer, sae in saes.items()},
         "options": [top, window, skip_sinks, max_length],
-        "model": hash_model(base_of(model), ignore=is_steering, entries=_ENTRIES),
+        "model": hash_model(base_of(model), ignore=is_steering, sampled=True),
     }
     search = _Search.resumed(None if resume is None else Path(resume), record, wanted)
     device, dtype = device_and_dtype(model)

@@ -141,8 +141,9 @@ class YaPOModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
         """Implements `adapter_names`; PEFT enters this context around each forward and `generate`."""
-        adapter_names, call = kwargs.get("adapter_names"), self._call()
-        if adapter_names is None or call is None:
+        adapter_names = kwargs.get("adapter_names")
+        # Asked first, because looking for the call visits all modules.
+        if adapter_names is None or (call := self._call()) is None:
             yield
             return
         if self.training:
