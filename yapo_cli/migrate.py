@@ -30,7 +30,7 @@ def migrate(
     """
     from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import import_vectors
-    from yapo_peft.methods.migrate import block_of
+    from yapo_peft.methods.migrate import layer_of
 
     from .loading import attach_adapter, require_effect, require_new
 
@@ -39,7 +39,7 @@ def migrate(
         model,
         dtype,
         space="dense" if sae_release is None and not sae_path else "sae",
-        layers=",".join(str(block_of(file)) for file in files),
+        layers=",".join(str(layer_of(file)) for file in files),
         sae_release=sae_release,
         sae_id=sae_id,
         sae_path=sae_path,

@@ -1,4 +1,4 @@
-"""CAA, SAS and random vectors: the codes that the papers describe, in one pass, at any layers."""
+"""CAA, SAS and random vectors against slow references of the papers' definitions."""
 
 import copy
 
@@ -31,7 +31,7 @@ from yapo_peft import (
     YaPOTrainingConfig,
 )
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
-from yapo_peft.methods.contrast import _special_tokens, _weights_of_tokens
+from yapo_peft.methods.contrast import _special_tokens, _token_weights
 from yapo_peft.tuner.adapters import steered_layers
 
 ROWS = preference_rows(11)
@@ -56,7 +56,7 @@ def code_of(model, name, layer=0):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", ["completion", "last"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_caa_is_the_mean_difference(architecture, tokens, batch_size, tokenizer):
+def test_caa_matches_reference(architecture, tokens, batch_size, tokenizer):
     model, saes = with_both(architecture)
     contrast = measure_contrast(model, ROWS, tokenizer, tokens=tokens, batch_size=batch_size)
     fit_caa(model, contrast, "caa")
@@ -65,11 +65,11 @@ def test_caa_is_the_mean_difference(architecture, tokens, batch_size, tokenizer)
     assert contrast.pairs == len(ROWS)
 
 
-@pytest.mark.feature("Methods", "SAS: the difference of features that tell the answers apart, filtered by frequency")
+@pytest.mark.feature("Methods", "SAS: the mean difference of features, filtered by frequency")
 @pytest.mark.parametrize(
     ("kind", "tau"), [(kind, tau / 5 if kind == "batchtopk" else tau) for kind in SAE_KINDS for tau in (0.5, 0.7)]
 )
-def test_sas_is_the_filtered_difference(kind, tau, tokenizer, tmp_path):
+def test_sas_matches_reference(kind, tau, tokenizer, tmp_path):
     model, saes = with_both(saes=[inference_sae(make_sae(kind), tmp_path)])
     fit_sas(model, measure_contrast(model, ROWS, tokenizer), tau=tau)
     _, features = answers_read(make_model(), saes[0], ROWS, tokenizer, 2, "completion")
@@ -78,7 +78,7 @@ def test_sas_is_the_filtered_difference(kind, tau, tokenizer, tmp_path):
     assert_close(code_of(model, "sas"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_one_pass_measures_all_layers(tokenizer):
+def test_measure_contrast_covers_all_layers_in_one_pass(tokenizer):
     model, saes = with_both(layers=[0, 2])
     contrast = measure_contrast(model, ROWS, tokenizer)
     fit_caa(model, contrast, "caa")
@@ -89,7 +89,7 @@ def test_one_pass_measures_all_layers(tokenizer):
         assert_close(code_of(model, "sas", place), sas_vector(features, 0.5), rtol=1e-4, atol=1e-5)
 
 
-def test_a_fitted_code_can_be_trained_further(tokenizer, tmp_path):
+def test_training_continues_from_fitted_code(tokenizer, tmp_path):
     model, _ = with_both()
     fit_sas(model, measure_contrast(model, ROWS, tokenizer))
     before = code_of(model, "sas").clone()
@@ -110,19 +110,19 @@ def test_a_fitted_code_can_be_trained_further(tokenizer, tmp_path):
     ("answer", "read"),
     [("w1 zebra w2 <eos>", "w1 zebra w2"), ("<bos> w1 w2 <eos> w3", "w1 w2"), ("<turn> w1 <turn> w2", "w1")],
 )
-def test_special_tokens_around_an_answer_are_left_out(answer, read, tokenizer):
+def test_answer_weights_skip_special_tokens(answer, read, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken("w99", special=True)])
     ids, expected = (tokenizer(text.replace("<turn>", "w99"))["input_ids"] for text in (answer, read))
     batch = {"input_ids": torch.tensor([[5, 6, *ids]]), "answer_mask": torch.tensor([[0, 0] + [1] * len(ids)])}
     for tokens in ("completion", "last"):
-        weights = _weights_of_tokens(batch, _special_tokens(tokenizer), tokens)
+        weights = _token_weights(batch, _special_tokens(tokenizer), tokens)
         found = batch["input_ids"][weights > 0].tolist()
         assert found == (expected if tokens == "completion" else expected[-1:])
         assert float(weights.sum()) == pytest.approx(1)
 
 
-def test_offloaded_codes_are_not_fitted(tokenizer):
+def test_fit_rejects_offloaded_code(tokenizer):
     model, _ = with_both()
     contrast = measure_contrast(model, ROWS, tokenizer)
     cpu_offload(model, execution_device="cpu")
@@ -130,7 +130,7 @@ def test_offloaded_codes_are_not_fitted(tokenizer):
         fit_caa(model, contrast, "caa")
 
 
-def test_plain_text_is_read_without_what_ends_it(tokenizer):
+def test_last_token_of_plain_text_excludes_eos(tokenizer):
     rows = [{name: text[0]["content"] + " " for name, text in row.items()} for row in preference_rows(3)]
     model, _ = with_both()
     contrast = measure_contrast(model, rows, tokenizer, tokens="last")
@@ -144,9 +144,9 @@ def test_plain_text_is_read_without_what_ends_it(tokenizer):
     assert_close(code_of(model, "caa"), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.feature("Methods", "A random vector of an adapter's length, as a control")
+@pytest.mark.feature("Methods", "Random vectors with an adapter's norm, as a control")
 @pytest.mark.parametrize("like", ["caa", "sas"])
-def test_a_random_vector_is_as_long_as_another_shift(like, tokenizer):
+def test_random_vector_matches_norm_of_another_adapter(like, tokenizer):
     model, saes = with_both()
     fit_caa(model, measure_contrast(model, ROWS, tokenizer), "caa")
     for seed in (0, 1):
@@ -158,7 +158,7 @@ def test_a_random_vector_is_as_long_as_another_shift(like, tokenizer):
     assert abs(float(torch.cosine_similarity(first, second, dim=0))) < 0.5
 
 
-def test_measuring_changes_nothing(tokenizer):
+def test_measure_contrast_leaves_model_unchanged(tokenizer):
     model, _ = with_both()
     model.train()
     model.requires_grad_(False)
@@ -170,7 +170,7 @@ def test_measuring_changes_nothing(tokenizer):
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_bad_arguments_are_named(tokenizer):
+def test_errors_name_bad_arguments(tokenizer):
     model, _ = with_both()
     contrast = measure_contrast(model, ROWS, tokenizer)
     model.add_adapter("other", YaPOConfig(layers=1, space="dense"))
@@ -178,22 +178,22 @@ def test_bad_arguments_are_named(tokenizer):
     model.add_adapter("gated", YaPOConfig(layers=2, sae=make_sae("gated", seed=9)))
     cases = [
         (lambda: measure_contrast(make_model(), ROWS, tokenizer), "LlamaForCausalLM has no YaPO adapter"),
-        (lambda: measure_contrast(model, ROWS, tokenizer, tokens="first"), "tokens='first': choose one of"),
+        (lambda: measure_contrast(model, ROWS, tokenizer, tokens="first"), "tokens='first': must be one of"),
         (lambda: measure_contrast(model, ROWS, tokenizer, batch_size=0), "batch_size=0"),
         (lambda: fit_caa(model, contrast), "CAA needs space='dense', but adapter 'sas'"),
         (lambda: fit_sas(model, contrast, "caa"), "SAS needs space='sae', but adapter 'caa'"),
-        (lambda: fit_sas(model, contrast, tau=1.5), r"tau=1\.5: give a share"),
-        (lambda: fit_sas(model, contrast, tau=0.0), r"tau=0\.0 leaves no feature of layer 2"),
+        (lambda: fit_sas(model, contrast, tau=1.5), r"tau=1\.5: must be a fraction"),
+        (lambda: fit_sas(model, contrast, tau=0.0), r"tau=0\.0: no feature of layer 2"),
         (
             lambda: fit_caa(model, contrast, "nobody"),
             "adapter_name='nobody': name a YaPO adapter of the model, which has",
         ),
-        (lambda: fit_caa(model, contrast, "other"), r"measured at layers \[2\], not at 1"),
-        (lambda: fit_sas(model, contrast, "gated"), "measured without the SAE of adapter 'gated'"),
-        (lambda: fit_random(model, "nobody", "caa"), "like='nobody' names no adapter at layer 2"),
+        (lambda: fit_caa(model, contrast, "other"), r"covers layers \[2\], but the adapter steers layer 1"),
+        (lambda: fit_sas(model, contrast, "gated"), "does not cover the SAE of adapter 'gated'"),
+        (lambda: fit_random(model, "nobody", "caa"), "like='nobody': no such adapter at layer 2"),
         (lambda: fit_random(model, "caa", "sas"), "space='dense'"),
-        (lambda: fit_random(model, "caa", "caa"), "like='caa' has a zero code at layer 2"),
-        (lambda: fit_random(model, "normalised", "caa"), "scales each token by itself"),
+        (lambda: fit_random(model, "caa", "caa"), "like='caa': its code at layer 2 is zero"),
+        (lambda: fit_random(model, "normalised", "caa"), "scales the shift token by token"),
     ]
     for call, message in cases:
         with pytest.raises(ConfigError, match=message):

@@ -18,7 +18,7 @@ def steered(space, layers=(2,)):
 @pytest.mark.feature("Methods", "`import_vectors`, `yapo migrate`: `vec_ep*.pt` of the published code, entry by entry")
 @pytest.mark.parametrize("space", ["sae", "dense"])
 @pytest.mark.parametrize("kind", ["tensor", "parameter", "row", "bfloat16"])
-def test_every_entry_is_taken(tmp_path, space, kind):
+def test_import_vectors_copies_every_entry(tmp_path, space, kind):
     vector = torch.randn(D_SAE if space == "sae" else D_MODEL)
     saved = {
         "tensor": vector,
@@ -33,7 +33,7 @@ def test_every_entry_is_taken(tmp_path, space, kind):
     assert torch.equal(layer.code("default"), saved.detach().float().squeeze())
 
 
-def test_the_command_saves_an_adapter_that_steers_as_published(tmp_path, tokenizer, capsys):
+def test_migrate_command_saves_adapter_that_steers_as_published_code(tmp_path, tokenizer, capsys):
     make_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     sae = make_sae()
@@ -55,29 +55,28 @@ def test_the_command_saves_an_adapter_that_steers_as_published(tmp_path, tokeniz
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dense").peft_config["default"].space == "dense"
 
 
-def test_files_that_do_not_fit_are_named(tmp_path):
+def test_import_vectors_names_invalid_file(tmp_path):
     model = steered("sae", (1, 2))
     for layer in (1, 2):
         torch.save(torch.ones(D_SAE), tmp_path / f"vec_ep1_layer{layer}.pt")
     first, second = tmp_path / "vec_ep1_layer1.pt", tmp_path / "vec_ep1_layer2.pt"
-    with pytest.raises(ConfigError, match=r"layers \[1\], and adapter 'default' steers \[1, 2\]"):
+    with pytest.raises(ConfigError, match=r"layers \[1\], but adapter 'default' steers layers \[1, 2\]"):
         import_vectors(model, [first])
-    with pytest.raises(ConfigError, match="does not say its layer"):
+    with pytest.raises(ConfigError, match="has no layer"):
         import_vectors(model, [tmp_path / "vector.pt"])
     with pytest.raises(FileNotFoundError):
         import_vectors(model, [tmp_path / "no" / "vec_ep1_layer1.pt", second])
     for wrong, message in (
-        (torch.ones(D_MODEL), f"takes the {D_SAE} features of the adapter's SAE"),
+        (torch.ones(D_MODEL), f"has d_sae={D_SAE}: use the SAE"),
         (torch.full((D_SAE,), torch.nan), "not finite"),
-        (torch.ones(D_SAE, dtype=torch.long), "not one vector of floating point"),
-        ({"a": 1}, "holds a dict"),
+        (torch.ones(D_SAE, dtype=torch.long), "must be one floating-point tensor"),
+        ({"a": 1}, "contains a dict"),
     ):
         torch.save(wrong, first)
         with pytest.raises(AdapterFileError, match=message):
             import_vectors(model, [first, second])
-    first.write_text("no tensor")
     for content in ("no tensor", "hello", ""):
         first.write_text(content)
-        with pytest.raises(AdapterFileError, match="is not a tensor that torch saved"):
+        with pytest.raises(AdapterFileError, match=r"is not a file that torch\.save wrote"):
             import_vectors(model, [first, second])
     assert not any(layer.code("default").any() for layer in steered_layers(model))

@@ -16,7 +16,7 @@ def steered(layers, saes):
 
 @pytest.mark.feature("Methods", "`prune`: the features of an adapter that move activations the furthest")
 @pytest.mark.parametrize("k", [1, 10, 1000])
-def test_the_furthest_reaching_entries_of_all_blocks_remain(k):
+def test_prune_keeps_furthest_reaching_features_across_layers(k):
     saes = [make_sae(seed=0), make_sae(seed=1)]
     saes[1].W_dec.data *= torch.rand(D_SAE, 1) * 3
     model = steered([1, 3], saes)
@@ -30,12 +30,12 @@ def test_the_furthest_reaching_entries_of_all_blocks_remain(k):
 
 
 @pytest.mark.parametrize("k", [1, 10, 1000])
-def test_stretched_entries_of_either_sign_move_activations_as_far_as_before(k):
+def test_rescale_preserves_norm_of_either_sign(k):
     saes = [make_sae(seed=0), make_sae(seed=1)]
-    plain, stretched = steered([1, 3], saes), steered([1, 3], saes)
+    plain, rescaled = steered([1, 3], saes), steered([1, 3], saes)
     prune(plain, k)
-    prune(stretched, k, rescale=True)
-    for before, after, sae in zip(steered_layers(plain), steered_layers(stretched), saes, strict=True):
+    prune(rescaled, k, rescale=True)
+    for before, after, sae in zip(steered_layers(plain), steered_layers(rescaled), saes, strict=True):
         kept, code = before.yapo_code["default"].detach(), after.yapo_code["default"].detach()
         for side in (kept > 0, kept < 0):
             if not side.any():
@@ -50,7 +50,7 @@ def test_stretched_entries_of_either_sign_move_activations_as_far_as_before(k):
             )
 
 
-def test_entries_that_nearly_cancel_are_not_blown_up():
+def test_rescale_is_bounded_when_entries_nearly_cancel():
     sae = make_sae()
     sae.W_dec.data[1] = -sae.W_dec.data[0] * 0.999999
     model = steered(2, sae)
@@ -64,12 +64,12 @@ def test_entries_that_nearly_cancel_are_not_blown_up():
     torch.testing.assert_close(kept[:2], code[:2] * most)
 
 
-def test_bad_arguments_are_named():
+def test_errors_name_bad_arguments():
     model = steered(2, make_sae())
     model.add_adapter("dense", YaPOConfig(layers=1, space="dense"))
-    with pytest.raises(ConfigError, match="max_features=0: keep a whole number"):
+    with pytest.raises(ConfigError, match="max_features=0: must be a whole number"):
         prune(model, 0)
-    with pytest.raises(ConfigError, match=r"max_features=1.5: keep a whole number"):
+    with pytest.raises(ConfigError, match=r"max_features=1.5: must be a whole number"):
         prune(model, 1.5)
     with pytest.raises(ConfigError, match="Pruning needs space='sae', but adapter 'dense'"):
         prune(model, 5, "dense")

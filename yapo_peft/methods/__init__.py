@@ -1,4 +1,4 @@
-"""Ways to get or change a code without training."""
+"""Fits, imports and prunes codes without training."""
 
 from .caa import fit_caa
 from .contrast import AnswerStatistics, Contrast, FeatureStatistics, measure_contrast

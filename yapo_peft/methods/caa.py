@@ -1,4 +1,4 @@
-"""Contrastive activation addition: the mean difference of chosen and rejected answers' activations."""
+"""Contrastive activation addition (CAA): the mean difference between chosen and rejected activations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .contrast import Contrast, statistics_at
 
 
 def fit_caa(model: nn.Module, contrast: Contrast, adapter_name: str | None = None) -> None:
-    """Gives a dense adapter the mean of `h(chosen) - h(rejected)`, at each of its layers.
+    """Sets a dense adapter's vector to the mean of `h(chosen) - h(rejected)`, at each of its layers.
 
     Args:
         model: A model with a dense adapter.
-        contrast: What `measure_contrast` found.
+        contrast: The result of `measure_contrast`.
         adapter_name: The adapter; the active one if None.
 
     Raises:
-        ConfigError: There is no such adapter, it is not dense, or the contrast was measured at other layers.
+        ConfigError: The adapter does not exist, is not dense, or steers layers that the contrast does not cover.
 
     Source: arXiv 2312.06681, section 3.
     """

@@ -1,4 +1,4 @@
-"""What activations and features of chosen and rejected answers have in common, and where they part."""
+"""Statistics of the activations and SAE features of chosen and rejected answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import choice, evaluating
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..scoring.pairs import pair_batches
@@ -26,11 +26,11 @@ AnswerTokens = Literal["completion", "last"]
 
 @dataclass
 class FeatureStatistics:
-    """Features of one SAE, over answers of one kind.
+    """Feature statistics of one SAE, over the chosen or the rejected answers.
 
     Attributes:
-        total: Sum over answers of each feature's activation, `(d_sae,)` in float32.
-        active: Number of answers in which each feature is on, `(d_sae,)`.
+        total: Each feature's activation, summed over answers, `(d_sae,)` in float32.
+        active: Number of answers in which each feature is active, `(d_sae,)`.
     """
 
     total: Tensor
@@ -39,11 +39,11 @@ class FeatureStatistics:
 
 @dataclass
 class AnswerStatistics:
-    """Activations of one layer, over answers of one kind.
+    """Activation statistics of one layer, over the chosen or the rejected answers.
 
     Attributes:
-        total: Sum over answers of the activations, `(d_model,)` in float32.
-        features: Those of each SAE that an adapter of the layer has, by the hash of its weights.
+        total: The activation, summed over answers, `(d_model,)` in float32.
+        features: Statistics of each SAE that an adapter uses at the layer, by the SAE's content hash.
     """
 
     total: Tensor
@@ -52,11 +52,11 @@ class AnswerStatistics:
 
 @dataclass
 class Contrast:
-    """Statistics of chosen and rejected answers, at each steered layer.
+    """Statistics of chosen and rejected answers at each steered layer.
 
     Attributes:
-        chosen: Those of the chosen answers, by the index of the layer.
-        rejected: Those of the rejected answers.
+        chosen: Statistics of the chosen answers, by layer index.
+        rejected: Statistics of the rejected answers, by layer index.
         pairs: Number of pairs.
     """
 
@@ -73,43 +73,43 @@ def measure_contrast(
     tokens: str = "completion",
     batch_size: int = 8,
 ) -> Contrast:
-    """Reads chosen and rejected answers once, unsteered, at all layers that any adapter of the model steers.
+    """Measures the activations of chosen and rejected answers, for `fit_caa` and `fit_sas`.
 
-    `fit_caa` and `fit_sas` make adapters of it. An answer counts once, however long it is.
+    A single pass without steering covers every layer that any adapter of the model steers. Each answer has the same
+    weight, whatever its length.
 
     Args:
-        model: A `PeftModel` with YaPO adapters, whose layers and SAEs are measured.
-        dataset: Pairs in TRL's preference format, conversational or plain, with a `prompt`.
+        model: A `PeftModel` with YaPO adapters; their layers and SAEs are measured.
+        dataset: Preference pairs in TRL's format, conversational or plain, with a `prompt`.
         tokenizer: The model's tokenizer.
-        tokens: Where an answer is read: the mean over its tokens ("completion"), or its "last" one, such as the letter
-            of a multiple choice. The tokenizer's special tokens before its text are left out, and all from the first
-            one after it on, such as the one that ends a turn.
+        tokens: Which tokens of an answer to read: "completion" averages over all of them; "last" reads the final one,
+            such as the letter of a multiple-choice answer. Special tokens before the text are skipped, and so is
+            everything from the first special token after it, such as the end of the turn.
         batch_size: Pairs per forward pass.
 
     Returns:
         Sums and counts, on the CPU.
 
     Raises:
-        ConfigError: The model has no YaPO adapter, or an argument has a value that cannot work.
-        DatasetError: The dataset is empty, or a pair lacks a column or an answer.
+        ConfigError: The model has no YaPO adapter, or an argument is invalid.
+        DatasetError: The dataset is empty, or a pair has no answer or lacks a column.
 
-    Source: arXiv 2312.06681 (CAA) and 2503.00177 (SAS) read the token of the answer's letter.
+    Source: arXiv 2312.06681 (CAA) and 2503.00177 (SAS), which read the token of the answer's letter.
     """
-    if tokens not in get_args(AnswerTokens):
-        raise ConfigError(f"tokens={tokens!r}: choose one of {', '.join(map(repr, get_args(AnswerTokens)))}.")
+    choice(get_args(AnswerTokens), tokens=tokens)
     layers = steered_layers(model)
     if not layers or not isinstance(model, PeftModel):
         raise ConfigError(
-            f"{type(model).__name__} has no YaPO adapter: attach those to fit with get_peft_model, add_adapter."
+            f"{type(model).__name__} has no YaPO adapter: attach those to fit with get_peft_model and add_adapter."
         )
     batches = pair_batches(dataset, tokenizer, batch_size)
     contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    # Without the head: its logits are not read.
+    # Skips the head, because the logits are not needed.
     backbone: Any = cast(Any, model.get_base_model()).base_model
     with evaluating(model):
         for batch in tqdm(batches, desc="Reading answers", unit="batch"):
-            weights = _weights_of_tokens(batch, special, tokens)
+            weights = _token_weights(batch, special, tokens)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad(), steering(model, 0.0), block_outputs(layers) as outputs:
                 backbone(**inputs, use_cache=False)
@@ -120,19 +120,19 @@ def measure_contrast(
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids of tokens that are no text: those with a role, and those that chat templates add; not the unknown one."""
+    """Ids of the special tokens, including those of chat templates, without the unknown token."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return torch.tensor(sorted({*added, *tokenizer.all_special_ids} - {cast(int | None, tokenizer.unk_token_id)}))
 
 
-def _weights_of_tokens(batch: dict[str, Tensor], special: Tensor, tokens: str) -> Tensor:
-    """How much each token counts, `(2 * pairs, seq)`; the weights of an answer add up to 1."""
+def _token_weights(batch: dict[str, Tensor], special: Tensor, tokens: str) -> Tensor:
+    """The weight of each token, `(2 * pairs, seq)`; an answer's weights sum to 1."""
     answer = batch["answer_mask"].bool()
     text = answer & ~torch.isin(batch["input_ids"], special)
-    # Special tokens before the text are skipped; the first one after it ends the answer.
+    # Skips special tokens before the text; the first one after it ends the answer.
     ended = ((text.cumsum(dim=1) > 0) & ~text).cumsum(dim=1) > 0
     content = text & ~ended
-    # An answer without text is read where it is.
+    # An answer of special tokens alone is read as a whole.
     content = torch.where(content.any(dim=1, keepdim=True), content, answer)
     if tokens == "last":
         position = torch.arange(content.shape[1]).expand_as(content)
@@ -142,7 +142,7 @@ def _weights_of_tokens(batch: dict[str, Tensor], special: Tensor, tokens: str) -
 
 
 def _add(contrast: Contrast, layer: YaPOLayer, hidden: Tensor, weights: Tensor) -> None:
-    """Adds a batch's answers to the statistics of a block."""
+    """Adds a batch of answers to a layer's statistics."""
     weights = weights.to(hidden.device)
     row, position = weights.nonzero(as_tuple=True)
     read, weight = hidden[row, position], weights[row, position]
@@ -164,7 +164,7 @@ def _add(contrast: Contrast, layer: YaPOLayer, hidden: Tensor, weights: Tensor) 
 
 
 def _mean_features(read: Tensor, row: Tensor, weight: Tensor, rows: int, sae: FrozenSAE) -> Tensor:
-    """The weighted mean of the features of each row's tokens, `(rows, d_sae)`."""
+    """The weighted mean of each row's features over its tokens, `(rows, d_sae)`."""
     active = ActiveFeatures.of(read, sae.weights(read.device, read.dtype))
     means = torch.zeros(rows, sae.identity.d_sae, device=read.device)
     means.index_put_((row[active.token], active.feature), active.value * weight[active.token], accumulate=True)
@@ -172,14 +172,14 @@ def _mean_features(read: Tensor, row: Tensor, weight: Tensor, rows: int, sae: Fr
 
 
 def statistics_at(contrast: Contrast, layer: YaPOLayer) -> tuple[AnswerStatistics, AnswerStatistics]:
-    """The statistics of chosen and rejected answers at a layer.
+    """Returns the statistics of chosen and of rejected answers at a layer.
 
     Raises:
-        ConfigError: They were measured on other layers.
+        ConfigError: The contrast does not cover the layer.
     """
     if layer.index not in contrast.chosen:
         raise ConfigError(
-            f"The contrast was measured at layers {sorted(contrast.chosen)}, not at {layer.index}: call "
-            "measure_contrast again, with this adapter in the model."
+            f"The contrast covers layers {sorted(contrast.chosen)}, but the adapter steers layer {layer.index}: call "
+            "measure_contrast again after adding the adapter."
         )
     return contrast.chosen[layer.index], contrast.rejected[layer.index]

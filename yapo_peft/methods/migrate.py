@@ -1,4 +1,4 @@
-"""Vectors that the published code of BiPO and YaPO saved."""
+"""Imports vectors saved by the published BiPO and YaPO code."""
 
 from __future__ import annotations
 
@@ -17,48 +17,50 @@ _NAME = re.compile(r"layer_?(\d+)\D*\.pt")
 
 
 def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], adapter_name: str | None = None) -> None:
-    """Gives an adapter the vectors of `vec_ep{epoch}_layer{block}.pt` files, entry by entry.
+    """Loads `vec_ep{epoch}_layer{layer}.pt` files into an adapter, unchanged.
 
-    The same layer is steered by the same amount as there: both count layers from 0 and steer the output of a layer, at
-    all tokens (`positions="all"`) and at multiplier 1. A file holds neither the model nor the SAE; what the vector was
-    trained on is for the caller to know.
+    The adapter then steers exactly as the published code does at multiplier 1: both count layers from 0 and steer a
+    layer's output, at all tokens (`positions="all"`). The files record neither the model nor the SAE, so make sure that
+    these are the ones used in training.
 
     Args:
-        model: A model with an adapter at these layers: for YaPO's a sparse one, with the SAE of the training; for
-            BiPO's a dense one.
-        files: One for each layer of the adapter, or the only one.
+        model: A model with an adapter at the same layers: a dense one for BiPO, or for YaPO a sparse one with the SAE
+            used in training.
+        files: One file per layer of the adapter.
         adapter_name: The adapter; the active one if None.
 
     Raises:
-        ConfigError: There is no such adapter, a file's name says no layer, or the layers differ from the adapter's.
-        AdapterFileError: A file does not hold a vector, is not finite, or has another length than the adapter's.
+        ConfigError: The adapter does not exist, a file name has no layer, or the files are for other layers.
+        AdapterFileError: A file does not hold a vector, or its vector has the wrong length or is not finite.
+        FileNotFoundError: A file does not exist.
 
-    Source: `vec_ep{epoch}_layer{block}.pt` as written by the code of arXiv 2406.00045 and 2601.08441.
+    Source: The files written by the code of arXiv 2406.00045 and 2601.08441.
     """
     if isinstance(files, str | Path):
         files = [files]
     name, config, layers = adapter_of(model, adapter_name)
-    by_block = {block_of(file): Path(file) for file in files}
-    blocks = [layer.index for layer in layers]
-    if sorted(by_block) != sorted(blocks):
+    by_layer = {layer_of(file): Path(file) for file in files}
+    steered = [layer.index for layer in layers]
+    if sorted(by_layer) != steered:
         raise ConfigError(
-            f"The files are of layers {sorted(by_block)}, and adapter {name!r} steers {blocks}: give a file for each."
+            f"The files are for layers {sorted(by_layer)}, but adapter {name!r} steers layers {steered}: pass one file "
+            "per layer."
         )
-    vectors = {layer: _read(by_block[layer.index], layer, name, config.space) for layer in layers}
+    vectors = {layer: _read(by_layer[layer.index], layer, name, config.space) for layer in layers}
     for layer, vector in vectors.items():
         write_code(layer, name, vector)
 
 
-def block_of(file: str | Path) -> int:
-    """The layer that a file's name says.
+def layer_of(file: str | Path) -> int:
+    """Returns the layer in a file's name.
 
     Raises:
-        ConfigError: It says none.
+        ConfigError: The name has no layer.
     """
     match = _NAME.search(Path(file).name)
     if match is None:
         raise ConfigError(
-            f"{str(file)!r} does not say its layer: name it as the published code does, vec_ep20_layer15.pt."
+            f"The file name {str(file)!r} has no layer: rename it as the published code does, to vec_ep20_layer15.pt."
         )
     return int(match[1])
 
@@ -67,20 +69,20 @@ def _read(file: Path, layer: YaPOLayer, adapter_name: str, space: str) -> Tensor
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {str(file)!r}.")
     try:
-        # Tensors alone: a file of someone else could hold code otherwise.
+        # Otherwise, loading an untrusted file could run code.
         vector = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what it raises of a file that is something else has no common kind
-        raise AdapterFileError(f"{str(file)!r} is not a tensor that torch saved: {error}") from error
+    except Exception as error:  # torch.load raises many types for files that are not its own
+        raise AdapterFileError(f"{str(file)!r} is not a file that torch.save wrote: {error}") from error
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
-        raise AdapterFileError(f"{str(file)!r} holds a {type(vector).__name__}, and not one vector of floating point.")
+        raise AdapterFileError(f"{str(file)!r} contains a {type(vector).__name__}: must be one floating-point tensor.")
     vector = vector.detach().float().squeeze()
-    length = layer.yapo_code[adapter_name].shape
-    if vector.shape != length:
-        what = "features of the adapter's SAE" if space == "sae" else "entries of the residual stream"
+    expected = layer.yapo_code[adapter_name].shape
+    if vector.shape != expected:
+        size, owner = ("d_sae", "SAE") if space == "sae" else ("d_model", "model")
         raise AdapterFileError(
-            f"{str(file)!r} has shape {tuple(vector.shape)}, and layer {layer.index} takes the {length[0]} {what}: is "
-            "it of this model, and of this SAE?"
+            f"{str(file)!r} has shape {tuple(vector.shape)}, but layer {layer.index} has {size}={expected[0]}: use the "
+            f"{owner} that the vector was trained on."
         )
     if not vector.isfinite().all():
-        raise AdapterFileError(f"{str(file)!r} has entries that are not finite: its training has diverged.")
+        raise AdapterFileError(f"{str(file)!r} has entries that are not finite: training diverged; train it again.")
     return vector

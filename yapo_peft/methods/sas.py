@@ -1,4 +1,4 @@
-"""Sparse activation steering: the difference of features that tell chosen from rejected answers."""
+"""Sparse activation steering (SAS): the features that distinguish chosen from rejected answers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .contrast import Contrast, FeatureStatistics, statistics_at
 
 
 def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = None, *, tau: float = 0.7) -> None:
-    """Gives a sparse adapter the mean features of chosen answers minus those of rejected ones, without shared ones.
+    """Sets a sparse adapter's code to the mean features of chosen answers minus those of rejected ones.
 
-    Of the answers of each kind, a feature counts if it is on in a share of at least `tau`; its value is the mean over
-    the answers in which it is on. Features that count on both sides are left out.
+    Features are kept if they are active in at least a fraction `tau` of the chosen answers, or of the rejected ones,
+    but not of both. Each mean is taken over the answers in which the feature is active.
 
     Args:
         model: A model with a sparse adapter.
-        contrast: What `measure_contrast` found.
+        contrast: The result of `measure_contrast`.
         adapter_name: The adapter; the active one if None.
-        tau: Share of the answers in which a feature must be on, in [0, 1].
+        tau: Fraction of the answers in which a feature must be active, in [0, 1].
 
     Raises:
-        ConfigError: There is no such adapter, it is dense, the contrast was measured at other layers or with other
-            SAEs, `tau` is out of range, or no feature is left.
+        ConfigError: The adapter does not exist or is dense, the contrast does not cover its layers or SAEs, `tau` is
+            out of range, or no feature remains.
 
     Source: arXiv 2503.00177, the six steps of its figure 1.
     """
     if not 0 <= tau <= 1:
-        raise ConfigError(f"tau={tau}: give a share of the answers, between 0 and 1.")
+        raise ConfigError(f"tau={tau!r}: must be a fraction of the answers, between 0 and 1.")
     name, layers = layers_of(model, adapter_name, "sae", "SAS")
     codes = []
     for layer in layers:
@@ -38,14 +38,14 @@ def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
         kinds = [kind.features.get(sae.identity.content_hash) for kind in statistics_at(contrast, layer)]
         if kinds[0] is None or kinds[1] is None:
             raise ConfigError(
-                f"The contrast was measured without the SAE of adapter {name!r} at layer {layer.index}: call "
-                "measure_contrast again, with this adapter in the model."
+                f"The contrast does not cover the SAE of adapter {name!r} at layer {layer.index}: call "
+                "measure_contrast again after adding the adapter."
             )
         code = sas_code(kinds[0], kinds[1], contrast.pairs, tau)
         if not code.any():
             raise ConfigError(
-                f"tau={tau} leaves no feature of layer {layer.index} that is often on in one kind of answer and not in "
-                "the other: lower it if features are rare, raise it if most are on in both."
+                f"tau={tau}: no feature of layer {layer.index} is active in that fraction of the chosen answers or of "
+                "the rejected ones, but not of both; lower tau if features are rare, raise it if most are shared."
             )
         codes.append(code)
     for layer, code in zip(layers, codes, strict=True):
