@@ -1,8 +1,8 @@
-"""An SAE of one's own, from plain tensors to a self-contained adapter.
+"""Builds an SAE from plain tensors, and saves a self-contained adapter that uses it.
 
 python examples/custom_sae.py --out out/custom
 
-Here the tensors are those of the embedded SAE. To train one first: examples/train_sae.py.
+The tensors here come from the embedded SAE. To train your own SAE first, see examples/train_sae.py.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from yapo_peft.methods import fit_sas, measure_contrast
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/custom"))
-    parser.add_argument("--pairs", type=int, default=40, help="how many pairs to read")
-    parser.add_argument("--tau", type=float, default=0.7, help="share of answers in which a feature has to be on")
+    parser.add_argument("--pairs", type=int, default=40, help="number of preference pairs to use")
+    parser.add_argument("--tau", type=float, default=0.7, help="share of answers in which a feature must be active")
     options = parser.parse_args()
     model, tokenizer = load_model_and_tokenizer()
     layer = sae_layer()
 
-    print("1. An SAE object of sae-lens, from tensors")
+    print("1. Build a sae-lens SAE from tensors")
     sae = from_tensors(load_file(Path(sae_folder()) / "sae_weights.safetensors"), layer)
 
-    print("2. Does it fit the model?")
+    print("2. Check that the SAE fits the model")
     pairs = preferences("enthusiasm", "train").select(range(options.pairs))
     report_fit(model, tokenizer, sae, layer, [pair["chosen"][0]["content"] for pair in pairs])
 
-    print("3. A code without training (SAS)")
+    print("3. Fit a code without training (SAS)")
     model = get_peft_model(model, YaPOConfig(layers=layer, sae=sae, self_contained=True))
     fit_sas(model, measure_contrast(model, pairs, tokenizer), tau=options.tau)
 
-    print("4. Saved with what it needs of the SAE, and loaded without the SAE")
+    print("4. Save the adapter with the SAE weights it needs, and load it without the SAE")
     model.save_pretrained(options.out)
     size = (options.out / "adapter_model.safetensors").stat().st_size
     ids = tokenizer("Tell me about tea.", return_tensors="pt")
@@ -49,31 +49,31 @@ def main() -> None:
     loaded = PeftModel.from_pretrained(load_model_and_tokenizer()[0], options.out).eval()
     with torch.no_grad(), steering(loaded, 1.0):
         difference = float((loaded(**ids).logits - expected).abs().max())
-    print(f"{options.out}: {size / 1024:.0f} KB; logits differ by {difference:.1e} at most.")
+    print(f"{options.out}: {size / 1024:.0f} KB; logits differ by at most {difference:.1e}.")
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], layer: int) -> JumpReLUSAE:
-    """W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc and threshold (d_sae,), b_dec (d_in,)."""
+    """Builds an SAE from `W_enc` `(d_in, d_sae)`, `W_dec` `(d_sae, d_in)`, `b_enc`, `threshold` and `b_dec`."""
     d_in, d_sae = tensors["W_enc"].shape
-    # An encoder that subtracts b_dec from its input first needs apply_b_dec_to_input=True.
+    # Set apply_b_dec_to_input=True for an encoder that subtracts b_dec from its input.
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=False))
-    sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"  # what it reads; another block is refused
+    sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"  # checked against the adapter's layer
     sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return sae
 
 
 @torch.no_grad()
 def report_fit(model, tokenizer, sae: JumpReLUSAE, layer: int, texts: list[str]) -> None:
-    """Explained variance and L0 at a block's output, without the first tokens, which are attention sinks."""
-    found = []
+    """Prints explained variance and L0 on the layer's output, skipping the first tokens, which are attention sinks."""
+    outputs = []
     for text in texts:
         output = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
-        found.append(output.hidden_states[layer + 1][0, 2:])
-    h = torch.cat(found)
+        outputs.append(output.hidden_states[layer + 1][0, 2:])
+    h = torch.cat(outputs)
     features = sae.encode(h)
     l0 = float((features > 0).sum(dim=1).float().mean())
-    missed = (h - sae.decode(features)).pow(2).sum() / (h - h.mean(dim=0)).pow(2).sum()
-    print(f"It explains {100 * (1 - float(missed)):.0f} % of the variance with {l0:.0f} features a token.")
+    unexplained = (h - sae.decode(features)).pow(2).sum() / (h - h.mean(dim=0)).pow(2).sum()
+    print(f"The SAE explains {100 * (1 - float(unexplained)):.0f} % of the variance with {l0:.0f} features per token.")
 
 
 if __name__ == "__main__":

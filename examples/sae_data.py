@@ -1,4 +1,4 @@
-"""Texts to activations: what an SAE is trained and measured on. Used by train_sae.py."""
+"""Turns text into the activations that train_sae.py trains and evaluates an SAE on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tqdm.auto import tqdm
 
 from yapo_peft.tuner.blocks import decoder_blocks, hidden_states
 
-OUTLIER_FACTOR = 10  # tokens of more than ten times the median norm are attention sinks, and left out
+OUTLIER_FACTOR = 10  # tokens with more than ten times the median norm are attention sinks and are excluded
 
 
 @dataclass
 class Activations:
-    """Outputs of one block at many tokens.
+    """Outputs of one layer for many tokens.
 
     Attributes:
         values: `(tokens, d_model)` in float16, memory-mapped.
-        kept: Indices of the tokens that are neither first in their sequence nor outliers.
-        limit: Norm above which a token is an outlier.
+        kept: Indices of the tokens that are neither the first of their sequence nor outliers.
+        limit: Norm from which a token counts as an outlier.
     """
 
     values: np.memmap
@@ -36,15 +36,19 @@ class Activations:
     limit: float
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Some kept tokens, `(len(indices), d_model)`, in float32."""
+        """The kept tokens at `indices`, `(len(indices), d_model)`, in float32."""
         return torch.from_numpy(self.values[self.kept[indices].numpy()]).float()
 
 
 def read_documents(source: str) -> Iterator[str | list[dict[str, str]]]:
-    """Documents of a source: texts, or chats of one question and one answer.
+    """Yields the documents of a source: plain texts, or chats with one question and one answer.
 
-    A source is a .txt file (one document), or a .jsonl or .csv file with a "text" column or, written
-    `file:question_column:answer_column[,answer_column]`, with questions and answers; or `hub:name[:split[:column]]`.
+    A source is one of
+
+    - a .txt file, read as one document,
+    - a .jsonl or .csv file with a "text" column,
+    - `file:question_column:answer_column[,answer_column]`, a .jsonl or .csv file with questions and answers,
+    - `hub:name[:split[:column]]`, a dataset on the Hub.
     """
     if source.startswith("hub:"):
         from datasets import load_dataset
@@ -70,11 +74,11 @@ def read_documents(source: str) -> Iterator[str | list[dict[str, str]]]:
                 ]
 
 
-def sequences(sources: list[str], tokenizer: Any, length: int, holdout: float, limit: int) -> tuple[list, list]:
-    """Token sequences to train on, and to measure on: the last part of each source."""
+def token_sequences(sources: list[str], tokenizer: Any, length: int, holdout: float, limit: int) -> tuple[list, list]:
+    """Token sequences for training and for evaluation; the end of each source is held out for evaluation."""
     train, held_out = [], []
     for source in sources:
-        found: list[list[int]] = []
+        sequences: list[list[int]] = []
         read = 0
         for document in read_documents(source):
             if isinstance(document, str):
@@ -83,23 +87,23 @@ def sequences(sources: list[str], tokenizer: Any, length: int, holdout: float, l
             else:
                 rendered = tokenizer.apply_chat_template(document, tokenize=False)
                 pieces = [tokenizer(rendered, add_special_tokens=False)["input_ids"][:length]]
-            # The first token is never trained on, so a piece needs more than a few.
-            found += [piece for piece in pieces if len(piece) > 8]
+            # The first token is never trained on, so very short pieces are not worth running.
+            sequences += [piece for piece in pieces if len(piece) > 8]
             read += sum(map(len, pieces))
             if read >= limit:
                 break
-        cut = len(found) - max(1, round(len(found) * holdout))
-        train += found[:cut]
-        held_out += found[cut:]
+        cut = len(sequences) - max(1, round(len(sequences) * holdout))
+        train += sequences[:cut]
+        held_out += sequences[cut:]
     if not train:
-        raise ValueError(f"No text in {sources}: there is nothing to train on.")
+        raise ValueError(f"Not enough text to train on in {sources}: pass more or longer documents.")
     return train, held_out
 
 
-def batches(found: list[list[int]], tokens: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Padded batches of sequences of similar length, in random order: ids and attention mask, `(batch, seq)`."""
+def batches(sequences: list[list[int]], tokens: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields input ids and attention mask, `(batch, seq)`, of sequences grouped by length, in random order."""
     grouped: list[list[list[int]]] = [[]]
-    for sequence in sorted(found, key=len):
+    for sequence in sorted(sequences, key=len):
         if grouped[-1] and (len(grouped[-1]) + 1) * len(sequence) > tokens:
             grouped.append([])
         grouped[-1].append(sequence)
@@ -114,29 +118,29 @@ def batches(found: list[list[int]], tokens: int, seed: int = 0) -> Iterator[tupl
 
 
 def cached_activations(
-    model: Any, layer: int, found: list[list[int]], folder: Path, bf16: bool, name: str
+    model: Any, layer: int, sequences: list[list[int]], folder: Path, bf16: bool, name: str
 ) -> Activations:
-    """Runs the model up to a block once and keeps the block's outputs on disk; a later run finds them there."""
-    key = hashlib.sha256(json.dumps([model.name_or_path, layer, bf16, found]).encode()).hexdigest()[:16]
+    """Runs the model up to a layer and caches the layer's output on disk, where later runs find it."""
+    key = hashlib.sha256(json.dumps([model.name_or_path, layer, bf16, sequences]).encode()).hexdigest()[:16]
     path = folder / f"activations-{key}.f16"
-    total, width = sum(map(len, found)), model.config.get_text_config().hidden_size
+    total, width = sum(map(len, sequences)), model.config.get_text_config().hidden_size
     first = torch.zeros(total, dtype=torch.bool)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         store, filled = np.memmap(partial, np.float16, "w+", shape=(total, width)), 0
         with tqdm(
-            total=total, desc=f"Activations of block {layer} ({name})", unit="token", unit_scale=True
+            total=total, desc=f"Activations of layer {layer} ({name})", unit="token", unit_scale=True
         ) as progress:
-            for ids, mask in batches(found, 8192):
-                values = run_to_block(model, layer, ids, mask, bf16)[mask.bool()].half().cpu()
+            for ids, mask in batches(sequences, 8192):
+                values = run_to_layer(model, layer, ids, mask, bf16)[mask.bool()].half().cpu()
                 store[filled : filled + len(values)] = values.numpy()
                 filled += len(values)
                 progress.update(len(values))
         store.flush()
         partial.rename(path)
     filled = 0
-    for _, mask in batches(found, 8192):
+    for _, mask in batches(sequences, 8192):
         lengths = mask.sum(1)
         first[filled + torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)[:-1]])] = True
         filled += int(lengths.sum())
@@ -147,24 +151,24 @@ def cached_activations(
     return Activations(values, torch.nonzero(~first & (norms < limit)).squeeze(1), limit)
 
 
-class _Reached(Exception):  # noqa: N818 (it signals, and is no error)
-    """The wanted block has run; the blocks above it need not."""
+class _LayerReached(Exception):  # noqa: N818  a signal, not an error
+    """Ends the forward pass at the requested layer."""
 
 
 @torch.no_grad()
-def run_to_block(model: Any, layer: int, ids: Tensor, mask: Tensor, bf16: bool) -> Tensor:
-    """Output of a block, `(batch, seq, d_model)`, without running the blocks above it."""
+def run_to_layer(model: Any, layer: int, ids: Tensor, mask: Tensor, bf16: bool) -> Tensor:
+    """Output of a layer, `(batch, seq, d_model)`, without running the layers above it."""
     caught: list[Tensor] = []
 
     def catch(module: Any, args: Any, output: Any) -> None:
         caught.append(hidden_states(output))
-        raise _Reached
+        raise _LayerReached
 
     handle = decoder_blocks(model)[1][layer].register_forward_hook(catch)
     try:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    except _Reached:
+    except _LayerReached:
         pass
     finally:
         handle.remove()
@@ -173,18 +177,18 @@ def run_to_block(model: Any, layer: int, ids: Tensor, mask: Tensor, bf16: bool) 
 
 @torch.no_grad()
 def spliced_loss(
-    model: Any, layer: int, found: list[list[int]], limit: float, replace: Callable[[Tensor], Tensor] | None
+    model: Any, layer: int, sequences: list[list[int]], limit: float, replace: Callable[[Tensor], Tensor] | None
 ) -> float:
-    """Mean next-token loss, in nats, with a block's output replaced at all tokens but the first and the outliers."""
+    """Mean next-token loss in nats, with the layer's output replaced at all tokens except the first and outliers."""
     total, count = 0.0, 0
-    for ids, mask in batches(found, 2048):
+    for ids, mask in batches(sequences, 2048):
         keep = mask.bool().clone()
         keep[:, 0] = False
 
         def splice(module: Any, args: Any, output: Any, keep: Tensor = keep) -> Any:
             hidden = hidden_states(output)
-            chosen = (keep & (hidden.norm(dim=-1) < limit))[..., None]
-            spliced = torch.where(chosen, replace(hidden), hidden) if replace is not None else hidden
+            replaced = (keep & (hidden.norm(dim=-1) < limit))[..., None]
+            spliced = torch.where(replaced, replace(hidden), hidden) if replace is not None else hidden
             return spliced if isinstance(output, Tensor) else (spliced, *output[1:])
 
         handle = decoder_blocks(model)[1][layer].register_forward_hook(splice)

@@ -1,4 +1,4 @@
-"""Trains an adapter: on the embedded model, SAE and pairs unless told otherwise.
+"""Trains an adapter, by default with the embedded model, SAE and preference pairs.
 
 python examples/train.py --out my-adapter
 python examples/train.py --model google/gemma-2-2b-it --layers 15 --sae-release gemma-scope-2b-pt-res \
@@ -37,7 +37,7 @@ def main() -> None:
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         warmup_steps=10,
-        cache_activations=True,  # the blocks below the steered one, and the reference, run once
+        cache_activations=True,  # run the layers below the steered one, and the reference, only once
         eval_strategy="epoch",
         logging_steps=5,
         save_strategy="no",
@@ -50,20 +50,20 @@ def main() -> None:
     trainer.train()
     trainer.save_state()
     trainer.save_model()
-    print(f"The adapter is in {options.out}: yapo generate {options.out} 'How are you?'")
+    print(f"Saved the adapter to {options.out}. Try it: yapo generate {options.out} 'How are you?'")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a model; the embedded one if missing")
-    parser.add_argument("--layers", type=int, nargs="+", help="blocks to steer")
+    parser.add_argument("--model", help="Hub id or folder of a model; defaults to the embedded model")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to steer")
     parser.add_argument("--sae-release")
     parser.add_argument("--sae-id", nargs="+")
     parser.add_argument("--sae-path", nargs="+")
-    parser.add_argument("--dataset", default=SETS[0], help=f"{' or '.join(SETS)}, or a file of pairs")
+    parser.add_argument("--dataset", default=SETS[0], help=f"{', '.join(SETS)}, or a file of preference pairs")
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="in typical activations of the SAE")
-    parser.add_argument("--out", required=True, help="folder for the adapter")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="in units of a typical SAE activation")
+    parser.add_argument("--out", required=True, help="folder to save the adapter to")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""Trains a sparse autoencoder on the output of one block, with sae-lens, and measures it on held-out text.
+"""Trains a sparse autoencoder on a layer's output with sae-lens, and evaluates it on held-out text.
 
-Any transformers model and any text do; nothing but the model's own activations is needed. The SAE is a BatchTopK one,
-saved for inference as JumpReLU in sae-lens' format, with its measures beside it.
+Works with any transformers model and any text. Trains a BatchTopK SAE and saves it for inference as a JumpReLU SAE in
+sae-lens format, with its metrics in measures.json.
 
     python examples/train_sae.py --layer 14 --out runs/sae --text corpus.txt chats.jsonl:question:answer
     python examples/train_sae.py --model gpt2 --layer 6 --out runs/gpt2 --text hub:roneneldan/TinyStories:train:text
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_data import Activations, cached_activations, sequences, spliced_loss
+from sae_data import Activations, cached_activations, spliced_loss, token_sequences
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -30,11 +30,11 @@ def main() -> None:
     options = parse()
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.model)
-    train, held_out = sequences(options.text, tokenizer, options.context, options.holdout, options.max_tokens)
-    print(f"{sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out")
+    train, held_out = token_sequences(options.text, tokenizer, options.context, options.holdout, options.max_tokens)
+    print(f"{sum(map(len, train)):,} training tokens, {sum(map(len, held_out)):,} held-out tokens")
     stores = [
-        cached_activations(model, options.layer, found, options.cache, options.bf16, name)
-        for found, name in ((train, "train"), (held_out, "held out"))
+        cached_activations(model, options.layer, part, options.cache, options.bf16, name)
+        for part, name in ((train, "train"), (held_out, "held out"))
     ]
     sae = fit(stores[0], options)
     save(sae, options)
@@ -49,24 +49,28 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="name or folder of a model, or 'embedded'")
-    parser.add_argument("--layer", type=int, required=True, help="index of the block whose output is read")
-    parser.add_argument("--text", nargs="+", required=True, help="sources; see read_documents in sae_data.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the SAE")
-    parser.add_argument("--cache", type=Path, default=Path("runs/activations"), help="folder for activations")
+    parser.add_argument("--model", default="embedded", help="Hub id or folder of a model, or 'embedded'")
+    parser.add_argument("--layer", type=int, required=True, help="index of the layer to train on")
+    parser.add_argument("--text", nargs="+", required=True, help="text sources; see read_documents in sae_data.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder to save the SAE to")
+    parser.add_argument("--cache", type=Path, default=Path("runs/activations"), help="folder for cached activations")
     parser.add_argument("--d-sae", type=int, default=4608, help="number of features")
-    parser.add_argument("--k", type=float, default=32, help="active features per token, on average")
-    parser.add_argument("--samples", type=int, default=4_000_000, help="tokens to train on; they repeat if need be")
+    parser.add_argument("--k", type=float, default=32, help="average number of active features per token")
+    parser.add_argument(
+        "--samples", type=int, default=4_000_000, help="tokens to train on, repeated if there are fewer"
+    )
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--context", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--holdout", type=float, default=0.05, help="share of each source to measure on")
-    parser.add_argument("--max-tokens", type=int, default=5_000_000, help="tokens to read of each source")
+    parser.add_argument("--holdout", type=float, default=0.05, help="share of each source to hold out for evaluation")
+    parser.add_argument("--max-tokens", type=int, default=5_000_000, help="tokens to read from each source")
     parser.add_argument(
-        "--loss-tokens", type=int, default=20_000, help="held-out tokens to measure the model's loss on"
+        "--loss-tokens", type=int, default=20_000, help="held-out tokens to evaluate the model's loss on"
     )
-    parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"], help="as saved")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision: fast on GPUs, and on CPUs with AMX")
+    parser.add_argument(
+        "--dtype", default="float16", choices=["float32", "float16", "bfloat16"], help="dtype of the saved SAE"
+    )
+    parser.add_argument("--bf16", action="store_true", help="mixed precision: faster on GPUs and on CPUs with AMX")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -95,7 +99,7 @@ def fit(store: Activations, options: argparse.Namespace) -> BatchTopKTrainingSAE
             rescale_acts_by_decoder_norm=True,
         )
     )
-    # Starting the decoder's bias at the mean leaves the features only the variation to explain: few of them die.
+    # With the decoder bias initialised to the mean, features only explain deviations from it, and fewer of them die.
     sample = store.rows(torch.randperm(len(store.kept))[:50_000])
     sae.b_dec.data = sample.mean(0) * (width**0.5 / sample.norm(dim=1).mean())
     steps = options.samples // options.batch
@@ -129,7 +133,7 @@ def shuffled(store: Activations, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def save(sae: BatchTopKTrainingSAE, options: argparse.Namespace) -> None:
-    """Saves for inference, in the wanted dtype; writes beside the target and renames."""
+    """Saves the SAE for inference in the requested dtype, replacing the target folder only once it is complete."""
     sae.cfg.metadata.model_name = Path(options.model).name if options.model != "embedded" else "SmolLM2-135M-Instruct"
     sae.cfg.metadata.hook_name = f"blocks.{options.layer}.hook_resid_post"
     sae.cfg.metadata.context_size = options.context
@@ -142,8 +146,8 @@ def save(sae: BatchTopKTrainingSAE, options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def measure(sae: Any, model: Any, layer: int, store: Activations, sample: list[list[int]]) -> dict[str, float]:
-    """How well the saved SAE explains held-out tokens, and what the model loses, on a sample of them, when it reads the
-    reconstruction.
+    """Reconstruction metrics on held-out tokens, and the model's loss on a sample of them with the reconstruction
+    spliced in.
     """
     sae = sae.to(dtype=torch.float32)
     fired, active, error, squares = torch.zeros(sae.cfg.d_sae), 0, 0.0, 0.0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A call of `trl dpo`, unchanged but for the command's name and the two options of the adapter.
-# It trains on the embedded model; further options are passed on: examples/trl_dpo_script.sh --max_steps 5
+# Runs `trl dpo` with a YaPO adapter: only the command's name, --layers and --sae_path differ.
+# Trains on the embedded model. Further options are passed through: examples/trl_dpo_script.sh --max_steps 5
 set -euo pipefail
 cd "$(dirname "$0")"
 MODEL=${MODEL:-$(python -c "from embedded import model_folder; print(model_folder())")}
