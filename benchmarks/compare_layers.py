@@ -1,8 +1,8 @@
-"""Compares layers by how well a code learned there steers, and by what that does to unrelated text.
+"""Compares layers by how well a code trained there steers, and how much it damages unrelated text.
 
-For each SAE it trains a code on one of the embedded preference sets, with the same steps and each of some learning
-rates, and measures on the held-out pairs the accuracy and margin at -1, 0 and +1, and on unrelated text the KL from
-the unsteered model at -1 and +1. A good layer moves the margin far while it costs little elsewhere.
+For each SAE and learning rate, trains a code on an embedded preference set for the same number of steps. Then measures
+accuracy and margin on the held-out pairs at multipliers -1, 0 and +1, and the KL from the unsteered model on unrelated
+text at -1 and +1. A good layer moves the margin far at a low KL.
 
     python benchmarks/compare_layers.py --sae runs/sae-11 runs/sae-14 --text heldout.txt --set enthusiasm
 """
@@ -29,12 +29,14 @@ def main() -> None:
     """Prints a row per SAE and learning rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", nargs="+", required=True, help="folders of SAEs, one per layer to compare")
-    parser.add_argument("--text", type=Path, required=True, help="unrelated text, for the damage")
+    parser.add_argument("--text", type=Path, required=True, help="file of unrelated text to measure the damage on")
     parser.add_argument("--set", default="enthusiasm", help="embedded preference set")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-2, 3e-2])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16: faster on CPUs with AMX")
-    parser.add_argument("--out", type=Path, help="file to append the rows to, as JSON lines")
+    parser.add_argument(
+        "--bf16", action="store_true", help="run the model in bfloat16, which is faster on CPUs with AMX"
+    )
+    parser.add_argument("--out", type=Path, help="JSON lines file to append the results to")
     options = parser.parse_args()
 
     print("layer  rate   acc -1    0   +1   margin -1     0    +1       KL -1   +1  (nats/token)")
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def measure(folder: str, layer: int, rate: float, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Trains a code on one layer and measures it."""
+    """Trains a code for one layer, and evaluates it."""
     model, tokenizer = load_model_and_tokenizer()
     model = model.to(torch.bfloat16 if options.bf16 else torch.float32)
     model = get_peft_model(model, YaPOConfig(layers=layer, sae_path=folder, task_type="CAUSAL_LM"))

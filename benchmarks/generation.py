@@ -1,6 +1,6 @@
-"""Generation: greedy decoding unsteered, steered by us, and steered in the published form, in turn; and loading.
+"""Benchmarks greedy decoding (unsteered, ours, and the published form, in turn) and loading an adapter.
 
-The code has entries of both signs, so that some of its features have to be read at each token.
+The code has entries of both signs, so some of its features have to be computed for every token.
 
     python benchmarks/generation.py --features 4608 65536
     python benchmarks/generation.py --quick
@@ -32,7 +32,7 @@ SIDES = ("unsteered", "ours", "published")
 
 
 def measure(options: argparse.Namespace, features: int, folder: Path) -> dict[str, Any]:
-    """Milliseconds per token of each side, ratios, and seconds to load the adapter."""
+    """Milliseconds per token and their ratios to unsteered decoding, and seconds to load the adapter."""
     dataset = pairs_of(None)
     model, tokenizer = load_model_and_tokenizer()
     sae = sae_folder()
@@ -62,8 +62,8 @@ def measure(options: argparse.Namespace, features: int, folder: Path) -> dict[st
             seconds[side].append((time.perf_counter() - started) / options.tokens)
     published.multiplier = None
     medians = {side: 1000 * statistics.median(values[1:]) for side, values in seconds.items()}
-    # Each against the one just before it, because the machine drifts.
-    over = {
+    # Ratios of runs that follow each other, because the machine's speed drifts.
+    ratios = {
         side: statistics.median(a / b for a, b in zip(seconds[side][1:], seconds["unsteered"][1:], strict=True))
         for side in ("ours", "published")
     }
@@ -71,45 +71,45 @@ def measure(options: argparse.Namespace, features: int, folder: Path) -> dict[st
         "features": features,
         "entries of the code": options.entries,
         "milliseconds per token": medians,
-        "over unsteered": over,
+        "relative to unsteered": ratios,
         "same answer as published": bool(torch.equal(answers["ours"], answers["published"])),
         "seconds to load": loading(model, folder, sae),
     }
 
 
 def loading(model: PeftModel, folder: Path, sae: str) -> dict[str, float]:
-    """Seconds to load the adapter onto a model, each way in a process of its own."""
-    found = {}
+    """Seconds to load the adapter onto a model with and without its SAE, each in its own process."""
+    seconds = {}
     for self_contained in (True, False):
         model.peft_config["default"].self_contained = self_contained
         target = folder / f"adapter-{self_contained}"
         model.save_pretrained(target)
         command = [sys.executable, __file__, "--load", str(target)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found["self-contained" if self_contained else "with the SAE"] = float(printed.splitlines()[-1])
-    return found
+        seconds["self-contained" if self_contained else "with the SAE"] = float(printed.splitlines()[-1])
+    return seconds
 
 
 def load(adapter: str) -> None:
-    """Prints how long it takes to load an adapter and to steer for the first time."""
+    """Prints how long it takes to load an adapter."""
     model, _ = load_model_and_tokenizer()
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     if "True" not in adapter:
-        import sae_lens  # noqa: F401  its import is no part of loading
+        import sae_lens  # noqa: F401  excluded from the loading time
     started = time.perf_counter()
     PeftModel.from_pretrained(model, adapter)
     print(time.perf_counter() - started)
 
 
 def main() -> None:
-    """Prints the figures of each number of features."""
+    """Prints the results for each number of features."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", nargs="+", type=int, default=[4608, 65536], help="4608 is the embedded SAE")
     parser.add_argument("--entries", type=int, default=1000, help="non-zero entries of the code")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="few tokens of the embedded SAE, in under a minute")
+    parser.add_argument("--quick", action="store_true", help="only the embedded SAE and few tokens, in under a minute")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Whether one learning rate suits SAEs of different scale: the held-out loss of codes by rate, for several SAEs.
+"""Tests whether one learning rate works for SAEs of different scales: held-out loss by learning rate, for several SAEs.
 
-Each SAE is trained with the same rates in typical activations, and the table says what they are in the units of its
-own features. Folders are SAEs of the embedded model, as examples/train_sae.py writes them; the embedded one is always
-there.
+A code is trained for each SAE and learning rate, which is given in units of a typical activation; the results also list
+it in the units of the SAE's own features. The embedded SAE is always included; further SAEs are folders of SAEs of the
+embedded model, as written by examples/train_sae.py.
 
     python benchmarks/learning_rates.py --sae runs/layer-8 runs/layer-22 --data train.csv --out rates.json
 """
@@ -25,7 +25,7 @@ from yapo_peft import YaPOConfig, YaPOTrainer
 
 
 def trained(sae: Path, rate: float, pairs: Any, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Trains one code on the first of some pairs, and measures it on the last ones."""
+    """Trains a code on the first pairs, and evaluates it on the last ones."""
     model, tokenizer = load_model_and_tokenizer()
     model = get_peft_model(model, YaPOConfig(layers=sae_layer(sae), sae_path=str(sae)))
     args = cached_arguments(
@@ -50,29 +50,31 @@ def trained(sae: Path, rate: float, pairs: Any, options: argparse.Namespace, fol
 
 
 def main() -> None:
-    """Prints the figures."""
+    """Prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sae", nargs="*", type=Path, default=[], help="more SAEs")
-    parser.add_argument("--data", type=Path, help="CSV of question, matching, not_matching; embedded if missing")
+    parser.add_argument("--sae", nargs="*", type=Path, default=[], help="folders of further SAEs")
+    parser.add_argument(
+        "--data", type=Path, help="CSV with question, matching, not_matching; defaults to an embedded set"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03])
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--quick", action="store_true", help="a few steps on few pairs, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps on few pairs, as a smoke test")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.quick:
         options.rates, options.pairs, options.held_out, options.steps = [0.01, 0.03], 8, 4, 2
     pairs = pairs_of(options.data).shuffle(seed=0)
     if options.pairs + options.held_out > len(pairs):
-        parser.error(f"--pairs {options.pairs} --held-out {options.held_out}: the file has {len(pairs)} pairs")
-    found = []
+        parser.error(f"--pairs {options.pairs} --held-out {options.held_out}: only {len(pairs)} pairs are available")
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         for sae in (Path(sae_folder()), *options.sae):
             for rate in options.rates:
-                found.append(trained(sae, rate, pairs, options, Path(folder)))
-                print(found[-1], flush=True)
-    report({"learning_rates": found}, options.out)
+                results.append(trained(sae, rate, pairs, options, Path(folder)))
+                print(results[-1], flush=True)
+    report({"learning_rates": results}, options.out)
 
 
 if __name__ == "__main__":

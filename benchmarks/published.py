@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: the published way to train and steer, written plainly, on sae-lens' own modules."""
+"""The baseline of the benchmarks: a plain version of the published training and steering on sae-lens modules."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from yapo_peft import YaPOTrainingConfig
 
 
 class Published:
-    """Trains a code as arXiv 2601.08441 does: both passes through the whole model and the whole autoencoder.
+    """Trains a code as in arXiv 2601.08441: both passes run the whole model and the whole autoencoder.
 
-    A step runs the steered model and the reference, which is the same at multiplier 0, on chosen and rejected rows with
-    their prompts, all logits and all log-probabilities. Only the code is kept in float32, as ours is.
+    A step runs the steered model and the reference (the same model at multiplier 0) on the chosen and rejected rows
+    with their prompts, and computes all logits and log-probabilities. The code is kept in float32, as in ours.
 
     Args:
-        model: A causal language model without adapters, which is frozen.
-        layer: Index of the block that is steered.
-        sae: Folder of an SAE of sae-lens.
-        learning_rate: Of AdamW.
+        model: A causal language model without adapters. Its parameters are frozen.
+        layer: Index of the layer to steer.
+        sae: Folder of a sae-lens SAE.
+        learning_rate: Learning rate of AdamW.
     """
 
     def __init__(self, model: Any, layer: int, sae: str, learning_rate: float = 2e-2) -> None:
@@ -49,11 +49,11 @@ class Published:
             features = self.sae.encode(hidden)
             error = hidden - self.sae.decode(features)
             if self.sae.cfg.normalize_activations == "layer_norm":
-                self.sae.encode(hidden)  # a decode uses up the statistics of the tokens
+                self.sae.encode(hidden)  # decode() consumes the normalisation statistics
         return self.sae.decode(torch.relu(features + self.multiplier * self.code)) + error
 
     def step(self, batch: dict[str, Tensor], direction: float, beta: float = 0.1) -> float:
-        """Trains on a collated batch of pairs and returns the loss; `seconds` says where the time went."""
+        """Trains on a collated batch of pairs and returns the loss; adds the time of each phase to `seconds`."""
         with self._timed("steered pass"):
             chosen, rejected = self._log_probs(batch, direction)
         with self._timed("reference pass"), torch.no_grad():
@@ -85,7 +85,7 @@ class Published:
 
 
 def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingConfig:
-    """The training config of ours, on activations cached in a folder's folder."""
+    """Training arguments of ours, with activations cached in the subfolder `cache`."""
     options = {"learning_rate_unit": "raw", **options}
     return YaPOTrainingConfig(
         output_dir=str(folder / "out"),
@@ -102,7 +102,7 @@ def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingCo
 
 
 def pairs_of(file: Path | None, split: str = "train") -> Dataset:
-    """Preference pairs from a CSV with the columns question, matching and not_matching; embedded ones if None."""
+    """Preference pairs from a CSV file with the columns question, matching and not_matching, or the embedded ones."""
     if file is None:
         from embedded import preferences
 
@@ -121,15 +121,15 @@ def pairs_of(file: Path | None, split: str = "train") -> Dataset:
 
 @torch.no_grad()
 def random_sae(d_sae: int, hidden: Tensor, active: int, folder: Path) -> str:
-    """Saves a JumpReLU SAE with random weights, of which about so many features are on at each token; its folder.
+    """Saves a JumpReLU SAE with random weights and about `active` active features per token, and returns its folder.
 
-    It normalises its input, so that tokens of an extreme norm, which would turn on half of random features, do not.
+    The SAE normalises its input. Otherwise tokens with an extreme norm would activate half of the random features.
 
     Args:
         d_sae: Number of features.
-        hidden: Activations that it will read, `(tokens, d_model)`, to set the threshold by.
-        active: How many features are to be on at each token.
-        folder: Where to save it.
+        hidden: Activations of the model, `(tokens, d_model)`, to choose the threshold on.
+        active: Number of active features per token.
+        folder: Folder to save the SAE to.
     """
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
@@ -152,14 +152,14 @@ def random_sae(d_sae: int, hidden: Tensor, active: int, folder: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the results were measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def report(figures: dict[str, Any], out: Path | None) -> None:
-    """Prints figures as JSON, and writes them to a file if one is given."""
-    text = json.dumps({**figures, "machine": machine()}, indent=2)
+def report(results: dict[str, Any], out: Path | None) -> None:
+    """Prints results as JSON, and writes them to a file if one is given."""
+    text = json.dumps({**results, "machine": machine()}, indent=2)
     print(text)
     if out is not None:
         out.write_text(text + "\n")

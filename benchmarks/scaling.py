@@ -1,7 +1,7 @@
-"""Scaling: what a training step costs when the SAE has more features, of which as many are on at each token.
+"""Scaling: how the cost of a training step grows with the SAE while the number of active features stays the same.
 
-All sizes train in one process on the same batches in turn, with random SAEs; ours on cached activations at every size,
-the published form up to --published-up-to features.
+All sizes use random SAEs and train in one process, taking turns on the same batches: ours, on cached activations, at
+every size, and the published form up to --published-up-to features.
 
     python benchmarks/scaling.py --data power-seeking.csv
     python benchmarks/scaling.py --quick
@@ -21,7 +21,7 @@ from training import prepare
 
 
 class Side:
-    """One size: its trainer, stepped by hand, and the published form beside it."""
+    """One SAE size: a manually stepped trainer of ours, and the published form where it is included."""
 
     def __init__(self, options: argparse.Namespace, features: int, folder: Path) -> None:
         with_published = features <= options.published_up_to
@@ -34,7 +34,7 @@ class Side:
         self.seconds: dict[str, list[float]] = {"ours": [], "published": []}
 
     def step(self, index: int) -> None:
-        """Trains on one batch, each way."""
+        """Trains each form on one batch."""
         trainer, batch = self.trainer, self.batches[index % len(self.batches)]
         started = time.perf_counter()
         trainer.training_step(trainer.model, dict(batch))
@@ -49,7 +49,7 @@ class Side:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds per step at each size, and how many times those of the smallest that is."""
+    """Seconds per step at each size, and their ratios to the smallest size."""
     sides = {features: Side(options, features, folder) for features in options.features}
     for index in range(options.steps + 1):
         for side in sides.values():
@@ -60,20 +60,26 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rows.append({"features": features, "seconds per step": seconds})
     smallest = rows[0]["seconds per step"]
     for row in rows:
-        row["times the smallest"] = {name: value / smallest[name] for name, value in row["seconds per step"].items()}
+        row["relative to the smallest"] = {
+            name: value / smallest[name] for name, value in row["seconds per step"].items()
+        }
     return {"scaling": rows}
 
 
 def main() -> None:
-    """Prints the figures."""
+    """Prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="CSV of question, matching, not_matching; embedded if missing")
+    parser.add_argument(
+        "--data", type=Path, help="CSV with question, matching, not_matching; defaults to an embedded set"
+    )
     parser.add_argument("--features", nargs="+", type=int, default=[4608, 65536, 262144])
     parser.add_argument("--active", type=int, default=70, help="active features per token")
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--published-up-to", type=int, default=65536, help="0 leaves the published form out")
-    parser.add_argument("--quick", action="store_true", help="two sizes and few steps, in under a minute")
+    parser.add_argument(
+        "--published-up-to", type=int, default=65536, help="largest SAE of the published form; 0 skips it"
+    )
+    parser.add_argument("--quick", action="store_true", help="only two sizes and few steps, in under a minute")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.set_defaults(embedded=None)
     options = parser.parse_args()

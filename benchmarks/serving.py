@@ -1,12 +1,12 @@
-"""What steering costs in vLLM: tokens per second of steered requests over unsteered ones, at several batch sizes.
+"""The cost of steering in vLLM: tokens per second of steered relative to unsteered requests, at several batch sizes.
 
-python benchmarks/serving.py --out serving.json        (where vLLM is installed: .venv-vllm of make test-vllm)
+python benchmarks/serving.py --out serving.json        (requires vLLM, such as in .venv-vllm of make test-vllm)
 
-One engine serves the embedded model; every round generates the same batch unsteered, with an adapter of 64 features,
-with one of half the SAE, with the second at another multiplier for each request, and with a dense vector. Ratios are of
-the medians over rounds. Then greedy answers to prompts of the embedded preference sets, at several multipliers in one
-batch, are scored by transformers: how far the log-probabilities of their tokens are apart, and how often it would have
-chosen the same token.
+One engine serves the embedded model. Every round generates the same batch unsteered, with an adapter of 64 features,
+with one of half of the SAE's features, with the latter at a different multiplier per request, and with a dense vector.
+Ratios are those of the medians over rounds. Then transformers scores vLLM's greedy answers to prompts of the embedded
+preference sets, at several multipliers in one batch: how far the log-probabilities of their tokens are apart, and how
+often transformers would have chosen the same token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 def save_adapters(folder: Path, features: dict[str, int]) -> dict[str, str]:
-    """Adapters of the embedded SAE with random codes, entries of both signs, and one dense vector."""
+    """Saves adapters with random codes of both signs for the embedded SAE, and one with a dense vector."""
     import torch
     from embedded import load_model_and_tokenizer, sae_folder, sae_layer
     from peft import get_peft_model
@@ -36,23 +36,23 @@ def save_adapters(folder: Path, features: dict[str, int]) -> dict[str, str]:
 
     torch.manual_seed(0)
     base, _ = load_model_and_tokenizer()
-    found = {}
+    folders = {}
     for name, count in features.items():
         space = {"space": "dense"} if name == "dense" else {"sae_path": sae_folder()}
         model = get_peft_model(base, YaPOConfig(layers=sae_layer(), **space))
         code = steered_layers(model)[0].yapo_code["default"]
         code.data[torch.randperm(len(code))[:count]] = 0.01 * torch.randn(min(count, len(code)))
         model.save_pretrained(str(folder / name))
-        found[name] = str(folder / name)
+        folders[name] = str(folder / name)
         base = model.unload()
-    return found
+    return folders
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=32, help="generated per request")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate per request")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
@@ -65,14 +65,14 @@ def main() -> None:
         os.environ["YAPO_ADAPTERS"] = ",".join(f"{name}={source}" for name, source in adapters.items())
         os.environ["YAPO_MAX_ADAPTERS"] = str(len(adapters))
         llm = engine(options)
-        figures = {"serving": measure(llm, options), "exactness": exactness(llm, adapters, options)}
-    print(json.dumps(figures, indent=2))
+        results = {"serving": measure(llm, options), "exactness": exactness(llm, adapters, options)}
+    print(json.dumps(results, indent=2))
     if options.out:
-        options.out.write_text(json.dumps(figures))
+        options.out.write_text(json.dumps(results))
 
 
 def engine(options: argparse.Namespace) -> Any:
-    """VLLM with the embedded model, in float32."""
+    """A vLLM engine with the embedded model in float32."""
     from embedded import model_folder
     from vllm import LLM
 
@@ -83,7 +83,7 @@ def engine(options: argparse.Namespace) -> Any:
 
 
 def measure(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of each side, and their ratios to unsteered requests, by batch size."""
+    """Tokens per second by batch size, and their ratios to unsteered requests."""
     from vllm import SamplingParams
 
     draw = random.Random(0)
@@ -91,10 +91,10 @@ def measure(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
         "unsteered": lambda place: None,
         "64 features": lambda place: "few=1",
         "2304 features": lambda place: "many=1",
-        "2304 features, a multiplier each": lambda place: f"many={draw.uniform(-2, 2)}",
+        "2304 features, one multiplier per request": lambda place: f"many={draw.uniform(-2, 2)}",
         "dense": lambda place: "dense=1",
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for batch in options.batches:
         prompts = [{"prompt_token_ids": [draw.randrange(1000, 20000) for _ in range(32)]} for _ in range(batch)]
         seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -102,28 +102,28 @@ def measure(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
             names = list(sides)
             draw.shuffle(names)
             for name in names:
-                asked = [sides[name](place) for place in range(batch)]
+                requested = [sides[name](place) for place in range(batch)]
                 settings = [
                     SamplingParams(
                         temperature=0, max_tokens=options.tokens, ignore_eos=True, detokenize=False,
-                        extra_args=None if one is None else {"yapo": one},
+                        extra_args=None if adapter is None else {"yapo": adapter},
                     )
-                    for one in asked
+                    for adapter in requested
                 ]  # fmt: skip
                 started = time.perf_counter()
                 llm.generate(prompts, settings, use_tqdm=False)
-                if round_:  # the first warms up
+                if round_:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - started)
         speed = {name: batch * options.tokens / statistics.median(times) for name, times in seconds.items()}
-        found[f"batch {batch}"] = {
+        results[f"batch {batch}"] = {
             "tokens per second": {name: round(value, 1) for name, value in speed.items()},
-            "of unsteered": {name: round(value / speed["unsteered"], 3) for name, value in speed.items()},
+            "relative to unsteered": {name: round(value / speed["unsteered"], 3) for name, value in speed.items()},
         }
-    return found
+    return results
 
 
 def exactness(llm: Any, adapters: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
-    """How far vLLM's log-probabilities of its own greedy answers are from those of transformers."""
+    """Compares vLLM's log-probabilities of its own greedy answers with those of transformers."""
     import torch
     from embedded import load_model_and_tokenizer, preferences
     from peft import PeftModel
@@ -134,8 +134,12 @@ def exactness(llm: Any, adapters: dict[str, str], options: argparse.Namespace) -
     base, tokenizer = load_model_and_tokenizer()
     rows = [row for name in ("enthusiasm", "caution") for row in preferences(name, "test").select(range(10))]
     prompts = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
-    asked = [(name, multiplier) for name in adapters for multiplier in (-2.0, -1.0, 0.0, 0.5, 1.0)]
-    cases = [(prompt, *one) for prompt in prompts[:: 10 if options.quick else 1] for one in asked]
+    cases = [
+        (prompt, name, multiplier)
+        for prompt in prompts[:: 10 if options.quick else 1]
+        for name in adapters
+        for multiplier in (-2.0, -1.0, 0.0, 0.5, 1.0)
+    ]
     settings = [
         SamplingParams(temperature=0, max_tokens=32, logprobs=0, extra_args={"yapo": f"{name}={multiplier}"})
         for _, name, multiplier in cases
@@ -145,18 +149,18 @@ def exactness(llm: Any, adapters: dict[str, str], options: argparse.Namespace) -
     model = PeftModel.from_pretrained(base, source, first).eval()
     for name, source in others:
         model.load_adapter(source, name)
-    furthest, same, count = 0.0, 0, 0
+    largest, same, count = 0.0, 0, 0
     for (prompt, name, multiplier), output in zip(cases, outputs, strict=True):
         answer = list(output.outputs[0].token_ids)
         with torch.no_grad(), steering(model, multiplier, name):
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        own = logits.log_softmax(-1)
+        expected = logits.log_softmax(-1)
         steps = zip(answer, output.outputs[0].logprobs, strict=True)
-        found = torch.tensor([step[token].logprob for token, step in steps])
-        furthest = max(furthest, float((own[range(len(answer)), answer] - found).abs().max()))
-        same += int((own.argmax(-1) == torch.tensor(answer)).sum())
+        log_probs = torch.tensor([step[token].logprob for token, step in steps])
+        largest = max(largest, float((expected[range(len(answer)), answer] - log_probs).abs().max()))
+        same += int((expected.argmax(-1) == torch.tensor(answer)).sum())
         count += len(answer)
-    return {"requests": len(cases), "tokens": count, "same token": same, "largest difference (nats)": furthest}
+    return {"requests": len(cases), "tokens": count, "same token": same, "largest difference (nats)": largest}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Effect against the number of features: a budget during training, and pruning after it.
+"""Effect against the number of features, with a budget during training and with pruning afterwards.
 
-Trains a code without a budget, prunes copies of it to fewer and fewer features, and trains one for each budget, all
-on the same cached activations with the same recipe. The effect of a code is how far it moves the margin between chosen
-and rejected answers of held-out pairs from -1 to +1; its damage is the KL from the unsteered model on neutral text.
+Trains a code without a budget and prunes copies of it to fewer and fewer features; then trains a code for each budget,
+on the same cached activations and with the same recipe. A code's effect is the change in the margin between chosen and
+rejected answers of held-out pairs from multiplier -1 to +1; its damage is the KL from the unsteered model on neutral
+text.
 
     python benchmarks/sparsity.py --data train.csv --text neutral.txt --out sparsity.json --plot sparsity.png
 """
@@ -28,7 +29,7 @@ from yapo_peft.methods import prune
 
 
 def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], neutral: Damage) -> dict[str, float]:
-    """Effect, damage and size of the trainer's code as it is."""
+    """Effect, damage and size of the trainer's current code."""
     model, tokenizer = trainer.model, trainer.processing_class
     margins = sweep(model, held_out, tokenizer, (-1.0, 1.0), batch_size=16).summary()["margin"]
     damage = sweep(model, text, tokenizer, (-1.0, 1.0), measure=neutral, batch_size=4).summary()["kl"]
@@ -43,12 +44,12 @@ def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], neutral: Damag
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Trains and measures all of them."""
+    """Trains, prunes and evaluates all codes."""
     pairs = pairs_of(options.data).shuffle(seed=0)
     train, held_out = pairs.select(range(options.pairs)), pairs.select(range(len(pairs) - options.held_out, len(pairs)))
     text = [options.text.read_text()] if options.text else held_out_text(held_out)
     neutral = Damage(options.block_size, options.blocks)
-    found: dict[str, Any] = {"during training": [], "after training": []}
+    results: dict[str, Any] = {"during training": [], "after training": []}
 
     def trained(budget: int | None) -> YaPOTrainer:
         model, tokenizer = load_model_and_tokenizer()
@@ -68,67 +69,75 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return trainer
 
     full = trained(None)
-    found["no budget"] = measure(full, held_out, text, neutral)
-    print(found["no budget"], flush=True)
+    results["no budget"] = measure(full, held_out, text, neutral)
+    print(results["no budget"], flush=True)
     code = full._layers[0].yapo_code["default"].detach().clone()
     for budget in options.features:
         full._layers[0].yapo_code["default"].data.copy_(code)
         prune(full.model, budget)
-        found["after training"].append(measure(full, held_out, text, neutral))
-        found["during training"].append(measure(trained(budget), held_out, text, neutral))
-        print(budget, found["after training"][-1], found["during training"][-1], flush=True)
-    return found
+        results["after training"].append(measure(full, held_out, text, neutral))
+        results["during training"].append(measure(trained(budget), held_out, text, neutral))
+        print(budget, results["after training"][-1], results["during training"][-1], flush=True)
+    return results
 
 
 def held_out_text(pairs: Any) -> list[str]:
-    """Questions, where there is no other text."""
+    """The questions of the pairs, in place of neutral text."""
     return [" ".join(message["content"] for message in pair["prompt"]) for pair in pairs]
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Draws the effect against the number of features."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Plots the effect against the number of features."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 3.7), layout="constrained")
     axes = figure.subplots()
-    whole = found["no budget"]["effect"]
+    full = results["no budget"]["effect"]
     for name, colour in (("during training", "#0072B2"), ("after training", "#D55E00")):
-        line = sorted((point["features"], 100 * point["effect"] / whole) for point in found[name])
+        line = sorted((point["features"], 100 * point["effect"] / full) for point in results[name])
         axes.plot(*zip(*line, strict=True), "o-", color=colour, label=f"pruned {name}")
     axes.axhline(100, color="0.7", zorder=0)
     axes.axhline(95, color="0.85", linestyle=":", zorder=0)
-    axes.set(xscale="log", xlabel="features", ylabel=f"effect, % of that of all {found['no budget']['features']}")
+    axes.set(
+        xscale="log",
+        xlabel="features",
+        ylabel=f"effect, % of the effect with all {results['no budget']['features']} features",
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    """Prints the figures."""
+    """Prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="CSV of question, matching, not_matching; embedded if missing")
-    parser.add_argument("--text", type=Path, help="neutral text, for the damage; the held-out questions if missing")
-    parser.add_argument("--features", nargs="+", type=int, default=[1024, 256, 64, 16])
+    parser.add_argument(
+        "--data", type=Path, help="CSV with question, matching, not_matching; defaults to an embedded set"
+    )
+    parser.add_argument(
+        "--text", type=Path, help="file of neutral text to measure the damage on; defaults to the held-out questions"
+    )
+    parser.add_argument("--features", nargs="+", type=int, default=[1024, 256, 64, 16], help="budgets")
     parser.add_argument("--pairs", type=int, default=450)
-    parser.add_argument("--held-out", type=int, default=120, help="pairs of the same file that are not trained on")
-    parser.add_argument("--blocks", type=int, default=24, help="blocks of the text")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
+    parser.add_argument("--held-out", type=int, default=120, help="pairs of the same file to evaluate on")
+    parser.add_argument("--blocks", type=int, default=24, help="blocks of text to measure the damage on")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens per block of text")
     parser.add_argument("--steps", type=int, default=112)
     parser.add_argument("--learning-rate", type=float, default=0.3)
     parser.add_argument("--epsilon", type=float, default=3e-3)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--plot", type=Path, help="file to write the plot to")
     options = parser.parse_args()
     if options.quick:
         options.pairs, options.held_out, options.steps, options.features = 8, 4, 3, [16]
         options.blocks, options.block_size = 1, 16
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        found = run(options, Path(folder))
-    report({"sparsity": found}, options.out)
+        results = run(options, Path(folder))
+    report({"sparsity": results}, options.out)
     if options.plot is not None:
-        plot(found, options.plot)
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

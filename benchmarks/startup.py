@@ -1,8 +1,8 @@
-"""What it costs to start: importing the package beside PEFT, and `yapo --help` beside a command that does nothing.
+"""Start-up cost: importing the package relative to PEFT, and `yapo --help` relative to an empty command.
 
 python benchmarks/startup.py
 
-CPU seconds, user and system, of fresh processes in turn; the least of each, which noise only adds to.
+Reports user plus system CPU seconds of fresh processes: the minimum over rounds, because noise only adds time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ app(["--help"])
 SIDES = {
     "import peft": "import peft",
     "import yapo_peft": "import yapo_peft",
-    "a typer command that does nothing, --help": SMALLEST,
+    "an empty typer command, --help": SMALLEST,
     "yapo --help": "from yapo_cli import main; main(['--help'])",
 }
-RATIOS = (("import yapo_peft", "import peft"), ("yapo --help", "a typer command that does nothing, --help"))
+RATIOS = (("import yapo_peft", "import peft"), ("yapo --help", "an empty typer command, --help"))
 EXTRAS = {
     "matplotlib ([plots], [report])": "matplotlib.figure",
     "gradio ([app])": "gradio",
@@ -35,27 +35,27 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one round without the extras, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one round without the extras, as a smoke test")
     options = parser.parse_args()
     rounds, extras = (1, {}) if options.quick else (options.rounds, EXTRAS)
     sides = SIDES | {name: f"import yapo_peft, {modules}" for name, modules in extras.items()}
-    least = dict.fromkeys(sides, float("inf"))
+    fastest = dict.fromkeys(sides, float("inf"))
     for _ in range(rounds):
         for name, code in sides.items():
-            least[name] = min(least[name], cpu_seconds(code))
+            fastest[name] = min(fastest[name], cpu_seconds(code))
     for name in SIDES:
-        print(f"{name:45} {least[name]:6.2f} s")
+        print(f"{name:45} {fastest[name]:6.2f} s")
     for ours, theirs in RATIOS:
-        print(f"{ours} / {theirs}: {least[ours] / least[theirs]:.2f}")
+        print(f"{ours} / {theirs}: {fastest[ours] / fastest[theirs]:.2f}")
     for name in extras:
-        print(f"{name:45} {least[name] - least['import yapo_peft']:+6.2f} s")
+        print(f"{name:45} {fastest[name] - fastest['import yapo_peft']:+6.2f} s")
 
 
 def cpu_seconds(code: str) -> float:
-    """Of a process that runs some code."""
+    """CPU seconds of a process that runs `code`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, env=environment)

