@@ -46,6 +46,7 @@ def may_import(file: Path, module: str) -> bool:
         return inner in ("trainer", "scripts") or (inner, module) in (
             ("data", "trl.extract_prompt"),
             ("train", "trl.cli.accelerate_config.resolve_accelerate_config_argument"),
+            ("train", "trl.cli.commands.training._subtract_subsequence"),
         )
     if package == "vllm":
         return own == "yapo_vllm"

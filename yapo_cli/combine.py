@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import DType, NewFolder, Numbers, numbers
+from . import options
 
 _COMBINED = "combined"
 
@@ -14,10 +14,12 @@ _COMBINED = "combined"
 def combine(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of the same model and SAEs.")],
     weights: Annotated[
-        Numbers,
-        typer.Option(parser=numbers, metavar="NUMBERS", help="Weight of each adapter; a negative one subtracts it."),
+        options.Numbers,
+        typer.Option(
+            parser=options.numbers, metavar="NUMBERS", help="Weight of each adapter; a negative one subtracts it."
+        ),
     ],
-    out: NewFolder,
+    out: options.NewFolder,
     kind: Annotated[
         Literal["linear", "ties", "magnitude_prune"],
         typer.Option("--type", help="Weighted sum of the codes, TIES, or weighted sum of their largest entries."),
@@ -28,7 +30,7 @@ def combine(
     majority_sign: Annotated[
         Literal["total", "frequency"], typer.Option(help="How TIES elects the sign of a feature.")
     ] = "total",
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
 ) -> None:
     """Combine adapters into one with PEFT's `add_weighted_adapter`.
 
@@ -40,9 +42,8 @@ def combine(
         raise typer.BadParameter(f"--majority-sign needs --type ties, not {kind}.")
     from yapo_peft.adapter_file.saving import save_adapter
 
-    from .loading import load_adapter, require_effect, require_new
+    from .loading import load_adapter, require_effect
 
-    require_new(out)
     first, *others = adapters
     model = load_adapter(first, dtype)
     names = ["default", *(f"adapter {place}" for place in range(2, len(adapters) + 1))]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BatchSize, Chosen, DType, Limit, Model, Prompt, Split
+from . import options
 
 app = typer.Typer(no_args_is_help=True, help="Create preference pairs.")
 
@@ -18,16 +18,16 @@ def _group() -> None: ...  # pyright: ignore[reportUnusedFunction]
 
 @app.command()
 def reject(
-    model: Model,
+    model: options.Model,
     dataset: Annotated[str, typer.Option(help="Prompts with chosen answers: a file or a Hub dataset.")],
     output_dir: Annotated[Path, typer.Option(help="Output folder, shared by all processes.")],
-    prompt: Prompt = "prompt",
-    chosen: Chosen = "chosen",
-    split: Split = "train",
-    limit: Limit = None,
+    prompt: options.Prompt = "prompt",
+    chosen: options.Chosen = "chosen",
+    split: options.Split = "train",
+    limit: options.Limit = None,
     plain: Annotated[bool, typer.Option("--plain", help="Do not apply the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
-    batch_size: BatchSize = 8,
+    batch_size: options.BatchSize = 8,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Answers per file; a stopped run resumes from complete files.")
     ] = 256,
@@ -39,7 +39,7 @@ def reject(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="NAME", help="Push the pairs to this dataset repository.")
     ] = None,
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
 ) -> None:
     """Create preference pairs with the model's own answers as the rejected ones.
 
@@ -50,22 +50,17 @@ def reject(
 
     from yapo_peft.data import generate_rejected, load_pairs
 
-    from .loading import load_model, load_tokenizer
+    from .loading import first_rows, load_model, load_tokenizer
 
     rows = load_pairs(dataset, prompt=prompt, chosen=chosen, rejected=None, chat=not plain, split=split)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    sampling: dict[str, Any] = {
-        name: value for name, value in {"temperature": temperature, "top_p": top_p}.items() if value is not None
-    }
-    if temperature == 0:
-        sampling = {"do_sample": False}
-    elif sampling:
-        sampling["do_sample"] = True
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if sampling:
+        sampling = {"do_sample": True, **sampling} if temperature != 0 else {"do_sample": False}
     pairs = generate_rejected(
         load_model(model, dtype),
         load_tokenizer(model),
-        rows,
+        first_rows(rows, limit),
         output_dir,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from typing import Any
 
 import typer
 
-from .options import AsJson
+from . import options
 
 # Optional features: the packages they need, and how to install those.
 _PARTS = {
@@ -24,19 +23,21 @@ _PARTS = {
 }
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(as_json: options.AsJson = False) -> None:
     """Show installed versions, devices and optional features.
 
     The exit status is 1 if a required package is missing or has an unsupported version.
     """
+    from huggingface_hub import constants, get_token
+
     from .output import print_json
 
     packages, devices = _packages(), _devices()
     parts = {name: {"ready": all(map(find_spec, modules)), "otherwise": fix} for name, (modules, fix) in _PARTS.items()}
     hub = {
-        "offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
-        "logged in": _is_logged_in(),
-        "cache": os.environ.get("HF_HOME", "~/.cache/huggingface"),
+        "offline": constants.HF_HUB_OFFLINE,
+        "logged in": get_token() is not None,
+        "cache": constants.HF_HOME,
     }
     found = {"python": sys.version.split()[0], "packages": packages, "devices": devices, "parts": parts, "hub": hub}
     if as_json:
@@ -84,12 +85,6 @@ def _devices() -> list[dict[str, Any]]:
     return [*found, {"device": "cpu", "name": f"{torch.get_num_threads()} threads", "memory": None, "bfloat16": True}]
 
 
-def _is_logged_in() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
 def _print(found: dict[str, Any]) -> None:
     typer.echo(f"Python {found['python']}")
     for name, package in found["packages"].items():
@@ -103,9 +98,5 @@ def _print(found: dict[str, Any]) -> None:
     for name, part in found["parts"].items():
         typer.echo(f"  {name:22} {'ready' if part['ready'] else part['otherwise']}")
     hub = found["hub"]
-    state = (
-        "offline"
-        if hub["offline"]
-        else "online, " + ("logged in" if hub["logged in"] else "not logged in: hf auth login")
-    )
-    typer.echo(f"Hub: {state}; cache {hub['cache']}")
+    login = "logged in" if hub["logged in"] else "not logged in: hf auth login"
+    typer.echo(f"Hub: {'offline' if hub['offline'] else f'online, {login}'}; cache {hub['cache']}")

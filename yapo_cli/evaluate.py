@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers
-
-_MULTIPLIERS = Numbers((0.0, 1.0))
+from . import options
 
 
 def evaluate(
-    adapter: Adapter,
+    adapter: options.Adapter,
     tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups of lm-eval, such as mmlu.")],
-    multipliers: Multipliers = _MULTIPLIERS,
+    multipliers: options.Multipliers = options.Numbers((0.0, 1.0)),
     include_path: Annotated[str | None, typer.Option(help="Folder with custom tasks.")] = None,
     metric: Annotated[str, typer.Option(help="Metric to report, such as acc, acc_norm or exact_match.")] = "acc",
     filter: Annotated[str | None, typer.Option(help="Answer filter, for tasks that have several.")] = None,
@@ -26,12 +24,12 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Apply the chat template.")
     ] = False,
-    batch_size: BatchSize = 8,
-    dtype: DType = "auto",
+    batch_size: options.BatchSize = 8,
+    dtype: options.DType = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Save each document's metric to this JSON file (see `Scores.load`).")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run lm-eval tasks at several multipliers, with 95 % intervals.
 
@@ -45,7 +43,6 @@ def evaluate(
     from .loading import load_adapter, load_tokenizer
     from .output import print_table
 
-    extra: dict[str, Any] = {} if include_path is None else {"task_manager": task_manager(include_path)}
     scores = sweep_tasks(
         load_adapter(adapter, dtype),
         load_tokenizer(adapter),
@@ -57,7 +54,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,
-        **extra,
+        task_manager=task_manager(include_path),
     )
     if out is not None:
         scores.save(out)

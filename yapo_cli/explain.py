@@ -6,22 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    Adapter,
-    AsJson,
-    BatchSize,
-    Chosen,
-    DType,
-    Limit,
-    Prompt,
-    Rejected,
-    Split,
-    read_pairs,
-)
+from . import options
 
 
 def explain(
-    adapter: Adapter,
+    adapter: options.Adapter,
     multiplier: Annotated[float, typer.Option(help="Multiplier.")] = 1.0,
     top: Annotated[int, typer.Option(min=1, help="Features to list per layer, by reach.")] = 20,
     tokens: Annotated[int, typer.Option(min=1, help="Promoted and suppressed tokens to list per feature.")] = 8,
@@ -29,14 +18,14 @@ def explain(
     dataset: Annotated[
         str | None, typer.Option(help="Preference pairs to measure how often each feature acts.")
     ] = None,
-    prompt: Prompt = "prompt",
-    chosen: Chosen = "chosen",
-    rejected: Rejected = "rejected",
-    split: Split = "train",
-    limit: Limit = 32,
-    batch_size: BatchSize = 8,
-    dtype: DType = "auto",
-    as_json: AsJson = False,
+    prompt: options.Prompt = "prompt",
+    chosen: options.Chosen = "chosen",
+    rejected: options.Rejected = "rejected",
+    split: options.Split = "train",
+    limit: options.Limit = 32,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DType = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """List the features that an adapter steers, with the tokens that each promotes and suppresses.
 
@@ -44,7 +33,7 @@ def explain(
     """
     from yapo_peft.interpret import explain as explained
 
-    from .loading import load_adapter, load_tokenizer
+    from .loading import load_adapter, load_tokenizer, read_pairs
     from .output import print_table
 
     tokenizer = load_tokenizer(adapter)
@@ -61,9 +50,9 @@ def explain(
         labels=labels,
         batch_size=batch_size,
     )
-    if not as_json and not len(table):
-        return typer.echo("The adapter steers no features.")
     if not as_json:
+        if table.empty:
+            return typer.echo("The adapter steers no features.")
         table = table.dropna(axis="columns", how="all")
         table = table.assign(**{name: [" ".join(row) for row in table[name]] for name in ("promotes", "suppresses")})
     print_table(table, as_json)

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Adapter, AsJson, BatchSize, DType, paragraphs
+from . import options
 
 
 def export(
-    adapter: Adapter,
+    adapter: options.Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file; a folder for vec.")],
     format: Annotated[
         Literal["gguf", "lm-eval", "neuronpedia", "safetensors", "vec"],
@@ -28,9 +28,9 @@ def export(
     ] = 0.01,
     model_id: Annotated[str | None, typer.Option(help="Neuronpedia's name for the model.")] = None,
     label: Annotated[str | None, typer.Option(help="Name of the vector on Neuronpedia.")] = None,
-    batch_size: BatchSize = 8,
-    dtype: DType = "auto",
-    as_json: AsJson = False,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DType = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """Export an adapter at one multiplier to another program's format, and report how exact it is.
 
@@ -47,7 +47,7 @@ def export(
         out,
         format,
         multiplier,
-        None if text is None else paragraphs(text),
+        None if text is None else options.paragraphs(text),
         tokenizer,
         max_kl=max_kl,
         model_id=model_id,

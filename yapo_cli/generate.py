@@ -7,17 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Adapter, AsJson, BatchSize, DType, Multipliers, Numbers, read_text
-
-_MULTIPLIERS = Numbers((-1.0, 0.0, 1.0))
+from . import options
 
 
 def generate(
-    adapter: Adapter,
+    adapter: options.Adapter,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each answered at each multiplier.")] = None,
     file: Annotated[Path | None, typer.Option(help="File with one prompt per line.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Chat interactively; type `/help` for commands.")] = False,
-    multipliers: Multipliers = _MULTIPLIERS,
+    multipliers: options.Multipliers = options.Numbers((-1.0, 0.0, 1.0)),
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -26,9 +24,9 @@ def generate(
         float, typer.Option(help="Repetition penalty; 1 for none. Small models may need 1.1.")
     ] = 1.0,
     plain: Annotated[bool, typer.Option("--plain", help="Do not apply the chat template.")] = False,
-    batch_size: BatchSize = 8,
-    dtype: DType = "auto",
-    as_json: AsJson = False,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DType = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer prompts at several multipliers.
 
@@ -48,11 +46,11 @@ def generate(
     from .output import print_json
 
     tokenizer = load_tokenizer(adapter)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
-    options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    is_chat_model = bool(getattr(tokenizer, "chat_template", None))
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    generation |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    is_plain = plain or not getattr(tokenizer, "chat_template", None)
     start = [] if system is None else [{"role": "system", "content": system}]
-    if (chat or system is not None) and (plain or not is_chat_model):
+    if (chat or system is not None) and is_plain:
         raise ConfigError(
             "--chat and --system need a chat template: omit --plain, and use a model whose tokenizer has one."
         )
@@ -60,15 +58,12 @@ def generate(
     if chat:
         from .conversation import converse
 
-        return converse(model, tokenizer, multipliers, start, seed, options)
-    rows = [
-        (text, multiplier, prompt_ids(text if plain or not is_chat_model else [*start, _user(text)], tokenizer))
-        for text in said
-        for multiplier in multipliers
-    ]
+        return converse(model, tokenizer, multipliers, start, seed, generation)
+    asked = {text: text if is_plain else [*start, {"role": "user", "content": text}] for text in said}
+    rows = [(text, multiplier, prompt_ids(asked[text], tokenizer)) for text in said for multiplier in multipliers]
     found: list[dict[str, Any]] = []
     for place in range(0, len(rows), batch_size):
-        found += _answered(model, tokenizer, rows[place : place + batch_size], seed + place, options)
+        found += _answered(model, tokenizer, rows[place : place + batch_size], seed + place, generation)
     if as_json:
         return print_json(found)
     for text in said:
@@ -78,7 +73,7 @@ def generate(
         del found[: len(multipliers)]
 
 
-def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, options: Any) -> list[dict[str, Any]]:
+def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, generation: Any) -> list[dict[str, Any]]:
     import torch
 
     from yapo_peft import steering
@@ -86,7 +81,7 @@ def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, options: A
 
     texts, multipliers, ids = zip(*rows, strict=True)
     with steering(model, torch.tensor(multipliers)):
-        answers = answer(model, tokenizer, list(ids), seed=seed, **options)
+        answers = answer(model, tokenizer, list(ids), seed=seed, **generation)
     return [
         {"prompt": text, "multiplier": multiplier, "answer": said, "finished": finished}
         for text, multiplier, (said, finished) in zip(texts, multipliers, answers, strict=True)
@@ -94,11 +89,7 @@ def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, options: A
 
 
 def _lines(file: Path) -> list[str]:
-    found = [line for line in read_text(file).splitlines() if line.strip()]
+    found = [line for line in options.read_text(file).splitlines() if line.strip()]
     if not found:
         raise typer.BadParameter(f"--file {file} has no prompts: write one per line.")
     return found
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}

@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from .options import DType, Model, NewFolder, SaeId, SaePath, SaeRelease
+from . import options
 
 
 def migrate(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="Files such as vec_ep20_layer15.pt, one per layer.")
     ],
-    model: Model,
-    out: NewFolder,
-    sae_release: SaeRelease = None,
-    sae_id: SaeId = None,
-    sae_path: SaePath = None,
-    dtype: DType = "auto",
+    model: options.Model,
+    out: options.NewFolder,
+    sae_release: options.SaeRelease = None,
+    sae_id: options.SaeId = None,
+    sae_path: options.SaePath = None,
+    dtype: options.DType = "auto",
 ) -> None:
     """Import vectors saved by the published code of YaPO or BiPO.
 
@@ -32,14 +32,13 @@ def migrate(
     from yapo_peft.methods import import_vectors
     from yapo_peft.methods.migrate import layer_of
 
-    from .loading import attach_adapter, require_effect, require_new
+    from .loading import attach_adapter, require_effect
 
-    require_new(out)
     steered = attach_adapter(
         model,
         dtype,
         space="dense" if sae_release is None and not sae_path else "sae",
-        layers=",".join(str(layer_of(file)) for file in files),
+        layers=[layer_of(file) for file in files],
         sae_release=sae_release,
         sae_id=sae_id,
         sae_path=sae_path,

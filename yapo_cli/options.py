@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,12 +26,18 @@ def numbers(text: str | Numbers) -> Numbers:
     return found
 
 
-def whole_numbers(text: str, option: str) -> list[int]:
+def layer_indices(text: str) -> list[int]:
     """Reads "14,15"."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{option} {text!r}: must be comma-separated whole numbers.") from None
+        raise typer.BadParameter(f"--layers {text!r}: must be comma-separated whole numbers.") from None
+
+
+def _new_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise typer.BadParameter(f"{folder} is not empty: pass another folder.")
+    return folder
 
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub repository of an adapter.")]
@@ -42,7 +48,9 @@ Multipliers = Annotated[
 DType = Annotated[str, typer.Option("--dtype", help="dtype to load the model in, such as bfloat16; auto is as saved.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-NewFolder = Annotated[Path, typer.Option("--out", help="Output folder; must be empty or not exist.")]
+NewFolder = Annotated[
+    Path, typer.Option("--out", callback=_new_folder, help="Output folder; must be empty or not exist.")
+]
 
 Dataset = Annotated[
     str, typer.Option(help="Preference pairs: a CSV, JSON or Parquet file, a saved dataset, or a Hub dataset.")
@@ -61,17 +69,6 @@ SaeRelease = Annotated[str | None, typer.Option(help="SAE release in SAELens; se
 SaeId = Annotated[list[str] | None, typer.Option(help="SAE in the release; repeat for each layer.")]
 SaePath = Annotated[list[str] | None, typer.Option(help="Folder of a local SAE; repeat for each layer.")]
 Positions = Annotated[str, typer.Option(help="Tokens to steer: all, completion or last.")]
-
-
-def read_pairs(
-    source: str, tokenizer: Any, prompt: str, chosen: str, rejected: str, split: str, limit: int | None
-) -> Any:
-    """Loads pairs, as messages if the tokenizer has a chat template, else as texts."""
-    from yapo_peft.data import load_pairs
-
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    pairs = load_pairs(source, prompt=prompt, chosen=chosen, rejected=rejected, chat=chat, split=split)
-    return pairs if limit is None else pairs.select(range(min(limit, len(pairs))))
 
 
 def read_text(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DType
+from . import options
 
 
 def playground(
@@ -15,7 +15,7 @@ def playground(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     strongest: Annotated[float, typer.Option(help="Largest multiplier of the sliders.")] = 4.0,
     save_to: Annotated[Path, typer.Option(help="Folder to save adapters in.")] = Path("out/app"),
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
 ) -> None:
     """Start a local web page to adjust adapters and features, and compare answers side by side."""
     from yapo_peft.app import Playground, build_page

@@ -6,18 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Adapter, DType, NewFolder
+from . import options
 
 
 def prune(
-    adapter: Adapter,
+    adapter: options.Adapter,
     features: Annotated[int, typer.Option(min=1, help="Number of features to keep, over all layers.")],
-    out: NewFolder,
+    out: options.NewFolder,
     rescale: Annotated[
         bool,
         typer.Option("--rescale", help="Rescale the kept entries, so that the effect at multiplier 1 stays similar."),
     ] = False,
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
 ) -> None:
     """Keep the features of a sparse adapter that change activations the most.
 
@@ -26,9 +26,8 @@ def prune(
     from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import prune as pruned
 
-    from .loading import load_adapter, require_effect, require_new
+    from .loading import load_adapter, require_effect
 
-    require_new(out)
     model = load_adapter(adapter, dtype)
     before = _entries(model)
     pruned(model, features, rescale=rescale)

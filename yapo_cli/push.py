@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from yapo_peft import YaPOConfig
 
 # Files that users of the adapter need; checkpoints and optimizer states stay here.
 _FILES = [
@@ -62,22 +65,16 @@ def push(
     api.upload_folder(
         repo_id=repo_id, folder_path=folder, allow_patterns=_FILES, revision=revision, commit_message=message
     )
-    api.upload_file(
-        repo_id=repo_id,
-        path_or_fileobj=str(card).encode(),
-        path_in_repo="README.md",
-        revision=revision,
-        commit_message=message,
-    )
+    card.push_to_hub(repo_id, revision=revision, commit_message=message)
     typer.echo(f"Uploaded to {api.endpoint}/{repo_id}.")
 
 
-def _local(config: object) -> list[str]:
+def _local(config: YaPOConfig) -> list[str]:
     """What a config refers to that only exists on this machine."""
-    base = getattr(config, "base_model_name_or_path", None)
+    base = config.base_model_name_or_path
     found: list[str] = []
     if base and Path(base).exists():
         found.append(f"base_model_name_or_path {base!r} is a local folder; load the model by its Hub name.")
-    if getattr(config, "sae_path", None) and not getattr(config, "self_contained", False):
+    if config.sae_path and not config.self_contained:
         found.append("its SAE is a local folder; save it with self_contained=True, or publish the SAE.")
     return found

@@ -7,31 +7,16 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    Adapter,
-    BatchSize,
-    Chosen,
-    Dataset,
-    DType,
-    Multipliers,
-    Numbers,
-    Prompt,
-    Rejected,
-    Split,
-    paragraphs,
-    read_pairs,
-)
-
-_MULTIPLIERS = Numbers((-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))
+from . import options
 
 
 def report(
-    adapter: Adapter,
-    dataset: Dataset,
-    prompt: Prompt = "prompt",
-    chosen: Chosen = "chosen",
-    rejected: Rejected = "rejected",
-    split: Split = "train",
+    adapter: options.Adapter,
+    dataset: options.Dataset,
+    prompt: options.Prompt = "prompt",
+    chosen: options.Chosen = "chosen",
+    rejected: options.Rejected = "rejected",
+    split: options.Split = "train",
     pairs: Annotated[int, typer.Option(min=1, help="Maximum number of pairs.")] = 32,
     text: Annotated[
         Path | None, typer.Option(help="Text file for side effects and contexts. Default: the pairs.")
@@ -40,7 +25,7 @@ def report(
         str | None,
         typer.Option(help="Multiple-choice questions to check knowledge: JSON with question, options and answer."),
     ] = None,
-    multipliers: Multipliers = _MULTIPLIERS,
+    multipliers: options.Multipliers = options.Numbers((-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)),
     multiplier: Annotated[float, typer.Option(help="Multiplier for features, attribution and answers.")] = 1.0,
     top: Annotated[int, typer.Option(min=1, help="Features to list per layer.")] = 20,
     attributed: Annotated[
@@ -48,8 +33,8 @@ def report(
     ] = 16,
     answers: Annotated[int, typer.Option(min=0, help="Number of prompts to answer.")] = 3,
     labels: Annotated[bool, typer.Option(help="Fetch labels from Neuronpedia.")] = True,
-    batch_size: BatchSize = 8,
-    dtype: DType = "auto",
+    batch_size: options.BatchSize = 8,
+    dtype: options.DType = "auto",
     card: Annotated[
         bool, typer.Option("--card", help="Also add the top features and a plot to the adapter's model card.")
     ] = False,
@@ -64,7 +49,7 @@ def report(
     from yapo_peft.report.contents import training_history
     from yapo_peft.report.page import require_card, require_page
 
-    from .loading import load_adapter, load_tokenizer
+    from .loading import load_adapter, load_tokenizer, read_pairs
 
     require_page(out)
     if card:
@@ -72,7 +57,7 @@ def report(
     tokenizer = load_tokenizer(adapter)
     contents = collect_report(
         dataset=read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, pairs).to_list(),
-        text=None if text is None else paragraphs(text),
+        text=None if text is None else options.paragraphs(text),
         questions=None if questions is None else load_choices(questions),
         model=load_adapter(adapter, dtype),
         tokenizer=tokenizer,

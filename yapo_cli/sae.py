@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson
+from . import options
 
 app = typer.Typer(no_args_is_help=True, help="Find SAEs for a model without downloading them.")
 
@@ -18,7 +18,7 @@ def list_(
     layer: Annotated[int | None, typer.Option(min=0, help="Layer whose output they read; default: all.")] = None,
     release: Annotated[str | None, typer.Option(help="Only list releases whose name contains this.")] = None,
     sae_id: Annotated[str | None, typer.Option("--id", help="Only ids with this in them, such as width_65k.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the SAEs of sae-lens' directory that read the output of a model's layers.
 
@@ -28,14 +28,13 @@ def list_(
     """
     import pandas as pd
 
+    from yapo_peft import SAENotFoundError
     from yapo_peft.sae import find_saes
 
     from .output import print_table
 
     found = [s for s in find_saes(model, layer) if (release or "") in s.release and (sae_id or "") in s.sae_id]
     if not found:
-        from yapo_peft import SAENotFoundError
-
         raise SAENotFoundError("No SAE matches: leave out --layer, --release or --id.")
     table = pd.DataFrame([vars(sae) for sae in found])
     if not as_json:
@@ -47,17 +46,19 @@ def list_(
 def inspect(
     sae: Annotated[str, typer.Argument(metavar="RELEASE|FOLDER", help="A release, or a local folder.")],
     sae_id: Annotated[str | None, typer.Argument(metavar="ID", help="SAE in the release.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Describe an SAE: its entry in the directory and, when online, its size on the Hub; or the one in a folder.
 
     `yapo sae inspect gemma-scope-2b-pt-res layer_15/width_65k/average_l0_68`
     """
+    from yapo_peft.sae.directory import describe_sae
+
     from .output import print_json
 
     if sae_id is not None and Path(sae).is_dir():
         raise typer.BadParameter(f"{sae} is a folder, which holds one SAE: leave out the id.")
-    facts = _of_folder(sae) if sae_id is None else _of_release(sae, sae_id)
+    facts = _of_folder(sae) if sae_id is None else describe_sae(sae, sae_id)
     if as_json:
         return print_json(facts)
     for name, value in facts.items():
@@ -75,9 +76,3 @@ def _of_folder(path: str) -> dict[str, Any]:
     found = load_sae(path=path)
     size = sum(file.stat().st_size for file in Path(path).iterdir() if file.is_file())
     return {"folder": path, "reads": found.hook_name, **found.identity.to_dict(), "bytes": size}
-
-
-def _of_release(release: str, sae_id: str) -> dict[str, Any]:
-    from yapo_peft.sae.directory import describe_sae
-
-    return describe_sae(release, sae_id)

@@ -7,49 +7,32 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import (
-    Adapter,
-    AsJson,
-    BatchSize,
-    Chosen,
-    DType,
-    Limit,
-    Multipliers,
-    Numbers,
-    Prompt,
-    Rejected,
-    Split,
-    read_pairs,
-    read_text,
-)
-
-Measure = Literal["preference", "choice", "damage"]
-
-_MULTIPLIERS = Numbers((-2.0, -1.0, 0.0, 1.0, 2.0))
+from . import options
 
 
 def sweep(
-    adapter: Adapter,
+    adapter: options.Adapter,
     dataset: Annotated[
         str,
         typer.Option(help="Preference pairs, multiple-choice questions or a text file, depending on the measure."),
     ],
     measure: Annotated[
-        Measure, typer.Option(help="Margin and accuracy on pairs, accuracy on questions, or KL on text.")
+        Literal["preference", "choice", "damage"],
+        typer.Option(help="Margin and accuracy on pairs, accuracy on questions, or KL on text."),
     ] = "preference",
-    multipliers: Multipliers = _MULTIPLIERS,
-    prompt: Prompt = "prompt",
-    chosen: Chosen = "chosen",
-    rejected: Rejected = "rejected",
-    split: Split = "train",
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    dtype: DType = "auto",
+    multipliers: options.Multipliers = options.Numbers((-2.0, -1.0, 0.0, 1.0, 2.0)),
+    prompt: options.Prompt = "prompt",
+    chosen: options.Chosen = "chosen",
+    rejected: options.Rejected = "rejected",
+    split: options.Split = "train",
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DType = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Save each example's metrics to this JSON file (see `Scores.load`).")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Save a plot, such as doses.png.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure an adapter over a range of multipliers, with 95 % intervals.
 
@@ -62,7 +45,7 @@ def sweep(
     from yapo_peft.evaluation import Damage, MultipleChoice
     from yapo_peft.evaluation.plots import require_picture
 
-    from .loading import load_adapter, load_tokenizer
+    from .loading import first_rows, load_adapter, load_tokenizer, read_pairs
     from .output import print_table
 
     if measure != "preference" and (prompt, chosen, rejected) != ("prompt", "chosen", "rejected"):
@@ -77,10 +60,9 @@ def sweep(
         require_picture(picture, len(set(multipliers)))
     tokenizer = load_tokenizer(adapter)
     if measure == "damage":
-        rows = [read_text(Path(dataset))]
+        rows = [options.read_text(Path(dataset))]
     elif measure == "choice":
-        rows = load_choices(dataset, split=split)
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        rows = first_rows(load_choices(dataset, split=split), limit)
     else:
         rows = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit)
     model = load_adapter(adapter, dtype)

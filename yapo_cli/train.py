@@ -26,6 +26,7 @@ def launch(arguments: list[str]) -> int:
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
+    from trl.cli.commands.training import _subtract_subsequence  # pyright: ignore[reportPrivateUsage]
 
     from yapo_peft.scripts.yapo import make_parser
 
@@ -34,23 +35,10 @@ def launch(arguments: list[str]) -> int:
     )
     steering.config()  # validates once, rather than in every process
     launcher = resolve_accelerate_config_argument(from_config + from_command_line)
-    script = _without(arguments, from_command_line)
+    script = _subtract_subsequence(arguments, from_command_line)
     try:
         launch_command(launch_command_parser().parse_args([*launcher, "--module", "yapo_peft.scripts.yapo", *script]))
     except CalledProcessError as error:
         # The script has printed its error.
         return error.returncode
     return 0
-
-
-def _without(arguments: list[str], others: list[str]) -> list[str]:
-    """Removes `others`, a subsequence, from the arguments."""
-    rest = iter([*others, None])
-    skip = next(rest)
-    kept: list[str] = []
-    for argument in arguments:
-        if argument == skip:
-            skip = next(rest)
-        else:
-            kept.append(argument)
-    return kept

@@ -10,11 +10,6 @@ from typing import Any
 from ..errors import ConfigError
 
 
-def is_taken(folder: Path) -> bool:
-    """Whether a path exists and is not an empty folder."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> Path:
     """Saves one adapter of a `PeftModel` directly into a folder, whatever the name of the adapter.
 
@@ -30,7 +25,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
         ConfigError: The folder is not empty, or the model has no such adapter.
     """
     folder = Path(folder)
-    if is_taken(folder):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} already exists: choose another name.")
     if adapter_name not in model.peft_config:
         raise ConfigError(f"adapter_name={adapter_name!r}: the model has {', '.join(map(repr, model.peft_config))}.")
