@@ -4,7 +4,7 @@
     ├── ConfigError             (ValueError)           a field of a config, or an argument, has a value that cannot work
     ├── SAEError
     │   ├── SAENotFoundError    (FileNotFoundError)    no sparse autoencoder where the config points
-    │   ├── UnsupportedSAEError (NotImplementedError)  its architecture or normalisation has no steering rule here
+    │   ├── UnsupportedSAEError (NotImplementedError)  its architecture or normalisation is not supported
     │   └── SAEMismatchError    (ValueError)           it does not fit the model, the layer, or the adapter
     ├── AdapterFileError        (ValueError)           a saved adapter is truncated, or has wrong names or shapes
     ├── ActivationCacheError    (OSError)              cached activations do not fit on the disk, or are damaged
@@ -33,7 +33,7 @@ class SAENotFoundError(SAEError, FileNotFoundError):
 
 
 class UnsupportedSAEError(SAEError, NotImplementedError):
-    """The sparse autoencoder's architecture or normalisation has no steering rule here."""
+    """The sparse autoencoder's architecture or normalisation is not supported."""
 
 
 class SAEMismatchError(SAEError, ValueError):

@@ -55,7 +55,7 @@ def test_an_sae_that_changed_is_rejected(save, tmp_path, sae_folder):
     path = sae_folder()
     save(layers=2, sae_path=path)
     make_sae("standard").save_model(path)
-    with pytest.raises(SAEMismatchError, match="trained on another SAE"):
+    with pytest.raises(SAEMismatchError, match="is not the one that the adapter was trained on"):
         SavedAdapter(str(tmp_path)).sae(2)
 
 

@@ -141,7 +141,7 @@ def test_training_finds_the_whole_sae_or_says_that_it_needs_it(tmp_path, sae_fol
     for known in ("_by_source", "_registered"):
         monkeypatch.setattr(loader, known, {})
     loaded = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
-    with pytest.raises(SAENotFoundError, match="carries only what steering with its own code needs"):
+    with pytest.raises(SAENotFoundError, match="contains only the part of its SAE that its own code needs"):
         loaded(random_ids())
     monkeypatch.setitem(sys.modules, "sae_lens", None)  # not installed
     set_code(loaded.eval(), random_code(0.9))

@@ -35,14 +35,14 @@ def test_find_saes_reads_layer_and_l0_from_the_directory(model, layer, release, 
     assert found.layer == layer
 
 
-def test_saes_of_the_model_itself_come_first():
+def test_find_saes_lists_saes_of_the_model_itself_first():
     found = find_saes("google/gemma-2-9b-it", 20)
     assert [sae.is_of_model for sae in found] == sorted((sae.is_of_model for sae in found), reverse=True)
     assert found[0].release == "gemma-scope-9b-it-res"
     assert {sae.model for sae in found} == {"gemma-2-9b-it", "gemma-2-9b"}
 
 
-def test_only_saes_of_layer_outputs_are_listed():
+def test_find_saes_lists_only_saes_of_layer_outputs():
     for model in {entry.model for entry in saes_directory().values()} - {"qwen3-4b", "qwen3-14b", "qwen3-0.6b"}:
         found = find_saes(model)
         assert found, model
@@ -50,8 +50,8 @@ def test_only_saes_of_layer_outputs_are_listed():
             assert not re.search("transcoder|attn|mlp|-att|hook_z|lxa|lxm|temporal|mid", sae.release + sae.sae_id)
 
 
-def test_find_saes_names_a_model_without_saes():
-    with pytest.raises(SAENotFoundError, match=r"no SAE of 'me/mine'.*gemma-2-2b"):
+def test_find_saes_raises_for_unknown_model():
+    with pytest.raises(SAENotFoundError, match=r"no SAE for 'me/mine'.*gemma-2-2b"):
         find_saes("me/mine")
 
 

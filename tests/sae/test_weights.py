@@ -8,7 +8,7 @@ from yapo_peft.sae.loader import _extract
 
 @pytest.mark.parametrize("kind", SAE_KINDS)
 @pytest.mark.parametrize("b_dec_to_input", [True, False])
-def test_encode_equals_sae_lens(kind, b_dec_to_input, tmp_path):
+def test_encode_matches_sae_lens(kind, b_dec_to_input, tmp_path):
     sae = inference_sae(make_sae(kind, apply_b_dec_to_input=b_dec_to_input), tmp_path)
     weights, _ = _extract(sae)
     h = torch.randn(3, 5, D_MODEL) * 3
@@ -19,7 +19,7 @@ def test_encode_equals_sae_lens(kind, b_dec_to_input, tmp_path):
 
 
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
-def test_scale_is_what_the_decoder_multiplies_by(normalization):
+def test_encode_returns_scale_of_decoder_output(normalization):
     sae = make_sae("standard", normalize_activations=normalization)
     weights, _ = _extract(sae)
     h = torch.randn(3, 5, D_MODEL) * 3
@@ -44,12 +44,12 @@ def test_decoder_norms_are_folded_in(kind, rescale, tmp_path):
     features, _ = weights.encode(h)
     with torch.no_grad():
         torch.testing.assert_close(features @ weights.W_dec + sae.b_dec, sae(h), rtol=1e-4, atol=1e-5)
-    # Handing an SAE in, or saving it, must not change it.
+    # Registering or saving an SAE must not change it.
     for name, value in raw.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def test_copies_are_made_once_per_device_and_dtype(sae_folder):
+def test_weights_are_copied_once_per_device_and_dtype(sae_folder):
     frozen = load_sae(path=sae_folder("jumprelu"))
     cpu = torch.device("cpu")
     pairs = zip(

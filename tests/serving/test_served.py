@@ -71,7 +71,7 @@ def test_parts_rejects_another_sae(write_adapter, tmp_path, monkeypatch):
     with pytest.raises(SAENotFoundError):
         AdapterFile(folder).parts(D_MODEL)
     (tmp_path / "sae-standard-none-2").rename(sae)
-    with pytest.raises(SAEMismatchError, match="trained on another SAE"):
+    with pytest.raises(SAEMismatchError, match="is not the one that the adapter was trained on"):
         AdapterFile(folder).parts(D_MODEL)
 
 

@@ -158,7 +158,7 @@ def test_another_sae_than_the_one_trained_on_is_refused(tmp_path, sae_folder):
     config["sae_identity"][0]["content_hash"] = "0" * 64
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(
-        SAEMismatchError, match=r"another SAE than the one found for layer 2 \(.*architecture: 'gated' wh"
+        SAEMismatchError, match=r"The SAE for layer 2 is not the one .*architecture: 'gated' in training"
     ):
         PeftModel.from_pretrained(make_model(), tmp_path)
 

@@ -1,4 +1,4 @@
-"""The frozen sparse autoencoder: its weights, its identity, and where it comes from."""
+"""Frozen sparse autoencoders (SAEs): loading, identity, and encoder."""
 
 from .directory import ListedSAE, find_saes
 from .frozen import FrozenSAE

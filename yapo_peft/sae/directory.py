@@ -1,4 +1,4 @@
-"""Which SAEs of sae-lens' directory can steer a model; nothing is downloaded."""
+"""Finds SAEs for a model in sae-lens' directory, without downloading them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .loader import require_listed, saes_directory
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
-# The directory's names of models that users know under another name.
+# The directory's names for models that are better known by another name.
 _ALIASES = {"gpt2": "gpt2-small", "mistral-7b-v0.1": "mistral-7b"}
-# Suffixes of tuned models, which their base models' SAEs fit too: the paper uses them so.
+# Suffixes of tuned models, which work with the SAEs of their base models, as in the paper.
 _TUNED = re.compile(r"-(it|instruct|chat|pt|base)(?=-|$)")
 _OTHER_HOOKS = re.compile(
     r"transcoder|crosscoder|\batt\b|attn|\bmlp\b|hook_z|resid[-_]mid|embedding|temporal|lx[am]_|clt"
@@ -29,11 +29,11 @@ class ListedSAE:
     Attributes:
         release: Name of the release.
         sae_id: Name within the release.
-        model: The model that it was trained on.
-        layer: The layer whose output it reads.
+        model: The model it was trained on.
+        layer: The layer whose output it reads, from 0.
         l0: Mean number of active features per token, as published; None if the directory does not record it.
-        neuronpedia: Its id on Neuronpedia, as "model/source"; None if it is not there.
-        is_of_model: Whether it was trained on the requested model itself, not on its base model or a sibling.
+        neuronpedia: Its id on Neuronpedia, as "model/source"; None if Neuronpedia does not have it.
+        is_of_model: Whether it was trained on the requested model itself, rather than on a related one.
     """
 
     release: str
@@ -49,11 +49,11 @@ def find_saes(model: str, layer: int | None = None) -> list[ListedSAE]:
     """Lists the SAEs that read the output of a model's layers.
 
     Args:
-        model: Name or path of the model, such as "google/gemma-2-2b-it". SAEs of its base model are included.
+        model: Name or path of the model, such as "google/gemma-2-2b-it"; SAEs of its base model are included.
         layer: The layer, from 0; None for all.
 
     Returns:
-        SAEs of the model itself first, then sorted by layer, release and L0.
+        The SAEs, those of the model itself first, then by layer, release and L0.
 
     Raises:
         SAENotFoundError: The directory has no SAE of this model; the message lists its models.
@@ -63,8 +63,8 @@ def find_saes(model: str, layer: int | None = None) -> list[ListedSAE]:
     if not releases:
         known = ", ".join(sorted({entry.model for entry in directory.values()}))
         raise SAENotFoundError(
-            f"sae-lens' directory has no SAE of {model!r}. Train one with examples/train_sae.py, load a local one with "
-            f"sae_path, or use one of these models: {known}."
+            f"sae-lens' directory has no SAE for {model!r}: train one with examples/train_sae.py, pass sae_path for a "
+            f"local one, or use one of these models: {known}."
         )
     found = [
         ListedSAE(
@@ -89,7 +89,7 @@ def _base(name: str) -> str:
 
 
 def _tuned_as(release: str) -> str | None:
-    """The model of Gemma Scope's releases of tuned models, some of which the directory lists under the base model."""
+    """The tuned model of a Gemma Scope release, which the directory may list under the base model; else None."""
     match = re.match(r"gemma-scope-(\d+b)-it-", release)
     return f"gemma-2-{match[1]}-it" if match else None
 
@@ -106,16 +106,16 @@ def _layer(entry: PretrainedSAELookup, sae_id: str) -> int | None:
 
 
 def _l0(entry: PretrainedSAELookup, sae_id: str) -> float | None:
-    """The published L0, which Gemma Scope has in its paths."""
+    """The published L0; Gemma Scope's is part of its paths."""
     match = re.search(r"average_l0_(\d+)", entry.saes_map[sae_id])
     return entry.expected_l0.get(sae_id) or (float(match[1]) if match else None)
 
 
 def describe_sae(release: str, sae_id: str) -> dict[str, Any]:
-    """Describes an SAE by its entry in the directory and, if the Hub can be reached, the size of its files in bytes.
+    """Returns an SAE's entry in the directory and, if the Hub can be reached, the size of its files in bytes.
 
     Raises:
-        SAENotFoundError: There is no such release, or it has no such SAE.
+        SAENotFoundError: The release or the SAE does not exist.
     """
     entry = require_listed(release, sae_id)
     path, source = entry.saes_map[sae_id], entry.neuronpedia_id.get(sae_id)

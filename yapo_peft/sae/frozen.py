@@ -1,4 +1,4 @@
-"""A sparse autoencoder as adapters use it: frozen, shared, and on whichever device it is needed."""
+"""The SAE that adapters share: frozen, with copies on the devices that need it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .weights import Activation, Normalization, SAEWeights
 
 
 class FrozenSAE:
-    """A sparse autoencoder shared by every adapter that uses it.
+    """A frozen SAE, shared by all adapters that use it.
 
-    It is not a module and has no parameters: it is never trained, saved or moved with a model. Copies for a device
-    and a dtype are made when first asked for, and shared.
+    It is not a module, so it is never trained, saved or moved with a model. Copies on other devices or in other dtypes
+    are created on first use, and shared too.
 
     Attributes:
-        identity: What adapters record of it.
-        hook_name: The activation it was trained on, in TransformerLens' names, or None where unknown.
+        identity: The identity that adapters record.
+        hook_name: TransformerLens' name of the activation it was trained on; None if unknown.
     """
 
     def __init__(self, weights: SAEWeights, identity: SAEIdentity, hook_name: str | None = None) -> None:
@@ -33,17 +33,17 @@ class FrozenSAE:
 
     @property
     def _native(self) -> SAEWeights:
-        """The weights as they were saved."""
+        """The weights on their original device, in their original dtype."""
         return self._weights
 
     @property
     def normalization(self) -> Normalization:
-        """What happens to a token before the encoder."""
+        """How the encoder's input is normalised."""
         return self._native.normalization
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that it was saved in."""
+        """The dtype it was saved in."""
         return self._native.W_dec.dtype
 
     @property
@@ -52,7 +52,7 @@ class FrozenSAE:
         return self._native.activation
 
     def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `SAEWeights.normalize`."""
+        """See `SAEWeights.normalize`."""
         return self._native.normalize(h)
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
@@ -61,29 +61,29 @@ class FrozenSAE:
         return dataclasses.replace(self._native, **moved)
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Returns the decoder, `(d_sae, d_in)`, on a device, in a dtype; the encoder need not be there."""
+        """Returns the decoder, `(d_sae, d_in)`, on a device, in a dtype; does not move the encoder."""
         return self._copy("W_dec", self._native.W_dec, device, dtype)
 
     def _copy(self, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (name, device, dtype)
         if key not in self._copies:
-            # A copy made in inference mode could not be used in training later.
+            # Copies made in inference mode could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
                 self._copies[key] = tensor.to(device, dtype)
         return self._copies[key]
 
     def decoder_rows(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Returns the rows of the decoder for some features, `(n, d_in)`, on a device, in a dtype."""
+        """Returns the decoder rows of features `(n,)`, as `(n, d_in)`, on a device, in a dtype."""
         return self._native.W_dec[indices.to(self._native.W_dec.device)].to(device, dtype)
 
     def select(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> SAEWeights:
-        """Returns the part for some features, `(n,)`, on a device, in a dtype; the others need not be there."""
-        if self._native.activation == "topk" and len(indices):  # whose encoder needs them all
+        """Returns the weights of features `(n,)`, on a device, in a dtype; does not move the others if possible."""
+        if self._native.activation == "topk" and len(indices):  # its encoder needs all features
             return self.weights(device, dtype).select(indices.to(device))
         return self._native.select(indices.to(self._native.W_dec.device)).to(device, dtype)
 
-    def under_another_name(self, identity: SAEIdentity, hook_name: str | None) -> FrozenSAE:
-        """Returns the same SAE as another source names it; both share their memory."""
+    def renamed(self, identity: SAEIdentity, hook_name: str | None) -> FrozenSAE:
+        """Returns the same SAE under the name of another source, with shared memory."""
         renamed = FrozenSAE(self._native, identity, hook_name)
         renamed._copies = self._copies
         return renamed
@@ -96,18 +96,18 @@ class FrozenSAE:
 
     @property
     def block(self) -> int | None:
-        """The layer whose output this autoencoder reads, or None where it does not say.
+        """The layer whose output the SAE reads; None if unknown.
 
         Raises:
-            UnsupportedSAEError: It says, and it is something else than the output of a layer.
+            UnsupportedSAEError: The SAE reads another activation.
         """
         if not self.hook_name:
             return None
         match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)|(?:.*\.)?(?:layers|h)\.(\d+)", self.hook_name)
         if match is None:
             raise UnsupportedSAEError(
-                f"The SAE reads {self.hook_name!r}, which is not the output of a layer. Steering needs an SAE of the "
-                "residual stream, such as one trained on 'blocks.15.hook_resid_post'."
+                f"The SAE reads {self.hook_name!r}, which is not the output of a layer: use an SAE of the residual "
+                "stream, such as one trained on 'blocks.15.hook_resid_post'."
             )
         if match[3] is not None:
             return int(match[3])

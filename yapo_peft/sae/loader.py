@@ -1,4 +1,4 @@
-"""Loads sparse autoencoders with sae-lens, once per process. The only file that imports sae_lens."""
+"""Loads SAEs with sae-lens, once per process. The only file that imports sae_lens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ _ACTIVATIONS: dict[str, Activation] = {
     "topk": "topk",
     "gated": "gated",
 }
-_REFUSED = {
-    "transcoder": "it predicts another activation than the one it reads",
-    "skip_transcoder": "it predicts another activation than the one it reads",
-    "jumprelu_transcoder": "it predicts another activation than the one it reads",
-    "jumprelu_skip_transcoder": "it predicts another activation than the one it reads",
+_TRANSCODER = "it does not reconstruct its own input"
+_UNSUPPORTED = {
+    "transcoder": _TRANSCODER,
+    "skip_transcoder": _TRANSCODER,
+    "jumprelu_transcoder": _TRANSCODER,
+    "jumprelu_skip_transcoder": _TRANSCODER,
     "temporal": "its features depend on other tokens",
     "matching_pursuit": "its encoder is iterative, not element-wise",
-    "abstopk": "its features can be negative, and steering keeps them at or above zero",
+    "abstopk": "its features can be negative, but steering clips them at zero",
 }
+_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 _FILES = ("cfg.json", "sae_weights.safetensors")
 
@@ -43,30 +45,30 @@ _registered: dict[str, FrozenSAE] = {}
 def load_sae(
     *, release: str | None = None, sae_id: str | None = None, path: str | None = None, content_hash: str | None = None
 ) -> FrozenSAE:
-    """Returns an SAE, loading it only if this process does not hold it yet.
+    """Returns an SAE, loading it unless this process has it already.
 
     Args:
-        release: Name of a release in sae-lens' directory; needs `sae_id`.
+        release: Name of a release in sae-lens' directory; requires `sae_id`.
         sae_id: Name of the SAE within the release.
         path: A local folder in sae-lens' format (`cfg.json`, `sae_weights.safetensors`).
-        content_hash: Hash of the SAE that is wanted. One that was handed in with that hash is used instead of one
-            that would have to be fetched, or whose folder is gone.
+        content_hash: The expected hash. A registered SAE with this hash takes precedence over a release, and over a
+            folder that does not exist.
 
     Raises:
-        SAENotFoundError: There is no such release, id or folder, or nothing says where to look.
-        UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
+        SAENotFoundError: The release, the SAE or the folder does not exist, or no source was given.
+        UnsupportedSAEError: The SAE's architecture or normalisation is not supported.
     """
-    handed_in = _registered.get(content_hash or "")
-    if path is not None and (handed_in is None or Path(path).is_dir()):
+    registered = _registered.get(content_hash or "")
+    if path is not None and (registered is None or Path(path).is_dir()):
         source = ("path", str(Path(path).resolve()), _stamp(Path(path)))
-    elif handed_in is not None:
-        return handed_in
+    elif registered is not None:
+        return registered
     elif release is not None and sae_id is not None:
         source = ("release", release, sae_id)
     else:
         raise SAENotFoundError(
-            "Nothing says which SAE to use: give sae_release and sae_id, or sae_path, or hand the SAE in with "
-            "yapo_peft.register_sae(sae) before the adapter is loaded."
+            "No SAE was specified: pass sae_release and sae_id, or sae_path, or call yapo_peft.register_sae(sae) "
+            "before loading the adapter."
         )
     reference = _by_source.get(source)
     frozen = reference() if reference is not None else None
@@ -81,18 +83,18 @@ def load_sae(
 
 
 def register_sae(sae: SAE[Any]) -> str:
-    """Hands an SAE in, so that configs and saved adapters that record its hash find it without a path.
+    """Registers an SAE, so that configs and saved adapters with its hash find it without a path.
 
-    A copy stays in memory for the life of the process; what happens to `sae` later does not change it.
+    A copy stays in memory until the process ends; later changes to `sae` do not affect it.
 
     Args:
-        sae: An SAE object of sae-lens; a training SAE is used as it would be at inference.
+        sae: An SAE object of sae-lens; a training SAE is converted to its inference form.
 
     Returns:
-        Its content hash.
+        The content hash of the SAE.
 
     Raises:
-        UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
+        UnsupportedSAEError: The SAE's architecture or normalisation is not supported.
     """
     with torch.inference_mode(False):
         frozen = _freeze(sae, None, None, copy=True)
@@ -101,34 +103,34 @@ def register_sae(sae: SAE[Any]) -> str:
 
 
 def saes_directory() -> dict[str, PretrainedSAELookup]:
-    """sae-lens' directory, by the name of the release."""
+    """Returns sae-lens' directory, by the name of the release."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     return get_pretrained_saes_directory()
 
 
 def require_listed(release: str, sae_id: str) -> PretrainedSAELookup:
-    """A release of sae-lens' directory that has an SAE.
+    """Returns the entry of a release in sae-lens' directory that has a given SAE.
 
     Raises:
-        SAENotFoundError: It has not, or there is no such release.
+        SAENotFoundError: The release or the SAE does not exist.
     """
     directory = saes_directory()
     if release not in directory:
         raise SAENotFoundError(
-            f"sae-lens knows no release {release!r}, and it is no 'owner/name' of a Hub repository. `yapo sae list` "
-            "and yapo_peft.sae.find_saes list those of a model."
+            f"sae-lens has no release {release!r}, and it is not a Hub repository ('owner/name'): list a model's SAEs "
+            "with `yapo sae list` or yapo_peft.sae.find_saes."
         )
     if sae_id not in directory[release].saes_map:
         known = sorted(directory[release].saes_map)
         raise SAENotFoundError(
-            f"Release {release!r} has no SAE {sae_id!r}. It has {len(known)}, such as {', '.join(known[:5])}."
+            f"Release {release!r} has no SAE {sae_id!r}: use one of its {len(known)}, such as {', '.join(known[:5])}."
         )
     return directory[release]
 
 
 def neuronpedia_id(release: str | None, sae_id: str | None) -> str | None:
-    """Where Neuronpedia has an SAE of a release, as "model/source"; None where sae-lens' directory does not say."""
+    """The id of an SAE on Neuronpedia, as "model/source"; None if sae-lens' directory does not list one."""
     if release is None or sae_id is None:
         return None
     found = saes_directory().get(release)
@@ -136,7 +138,7 @@ def neuronpedia_id(release: str | None, sae_id: str | None) -> str | None:
 
 
 def _stamp(folder: Path) -> str:
-    """What changes when another SAE is written to a folder."""
+    """A string that changes when another SAE is saved to the folder."""
     files = [folder / name for name in _FILES]
     return "".join(f"{s.st_mtime_ns}:{s.st_size};" for s in (file.stat() for file in files if file.is_file()))
 
@@ -146,9 +148,8 @@ def _from_folder(path: str) -> SAE[Any]:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise SAENotFoundError(
-            f"No SAE in {str(folder)!r}: {' and '.join(missing)} missing. sae_path must be a folder that sae-lens' "
-            "save_model or save_inference_model wrote; a relative one starts at the working directory "
-            f"({str(Path.cwd())!r})."
+            f"No SAE in {str(folder)!r}: {' and '.join(missing)} missing. sae_path must be a folder saved by sae-lens' "
+            f"save_model or save_inference_model, absolute or relative to the working directory {str(Path.cwd())!r}."
         )
     from sae_lens import SAE
 
@@ -163,7 +164,7 @@ def _from_release(release: str, sae_id: str) -> SAE[Any]:
     try:
         return SAE.from_pretrained(release, sae_id, device="cpu")
     except (OSError, ValueError) as error:
-        raise SAENotFoundError(f"Could not fetch SAE {sae_id!r} of release {release!r}: {error}") from error
+        raise SAENotFoundError(f"Could not load SAE {sae_id!r} of release {release!r}: {error}") from error
 
 
 def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None, copy: bool = False) -> FrozenSAE:
@@ -181,14 +182,14 @@ def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None, copy: bool =
     if frozen is None:
         frozen = FrozenSAE(weights.clone() if copy else weights, identity, hook_name)
     elif frozen.hook_name != hook_name or (release is not None and frozen.identity != identity):
-        frozen = frozen.under_another_name(identity, hook_name)
+        frozen = frozen.renamed(identity, hook_name)
     _by_hash[identity.content_hash] = frozen
     return frozen
 
 
 @torch.no_grad()
 def _extract(sae: SAE[Any]) -> tuple[SAEWeights, str]:
-    """The tensors of an SAE as the encoder of `SAEWeights` wants them, and the name of its architecture."""
+    """Converts an SAE of sae-lens; returns its weights and the name of its architecture."""
     from sae_lens import TrainingSAE
 
     state = sae.state_dict()
@@ -203,7 +204,7 @@ def _extract(sae: SAE[Any]) -> tuple[SAEWeights, str]:
     W_enc, W_dec = state["W_enc"], state["W_dec"]
     b_enc = state["b_gate"] if activation == "gated" else state["b_enc"]
     if cfg.get("rescale_acts_by_decoder_norm"):
-        # Such a TopK SAE ranks features as if the decoder had unit rows; folding the norms in is the same.
+        # These TopK SAEs rank features as if the decoder had unit rows, which equals folding the norms in.
         norm = W_dec.norm(dim=-1)
         W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
     weights = SAEWeights(
@@ -221,23 +222,20 @@ def _extract(sae: SAE[Any]) -> tuple[SAEWeights, str]:
     return weights, architecture
 
 
-_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
-
-
 def _require_supported(architecture: str, cfg: dict[str, Any]) -> None:
     if architecture not in _ACTIVATIONS:
-        reason = _REFUSED.get(architecture, "it is not known here")
+        reason = _UNSUPPORTED.get(architecture, "it is unknown")
         raise UnsupportedSAEError(
-            f"SAE architecture {architecture!r} cannot steer: {reason}. Supported: {', '.join(_ACTIVATIONS)}."
+            f"SAE architecture {architecture!r} is not supported: {reason}. Supported: {', '.join(_ACTIVATIONS)}."
         )
-    # sae-lens folds a scaling factor into the weights when it loads or finishes an SAE that used one.
+    # sae-lens folds this one's scaling factor into the weights when it loads or finishes an SAE.
     if cfg["normalize_activations"] not in (*_NORMALIZATIONS, "expected_average_only_in"):
         raise UnsupportedSAEError(
-            f"The SAE normalises its input by {cfg['normalize_activations']!r}, which has no steering rule here; fold "
-            "it into the weights first (sae-lens does so at the end of training)."
+            f"The SAE's normalize_activations={cfg['normalize_activations']!r} is not supported: fold it into the "
+            "weights first, as sae-lens does at the end of training."
         )
     if cfg.get("reshape_activations", "none") != "none":
         raise UnsupportedSAEError(
-            f"The SAE reshapes its input ({cfg['reshape_activations']!r}): it reads attention heads, not the output "
-            "of a block."
+            f"The SAE's reshape_activations={cfg['reshape_activations']!r} is not supported: it reads attention heads; "
+            "use an SAE of the residual stream."
         )

@@ -1,4 +1,4 @@
-"""The part of an autoencoder that one code needs, as an adapter's file carries it."""
+"""The part of an SAE that one code needs, as saved in a self-contained adapter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .weights import SAEWeights
 
 
 class SAEPart(FrozenSAE):
-    """Some features of an autoencoder: enough to steer with a code that moves no others.
+    """Some features of an SAE, enough to steer with a code that is zero elsewhere.
 
-    Whatever needs more (training, another code, a TopK encoder) loads the whole autoencoder, if it can be found.
+    Everything else, such as training, another code or a TopK encoder, loads the whole SAE on first use.
 
     Args:
-        identity: Of the whole autoencoder.
-        load: Loads it.
+        identity: The identity of the whole SAE.
+        load: Loads the whole SAE.
     """
 
     def __init__(self, identity: SAEIdentity, load: Callable[[], FrozenSAE]) -> None:
@@ -32,7 +32,7 @@ class SAEPart(FrozenSAE):
         self._part: SAEWeights | None = None
 
     def fill(self, indices: Tensor, part: SAEWeights) -> None:
-        """Takes what a file carries: the weights of some features, `(n,)`, ascending."""
+        """Sets the weights of some features, `(n,)`, in ascending order."""
         self._indices, self._part = indices.long().cpu(), part
 
     @property
@@ -40,52 +40,53 @@ class SAEPart(FrozenSAE):
         return self.whole()._native if self._part is None else self._part
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
-        """As `FrozenSAE.weights`, of the whole autoencoder."""
+        """See `FrozenSAE.weights`; requires the whole SAE."""
         return self.whole().weights(device, dtype)
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """As `FrozenSAE.decoder`, of the whole autoencoder."""
+        """See `FrozenSAE.decoder`; requires the whole SAE."""
         return self.whole().decoder(device, dtype)
 
     def decoder_rows(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """As `FrozenSAE.decoder_rows`."""
-        at = self._where(indices)
-        if at is None or self._part is None:
+        """See `FrozenSAE.decoder_rows`."""
+        places = self._places(indices)
+        if places is None:
             return self.whole().decoder_rows(indices, device, dtype)
-        return self._part.W_dec[at].to(device, dtype)
+        return super().decoder_rows(places, device, dtype)
 
     def select(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> SAEWeights:
-        """As `FrozenSAE.select`; features that have to be read with a TopK encoder need all of it."""
-        at = self._where(indices)
-        if at is None or self._part is None or (self._part.activation == "topk" and len(indices)):
+        """See `FrozenSAE.select`; features of a TopK encoder require the whole SAE."""
+        places = self._places(indices)
+        if places is None or (self.activation == "topk" and len(indices)):
             return self.whole().select(indices, device, dtype)
-        return self._part.select(at).to(device, dtype)
+        return super().select(places, device, dtype)
 
     def whole(self) -> FrozenSAE:
-        """The whole autoencoder.
+        """Returns the whole SAE.
 
         Raises:
-            SAENotFoundError: It cannot be found.
-            SAEMismatchError: What is found is another one.
+            SAENotFoundError: The SAE cannot be found.
+            SAEMismatchError: The SAE that was found is a different one.
         """
         if self._whole is None:
             try:
                 found = self._load()
             except (SAENotFoundError, ImportError) as error:
                 raise SAENotFoundError(
-                    "This adapter carries only what steering with its own code needs of its SAE. Training it, changing "
-                    "its code, torch.compile, and a TopK SAE at multipliers of the other sign or by row need all of "
-                    "it, "
-                    f"and it was not found. {error}"
+                    "This adapter contains only the part of its SAE that its own code needs. Training it, changing its "
+                    "code, torch.compile, and a TopK SAE at multipliers of the other sign or by row need the whole "
+                    f"SAE, which was not found. {error}"
                 ) from error
             found.identity.require_same(self.identity.to_dict(), "a self-contained adapter")
             self._whole = found
         return self._whole
 
-    def _where(self, indices: Tensor) -> Tensor | None:
-        """Where the features are in this part, or None if some are not."""
-        wanted = indices.cpu()
-        at = torch.searchsorted(self._indices, wanted)
-        if len(wanted) and (at.max() >= len(self._indices) or not torch.equal(self._indices[at], wanted)):
+    def _places(self, indices: Tensor) -> Tensor | None:
+        """The places of features in this part; None if it lacks some."""
+        if self._part is None:
             return None
-        return at
+        wanted = indices.cpu()
+        places = torch.searchsorted(self._indices, wanted)
+        if len(wanted) and (places.max() >= len(self._indices) or not torch.equal(self._indices[places], wanted)):
+            return None
+        return places

@@ -1,4 +1,4 @@
-"""The tensors of a frozen sparse autoencoder and its encoder, as pure functions of them."""
+"""The tensors of a frozen SAE, and its encoder as a pure function of them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 
 @dataclass(frozen=True)
 class SAEWeights:
-    """A sparse autoencoder with a linear decoder, `Dec(f) = f @ W_dec + b_dec`, and features `f >= 0`.
+    """An SAE with a linear decoder, `Dec(f) = f @ W_dec + b_dec`, and features `f >= 0`.
 
-    Steering needs the encoder and the rows of the decoder; the decoder's bias cancels and is only an input bias
-    of the encoders that subtract it.
+    Steering needs the encoder and the decoder's rows. The decoder's bias cancels; only encoders that subtract it from
+    their input use it.
 
     Attributes:
         W_enc: Encoder, `(d_in, d_sae)`.
         b_enc: Encoder bias, `(d_sae,)`. For "gated", the bias of the gate.
         W_dec: Decoder, `(d_sae, d_in)`.
-        b_in: What the encoder subtracts from its input, `(d_in,)`, or None.
+        b_in: The bias subtracted from the encoder's input, `(d_in,)`, or None.
         activation: How pre-activations become features.
-        threshold: For "jumprelu": features at or below it are off, `(d_sae,)`.
+        threshold: For "jumprelu": features at or below it are zero, `(d_sae,)`.
         magnitude_scale: For "gated": `exp(r_mag)`, `(d_sae,)`.
         magnitude_bias: For "gated": `b_mag`, `(d_sae,)`.
-        k: For "topk": how many features a token keeps.
-        normalization: What happens to a token before the encoder and, inverted, after the decoder.
-        selected: For "topk", whose features compete: which of them these weights are for, `(d_sae,)`; None for all.
+        k: For "topk": number of active features per token.
+        normalization: How the encoder's input is normalised; the decoder's output is scaled back.
+        selected: For "topk", whose features compete: the features these weights are for, `(n,)`; None for all.
     """
 
     W_enc: Tensor
@@ -49,7 +49,7 @@ class SAEWeights:
 
     @property
     def d_in(self) -> int:
-        """Width of the activations that the autoencoder reads."""
+        """Width of the activations that the SAE reads."""
         return self.W_dec.shape[1]
 
     @property
@@ -65,19 +65,16 @@ class SAEWeights:
                 yield field.name, value
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
-        """Returns the same weights on another device, in another dtype; shares what need not change."""
+        """Returns the weights on a device, in a dtype, without copying tensors that are there already."""
         moved = {n: t.to(device, dtype) if t.is_floating_point() else t.to(device) for n, t in self.tensors()}
         return dataclasses.replace(self, **moved)
 
     def clone(self) -> SAEWeights:
-        """Returns a copy that shares no memory."""
+        """Returns a copy with its own memory."""
         return dataclasses.replace(self, **{name: value.clone() for name, value in self.tensors()})
 
     def select(self, indices: Tensor) -> SAEWeights:
-        """Returns the part of the autoencoder that reads and writes some of its features, `(n,)`.
-
-        Encoders that work feature by feature need only these columns. A TopK encoder needs them all.
-        """
+        """Returns the weights of features `(n,)`; a TopK encoder, whose features compete, keeps all columns."""
         parts = {"W_dec": self.W_dec[indices]}
         if self.activation == "topk" and len(indices):
             return dataclasses.replace(
@@ -89,14 +86,14 @@ class SAEWeights:
         return dataclasses.replace(self, **parts)
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features of each token.
+        """Computes the features of each token.
 
         Args:
             h: Activations, `(..., d_in)`, in the dtype of the weights.
 
         Returns:
-            The features `f >= 0`, `(..., d_sae)`, and the factor by which the decoder's output is multiplied at
-            each token, `(..., 1)`, or None where it is one.
+            The features `f >= 0`, `(..., d_sae)`, and the scale of the decoder's output at each token, `(..., 1)`, or
+            None if it is 1.
         """
         x, scale = self.normalize(h)
         if self.b_in is not None:
@@ -119,7 +116,11 @@ class SAEWeights:
         return magnitude * (pre > 0), scale
 
     def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """sae-lens' run-time normalisations; the mean that layer_norm adds back cancels in the steering."""
+        """Normalises the encoder's input as sae-lens does; the mean that layer_norm adds back cancels in steering.
+
+        Returns:
+            The input, `(..., d_in)`, and the scale of the decoder's output at each token, `(..., 1)`, or None if 1.
+        """
         if self.normalization == "layer_norm":
             x = h - h.mean(dim=-1, keepdim=True)
             std = x.std(dim=-1, keepdim=True)

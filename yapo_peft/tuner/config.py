@@ -144,7 +144,7 @@ class YaPOConfig(PeftConfig):
 
         Raises:
             SAENotFoundError: The SAE is not where the config says.
-            UnsupportedSAEError: Its architecture or normalisation has no steering rule here.
+            UnsupportedSAEError: Its architecture or normalisation is not supported.
         """
         recorded, source = self.recorded_sae(position), self.sae_source(position)
         if self.self_contained and "d_sae" in recorded:
