@@ -1,4 +1,4 @@
-"""The example scripts and notebooks, started as users start them, on a tiny model in place of the embedded one."""
+"""The example scripts and notebooks run as users run them, on a tiny model instead of the embedded one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.slow
 
-# `embedded` as the examples import it, with a tiny model: a folder earlier on the path wins over the script's own.
+# Replaces the module `embedded` that the examples import with one that has a tiny model.
 STAND_IN = """
 import sys, types
 from pathlib import Path
@@ -43,7 +43,7 @@ sys.modules["embedded"] = module
 
 @pytest.fixture
 def workplace(tmp_path, tokenizer, pairs):
-    """A folder with a model, an SAE, pairs, and two adapters."""
+    """A folder with a model, an SAE, preference pairs and two adapters."""
     make_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     inference_sae(make_sae(layer=2), tmp_path / "sae")
@@ -94,7 +94,7 @@ def test_custom_sae(workplace):
 
 
 def test_trl_dpo_script(workplace):
-    """It says where model, data and SAE are; the rest is TRL's."""
+    """The script passes the model, data and SAE, and leaves other options to TRL."""
     (workplace / "data").mkdir()
     for split in ("train", "test"):
         (workplace / "data" / f"{split}.jsonl").write_text((workplace / "pairs.jsonl").read_text())
@@ -109,7 +109,7 @@ def test_trl_dpo_script(workplace):
 
 
 @pytest.mark.parametrize("name", ["first_steering", "reading_features"])
-def test_notebooks(workplace, name, monkeypatch):
+def test_notebook_runs(workplace, name, monkeypatch):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     stand_in = STAND_IN.format(tests=str(ROOT / "tests"), workplace=str(workplace))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(stand_in))
@@ -118,8 +118,8 @@ def test_notebooks(workplace, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["first_steering", "reading_features"])
-def test_notebooks_show_what_they_found(name):
-    """They are read without being run, too."""
+def test_notebook_includes_outputs(name):
+    """Notebooks are also read on GitHub, without being run."""
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert sum(bool(cell.outputs) for cell in code) >= 3

