@@ -1,4 +1,4 @@
-"""Constants and files, beside the true steering and the programs that read them."""
+"""Constant vectors and exported files, against the adapter and the programs that read them."""
 
 import json
 
@@ -30,10 +30,10 @@ def logits(model, multiplier, ids=None):
         return model(random_ids() if ids is None else ids).logits
 
 
-@pytest.mark.feature("Exports", "`constant_steering`: one vector per block, exact or with its measured KL")
+@pytest.mark.feature("Exports", "`constant_steering`: one vector per layer, exact or with its measured KL")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("space", "multiplier"), [("sae", 1.5), ("dense", -0.7)])
-def test_a_constant_is_exact_where_every_token_gets_the_same(architecture, space, multiplier):
+def test_constant_is_exact_if_shift_is_same_at_every_token(architecture, space, multiplier):
     code = random_code().abs() if space == "sae" else torch.randn(D_MODEL)
     model = steered(architecture, space=space, code=code)
     found = constant_steering(model, multiplier)
@@ -45,25 +45,25 @@ def test_a_constant_is_exact_where_every_token_gets_the_same(architecture, space
     torch.testing.assert_close(constant, logits(model, multiplier), rtol=1e-4, atol=1e-4)
 
 
-def test_an_approximation_is_the_mean_shift_and_its_distance_is_measured(tokenizer):
+def test_approximation_is_mean_shift_with_measured_kl(tokenizer):
     model = steered(layers=(2,))
     found = constant_steering(model, 1.0, TEXTS, tokenizer, batch_size=3)
     (layer,) = steered_layers(model)
     sae, code = layer.yapo_sae["default"], layer.code("default")
-    shifts, kls, asked, given = [], [], 0.0, 0.0
+    shifts, kls, wanted, possible = [], [], 0.0, 0.0
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         plain = make_model().eval()
         with torch.no_grad():
-            h = _block_output(plain, ids, 2)
+            h = _layer_output(plain, ids, 2)
             weights = sae.weights(h.device, h.dtype)
             f = weights.encode(h)[0]
             shift = (torch.relu(f + code) - f) @ weights.W_dec
             shifts.append(shift[0, 1:])
             low = code < 0
             lengths = weights.W_dec.norm(dim=1)
-            asked += float((-code[low] * lengths[low]).sum()) * (ids.shape[1] - 1)
-            given += float((torch.minimum(f[0, 1:][:, low], -code[low]) * lengths[low]).sum())
+            wanted += float((-code[low] * lengths[low]).sum()) * (ids.shape[1] - 1)
+            possible += float((torch.minimum(f[0, 1:][:, low], -code[low]) * lengths[low]).sum())
     expected = torch.cat(shifts).mean(dim=0)
     torch.testing.assert_close(found.vectors[2], expected, rtol=1e-4, atol=1e-5)
     for text in TEXTS:
@@ -74,12 +74,12 @@ def test_an_approximation_is_the_mean_shift_and_its_distance_is_measured(tokeniz
         kls.append((true.exp() * (true - constant)).sum(-1))
     assert found.kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-3)
     assert found.tokens == sum(len(text.split()) for text in TEXTS)
-    assert found.clipped == pytest.approx(1 - given / asked, rel=1e-4)
+    assert found.clipped == pytest.approx(1 - possible / wanted, rel=1e-4)
     assert found.lowered == pytest.approx(float((code < 0).sum() / code.count_nonzero()))
     assert "Approximate at multiplier 1" in found.verdict()
 
 
-def _block_output(model, ids, index):
+def _layer_output(model, ids, index):
     found = {}
     handle = model.model.layers[index].register_forward_hook(
         lambda module, args, output: found.setdefault("h", output[0] if isinstance(output, tuple) else output)
@@ -90,15 +90,15 @@ def _block_output(model, ids, index):
 
 
 @pytest.mark.parametrize("options", [{"positions": "last"}, {"positions": "completion"}])
-def test_other_tokens_than_all_are_an_approximation(options, tokenizer):
+def test_constant_is_approximate_unless_all_tokens_are_steered(options, tokenizer):
     model = steered(code=random_code().abs(), **options)
-    with pytest.raises(ConfigError, match="give texts= to fit one on"):
+    with pytest.raises(ConfigError, match="pass texts= to calibrate"):
         constant_steering(model)
     assert not constant_steering(model, texts=TEXTS, tokenizer=tokenizer).is_exact
 
 
 @pytest.mark.feature("Exports", "GGUF control vectors, lm-eval's `steered`, Neuronpedia, safetensors, `vec_ep*.pt`")
-def test_a_control_vector_has_what_llama_cpp_reads(tmp_path):
+def test_gguf_has_fields_that_llama_cpp_reads(tmp_path):
     from gguf import GGUFReader
 
     model = steered(code=random_code().abs())
@@ -111,14 +111,14 @@ def test_a_control_vector_has_what_llama_cpp_reads(tmp_path):
     assert set(tensors) == {"direction.1", "direction.2"}
     for index in (1, 2):
         assert torch.equal(tensors[f"direction.{index}"], found.vectors[index])
-    with pytest.raises(UnsupportedOperationError, match="Layer 0 is steered"):
+    with pytest.raises(UnsupportedOperationError, match="steers layer 0"):
         export_adapter(steered(layers=(0,), code=random_code().abs()), tmp_path / "first.gguf", "gguf")
     assert not (tmp_path / "first.gguf").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", ["sae", "dense"])
-def test_lm_evals_own_class_steers_alike(tmp_path, tokenizer, space):
+def test_lm_eval_steered_model_matches_adapter(tmp_path, tokenizer, space):
     hf_steered = pytest.importorskip("lm_eval.models.hf_steered")
     make_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -131,7 +131,7 @@ def test_lm_evals_own_class_steers_alike(tmp_path, tokenizer, space):
     torch.testing.assert_close(found, logits(model, 1.5), rtol=1e-4, atol=1e-4)
 
 
-def test_the_plain_files(tmp_path):
+def test_neuronpedia_and_safetensors_contain_vectors(tmp_path):
     model = steered(code=random_code().abs())
     found = export_adapter(model, tmp_path / "np.json", "neuronpedia", 1.0, model_id="gemma-2-2b", label="polite")
     bodies = json.loads((tmp_path / "np.json").read_text())
@@ -147,15 +147,15 @@ def test_the_plain_files(tmp_path):
 
 
 @pytest.mark.parametrize("space", ["sae", "dense"])
-def test_vectors_of_the_published_code_steer_as_published(tmp_path, space):
+def test_vec_steers_as_adapter_in_published_code(tmp_path, space):
     code = random_code(scale=0.5) if space == "sae" else torch.randn(D_MODEL)
     model = steered(layers=(2,), space=space, code=code)
     assert export_adapter(model, tmp_path / "vec", "vec", -1.5) is None
     file = tmp_path / "vec" / "vec_ep0_layer2.pt"
     published = make_model().eval()
-    block, vector = published.model.layers[2], torch.load(file)
-    handle = reference.steer_block(block, vector, make_sae(), 1.0) if space == "sae" else None
-    handle = handle or reference.add_vector(block, vector, 1.0)
+    layer, vector = published.model.layers[2], torch.load(file)
+    handle = reference.steer_block(layer, vector, make_sae(), 1.0) if space == "sae" else None
+    handle = handle or reference.add_vector(layer, vector, 1.0)
     with torch.no_grad():
         torch.testing.assert_close(published(random_ids()).logits, logits(model, -1.5), rtol=1e-4, atol=1e-4)
     handle.remove()
@@ -167,25 +167,23 @@ def test_vectors_of_the_published_code_steer_as_published(tmp_path, space):
 @pytest.mark.parametrize(
     ("path", "format", "options", "error", "message"),
     [
-        ("a.gguf", "onnx", {}, ConfigError, "format='onnx': choose one of 'gguf'"),
-        ("a.bin", "gguf", {}, ConfigError, "a file that ends in '.gguf'"),
-        ("a.pt", "vec", {}, ConfigError, "a folder, without an ending"),
+        ("a.gguf", "onnx", {}, ConfigError, "format='onnx': must be one of 'gguf'"),
+        ("a.bin", "gguf", {}, ConfigError, "with the suffix '.gguf'"),
+        ("a.pt", "vec", {}, ConfigError, "a folder name without a suffix"),
         ("a.gguf", "gguf", {"multiplier": 0}, ConfigError, "multiplier=0"),
-        ("a.gguf", "gguf", {}, ConfigError, "it lowers .* give texts="),
+        ("a.gguf", "gguf", {}, ConfigError, "it lowers .* pass texts="),
         ("a.gguf", "gguf", {"texts": TEXTS, "max_kl": 1e-9}, UnsupportedOperationError, "above max_kl=1e-09"),
-        ("a.gguf", "gguf", {"texts": ["w1"] * 2}, ConfigError, "give longer ones"),
+        ("a.gguf", "gguf", {"texts": ["w1"] * 2}, ConfigError, "pass longer ones"),
         ("a.gguf", "gguf", {"adapter_name": "no"}, ConfigError, "adapter_name='no'"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_and_writes_nothing(
-    tmp_path, tokenizer, path, format, options, error, message
-):
+def test_failed_export_writes_nothing(tmp_path, tokenizer, path, format, options, error, message):
     with pytest.raises(error, match=message):
         export_adapter(steered(), tmp_path / path, format, tokenizer=tokenizer, **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_model_is_left_as_it_was(tmp_path, tokenizer):
+def test_constant_steering_leaves_model_unchanged(tmp_path, tokenizer):
     model = steered()
     before = logits(model, 1.0)
     model.train()

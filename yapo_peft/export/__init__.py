@@ -1,4 +1,4 @@
-"""Adapters in the formats of other programs, each with a verdict on how exact it is there."""
+"""Exports adapters to the formats of other programs, with a verdict on how exact each export is."""
 
 from .constant import ConstantSteering, constant_steering
 from .formats import FORMATS, export_adapter

@@ -1,10 +1,11 @@
-"""An adapter's steering as one vector per layer, which is all that most other programs can add."""
+"""Expresses steering as one vector per layer, the only form that most other programs support."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,17 @@ from ..tuner.merging import full_shift, token_dependence
 
 @dataclass(frozen=True)
 class ConstantSteering:
-    """What an adapter adds at one multiplier, as a vector per layer.
+    """An adapter's steering at one multiplier, as one vector per layer.
 
     Attributes:
-        multiplier: The multiplier; it is in the vectors.
-        vectors: By the layer's index, `(d_model,)` in float32 on the CPU.
-        reason: Why a constant is only an approximation; None where it is exact.
-        lowered: Share of the code's entries that are lowered at this multiplier, and so depend on the token.
-        clipped: Of what these ask for, the share that the calibration tokens do not have to give: 1 if their features
-            are never on. None without calibration.
-        kl: KL(steered || constant) of the next token in nats, the mean over calibration tokens. None without
+        multiplier: The multiplier, which the vectors include.
+        vectors: The vector of each layer, by index, `(d_model,)` in float32 on the CPU.
+        reason: Why constant vectors are only an approximation; None if they are exact.
+        lowered: Fraction of the code's nonzero entries that lower their feature at this multiplier, so that their
+            effect depends on the token.
+        clipped: Fraction of the lowering that clipping at zero prevents, over the calibration tokens: 1 if the features
+            are never active there. None without calibration.
+        kl: KL(steered || constant) of the next token in nats, averaged over the calibration tokens. None without
             calibration.
         tokens: Number of calibration tokens.
     """
@@ -49,15 +51,15 @@ class ConstantSteering:
 
     @property
     def is_exact(self) -> bool:
-        """Whether adding the vectors is the adapter's steering, on every token."""
+        """Whether adding the vectors equals the adapter's steering at every token."""
         return self.reason is None
 
     def verdict(self) -> str:
-        """How exact it is, in a sentence."""
+        """Describes in a sentence how exact the vectors are."""
         if self.reason is None:
             return f"Exact at multiplier {self.multiplier:g}."
-        measured = f"KL {self.kl:.4g} nats per token from the true steering, over {self.tokens} tokens"
-        share = "" if self.clipped is None else f"; {100 * self.clipped:.0f} % of what is lowered is clipped"
+        measured = f"KL {self.kl:.4g} nats per token from the adapter's steering, over {self.tokens} tokens"
+        share = "" if self.clipped is None else f"; {100 * self.clipped:.0f} % of the lowering is clipped"
         return f"Approximate at multiplier {self.multiplier:g}: {self.reason}. {measured}{share}."
 
 
@@ -71,25 +73,24 @@ def constant_steering(
     batch_size: int = 8,
     max_length: int = 256,
 ) -> ConstantSteering:
-    """Finds the vectors that steer as an adapter does, or the best ones for some text.
+    """Computes the vectors that equal an adapter's steering, or approximate it on calibration texts.
 
-    It is exact where the same is added to every token: for dense adapters, and for codes that lower no feature at this
-    multiplier. Elsewhere each layer's vector is the mean of what the adapter adds there on the calibration texts,
-    without
-    their first tokens, which are attention sinks; and how far that is from the adapter is measured on the same texts.
+    They are exact if the shift is the same at every token: for dense adapters, and for codes that lower no feature at
+    this multiplier. Otherwise, each layer's vector is the adapter's mean shift on the calibration texts, without their
+    first tokens (attention sinks), and the KL from the adapter's steering is measured on the same texts.
 
     Args:
-        model: A `PeftModel` with a YaPO adapter. It is not changed.
+        model: A `PeftModel` with a YaPO adapter; left unchanged.
         multiplier: The multiplier.
-        texts: For calibration: texts, messages, or rows, as `contexts` takes them; of the kind that will be steered.
-        tokenizer: The model's; found by the model's name if None.
+        texts: Calibration texts, similar to those that will be steered: texts, messages or rows, as for `contexts`.
+        tokenizer: The model's tokenizer; loaded by the model's name if None.
         adapter_name: The adapter; the active one if None.
         batch_size: Texts per forward pass.
-        max_length: Tokens of a text that are read.
+        max_length: Maximum number of tokens per text; longer texts are truncated.
 
     Raises:
-        ConfigError: There is no such adapter, the multiplier is zero, or texts are needed and there are none.
-        DatasetError: A text is none.
+        ConfigError: The adapter does not exist, the multiplier is zero, or calibration texts are needed and missing.
+        DatasetError: A calibration text is not a text, messages or a row.
     """
     name, config, layers = adapter_of(model, adapter_name)
     require_multiplier(multiplier)
@@ -103,75 +104,73 @@ def constant_steering(
         vectors = {layer.index: full_shift(layer, name, multiplier).cpu() for layer in layers}
         return ConstantSteering(multiplier, vectors, None, lowered, None, None, 0)
     if texts is None:
-        raise ConfigError(f"At multiplier={multiplier:g} no constant is exact, as {reason}: give texts= to fit one on.")
+        raise ConfigError(
+            f"At multiplier={multiplier:g}, constant vectors are only an approximation, because {reason}: pass "
+            "texts= to calibrate them."
+        )
     require_texts(texts)
     tokenizer = tokenizer_of(model, tokenizer)
     batches = [batch for batch in text_batches(texts, tokenizer, batch_size, max_length, model) if any(batch)]
-    device, dtype = device_and_dtype(model)
     with torch.no_grad(), evaluating(model):
-        vectors, clipped = _fitted(model, layers, name, multiplier, batches, tokenizer, device, dtype)
-        kl, tokens = _kl(model, layers, name, multiplier, vectors, batches, tokenizer, device)
+        vectors, clipped = _mean_shifts(model, layers, name, multiplier, batches, tokenizer)
+        kl, tokens = _measured_kl(model, layers, name, multiplier, vectors, batches, tokenizer)
     return ConstantSteering(
         multiplier, {index: vector.cpu() for index, vector in vectors.items()}, reason, lowered, clipped, kl, tokens
     )
 
 
-def _fitted(
+def _mean_shifts(
     model: Any,
     layers: Sequence[YaPOLayer],
     name: str,
     multiplier: float,
     batches: list[list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> tuple[dict[int, Tensor], float | None]:
-    """The mean shift at each layer, and the share of what is lowered that there was nothing to take from."""
+    """The mean shift at each layer, and the fraction of the lowering that is clipped."""
+    device, dtype = device_and_dtype(model)
     total: dict[int, Tensor] = {}
-    count, asked, given = 0, 0.0, 0.0
-    lowering = {layer.index: _lowered(layer, name, multiplier, device, dtype) for layer in layers}
+    count, wanted, possible = 0, 0.0, 0.0
+    lowered = {layer.index: _lowered(layer, name, multiplier, device, dtype) for layer in layers}
     outputs: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(index: int) -> Callable[[Tensor, Tensor], Tensor]:
-        def kept(before: Tensor, after: Tensor) -> Tensor:
-            outputs[index] = before, after
-            return after
+    def keep(index: int, before: Tensor, after: Tensor) -> Tensor:
+        outputs[index] = before, after
+        return after
 
-        return kept
-
-    for batch in tqdm(batches, desc="Fitting a constant", unit="batch"):
+    for batch in tqdm(batches, desc="Fitting vectors", unit="batch"):
         inputs = padded(batch, tokenizer, device)
         counted = inputs["attention_mask"].bool()
         counted[:, 0] = False
-        with steering(model, multiplier, name), changed_outputs((layer, keep(layer.index)) for layer in layers):
+        keeping = changed_outputs((layer, partial(keep, layer.index)) for layer in layers)
+        with steering(model, multiplier, name), keeping:
             model.get_base_model().base_model(**inputs, use_cache=False)
         for index, (before, after) in outputs.items():
             total[index] = total.get(index, 0) + (after - before)[counted].float().sum(dim=0)
-            part = lowering[index]
-            if part is not None:
-                wanted, taken = _asked_and_given(part, multiplier, before[counted])
-                asked, given = asked + wanted, given + taken
+            if (parts := lowered[index]) is not None:
+                distances = _distances(parts, multiplier, before[counted])
+                wanted, possible = wanted + distances[0], possible + distances[1]
         count += int(counted.sum())
     if not count:
-        raise ConfigError("The texts have no token after the first one of each: give longer ones.")
-    return {index: vector / count for index, vector in total.items()}, (1 - given / asked if asked else None)
+        raise ConfigError("The calibration texts have one token each, and first tokens are not read: pass longer ones.")
+    return {index: vector / count for index, vector in total.items()}, (1 - possible / wanted if wanted else None)
 
 
 def _lowered(layer: YaPOLayer, name: str, multiplier: float, device: torch.device, dtype: torch.dtype) -> Parts | None:
-    """The features that a code lowers at a layer; None if there are none."""
-    part = Parts.of(layer, name, device, dtype)
-    lowered = part.only((multiplier * part.entries < 0).nonzero().squeeze(-1))
-    return lowered if part.sae is not None and len(lowered) else None
+    """The features that a code lowers at a layer; None if it lowers none."""
+    parts = Parts.of(layer, name, device, dtype)
+    lowered = parts.only((multiplier * parts.entries < 0).nonzero().squeeze(-1))
+    return lowered if parts.sae is not None and len(lowered) else None
 
 
-def _asked_and_given(part: Parts, multiplier: float, h: Tensor) -> tuple[float, float]:
-    """How far lowered features are asked to move tokens, `(n, d_model)`, and how far they can; in lengths, summed."""
-    wanted, lengths = -multiplier * part.entries, part.rows.norm(dim=1)
-    taken = torch.minimum(part.on(h[None])[0][0], wanted) * lengths
-    return float((wanted * lengths).sum()) * len(h), float(taken.sum())
+def _distances(lowered: Parts, multiplier: float, h: Tensor) -> tuple[float, float]:
+    """How far lowered features would move tokens, `(n, d_model)`, without and with clipping, summed over both."""
+    wanted, norms = -multiplier * lowered.entries, lowered.rows.norm(dim=1)
+    possible = torch.minimum(lowered.on(h[None])[0][0], wanted)
+    return float((wanted * norms).sum()) * len(h), float((possible * norms).sum())
 
 
-def _kl(
+def _measured_kl(
     model: Any,
     layers: Sequence[YaPOLayer],
     name: str,
@@ -179,29 +178,30 @@ def _kl(
     vectors: dict[int, Tensor],
     batches: list[list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
 ) -> tuple[float, int]:
-    """Mean KL(steered || constant) of the next token, and over how many tokens."""
+    """The mean KL(steered || constant) of the next token, and the number of tokens."""
+    device, _ = device_and_dtype(model)
     total, count = 0.0, 0
-    for batch in tqdm(batches, desc="Measuring", unit="batch"):
+    for batch in tqdm(batches, desc="Measuring KL", unit="batch"):
         inputs = padded(batch, tokenizer, device)
         with steering(model, multiplier, name):
             steered = model(**inputs, use_cache=False).logits
         with steering(model, 0.0), adding(layers, vectors):
             constant = model(**inputs, use_cache=False).logits
-        for own, other, mask in zip(steered, constant, inputs["attention_mask"].bool(), strict=True):
-            own, other = own[mask].float().log_softmax(-1), other[mask].float().log_softmax(-1)
-            total += float(nn.functional.kl_div(other, own, log_target=True, reduction="sum"))
+        # Row by row, because log-probabilities of a whole batch take much memory.
+        for p, q, mask in zip(steered, constant, inputs["attention_mask"].bool(), strict=True):
+            p, q = p[mask].float().log_softmax(-1), q[mask].float().log_softmax(-1)
+            total += float(nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
             count += int(mask.sum())
     return total / count, count
 
 
 @contextmanager
 def adding(layers: Sequence[YaPOLayer], vectors: dict[int, Tensor]) -> Generator[None]:
-    """Adds a vector to the output of each layer, at every token."""
+    """Adds each layer's vector to its output, at every token."""
 
-    def add(vector: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda before, after: after + vector.to(after.device, after.dtype)
+    def add(vector: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        return after + vector.to(after)
 
-    with changed_outputs((layer, add(vectors[layer.index])) for layer in layers):
+    with changed_outputs((layer, partial(add, vectors[layer.index])) for layer in layers):
         yield

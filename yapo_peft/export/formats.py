@@ -1,4 +1,4 @@
-"""The files of other programs."""
+"""Writes adapters in the file formats of other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import replacing
+from .._utils import choice, replacing
 from ..errors import ConfigError, UnsupportedOperationError
 from ..interpret.texts import base_of
 from ..tuner.adapters import adapter_of
@@ -21,7 +21,7 @@ from .constant import ConstantSteering, constant_steering
 
 Format = Literal["gguf", "lm-eval", "neuronpedia", "safetensors", "vec"]
 FORMATS: tuple[str, ...] = get_args(Format)
-_ENDINGS = {"gguf": ".gguf", "lm-eval": ".pt", "neuronpedia": ".json", "safetensors": ".safetensors", "vec": ""}
+_SUFFIXES = {"gguf": ".gguf", "lm-eval": ".pt", "neuronpedia": ".json", "safetensors": ".safetensors", "vec": ""}
 
 
 def export_adapter(
@@ -38,53 +38,61 @@ def export_adapter(
     label: str | None = None,
     **options: Any,
 ) -> ConstantSteering | None:
-    """Writes an adapter at one multiplier as a file of another program.
+    """Exports an adapter at one multiplier to the file format of another program.
 
-    - "gguf": a control vector of llama.cpp, repeng and EasySteer. It cannot steer the lowest layer.
-    - "lm-eval": the `.pt` file of lm-eval's model `steered`.
-    - "neuronpedia": the bodies of `POST /api/vector/new`, one for each layer.
-    - "safetensors": `block.{index}`, the plain vectors, with the verdict in the metadata.
-    - "vec": a folder with `vec_ep0_layer{index}.pt` for the published code of BiPO and YaPO at its multiplier 1. Of a
-      sparse adapter that is the code, which the code there clips by itself: exact, with the same SAE.
+    - "gguf": A control vector for llama.cpp, repeng and EasySteer. It cannot steer layer 0.
+    - "lm-eval": The `.pt` file of lm-eval's model `steered`.
+    - "neuronpedia": The bodies of `POST /api/vector/new`, one per layer, as JSON.
+    - "safetensors": The plain vectors, as `block.{index}`, with the verdict in the metadata.
+    - "vec": A folder with `vec_ep0_layer{index}.pt` files for the published code of BiPO and YaPO at its multiplier 1.
+      For a sparse adapter, they contain the code, which the published code clips itself, so this is exact with the same
+      SAE.
 
     Args:
         model: A `PeftModel` with a YaPO adapter.
-        path: The file, or for "vec" the folder.
-        format: One of these.
-        multiplier: The multiplier, which is part of the file.
-        texts: For calibration, where no constant is exact; see `constant_steering`.
-        tokenizer: The model's.
+        path: The output file; a folder for "vec".
+        format: The format.
+        multiplier: The multiplier, which the exported vectors include.
+        texts: Calibration texts, needed if constant vectors are not exact; see `constant_steering`.
+        tokenizer: The model's tokenizer; loaded by the model's name if None.
         adapter_name: The adapter; the active one if None.
-        max_kl: An approximation further from the true steering than this, in nats per token, is refused.
-        model_id: Neuronpedia's name of the model, such as "gemma-2-2b-it"; the name's last part if None.
-        label: What Neuronpedia calls the vector; the adapter's name if None.
+        max_kl: Maximum KL of an approximation from the adapter's steering, in nats per token.
+        model_id: Neuronpedia's name of the model, such as "gemma-2-2b-it"; the last part of the model's name if None.
+        label: The vector's name on Neuronpedia; the adapter's name if None.
         **options: For `constant_steering`.
 
     Returns:
         The vectors and how exact they are; None for "vec", which is exact.
 
     Raises:
-        ConfigError: There is no such format or adapter, or the path has another ending.
-        UnsupportedOperationError: The format cannot express it, or its KL is above `max_kl`.
-        ImportError: gguf is not installed, for "gguf".
+        ConfigError: The format or the adapter does not exist, or the path does not suit the format.
+        UnsupportedOperationError: The format cannot express the steering, or its KL is above `max_kl`.
+        ImportError: The gguf package is not installed, for "gguf".
     """
     path = Path(path)
     name, config, layers = adapter_of(model, adapter_name)
-    _require_writable(path, format)
+    choice(FORMATS, format=format)
+    _require_suitable(path, format)
     if format == "vec":
         if config.positions != "all":
-            raise UnsupportedOperationError(f"positions={config.positions!r}: the published code steers all tokens.")
+            raise UnsupportedOperationError(
+                f"positions={config.positions!r} is not supported by format='vec', because the published code steers "
+                "all tokens: use another format."
+            )
         path.mkdir(parents=True, exist_ok=True)
         for layer in layers:
             with replacing(path / f"vec_ep0_layer{layer.index}.pt") as partial:
                 torch.save((multiplier * layer.code(name).detach().float()).cpu(), partial)
         return None
     if format == "gguf" and any(layer.index == 0 for layer in layers):
-        raise UnsupportedOperationError("Layer 0 is steered, which a GGUF control vector cannot express.")
+        raise UnsupportedOperationError(
+            "The adapter steers layer 0, which is not supported by format='gguf', because llama.cpp's control vectors "
+            "start at layer 1: use another format."
+        )
     found = constant_steering(model, multiplier, texts, tokenizer, adapter_name=name, **options)
     if found.kl is not None and not found.kl <= max_kl:
         raise UnsupportedOperationError(
-            f"{found.verdict()} That is above max_kl={max_kl:g}: allow more, take another multiplier, or serve the "
+            f"{found.verdict()} That is above max_kl={max_kl:g}: raise max_kl, use another multiplier, or serve the "
             "adapter itself."
         )
     base = base_of(model)
@@ -102,38 +110,37 @@ def export_adapter(
     return found
 
 
-def _require_writable(path: Path, format: str) -> None:
-    if format not in FORMATS:
-        raise ConfigError(f"format={format!r}: choose one of {', '.join(map(repr, FORMATS))}.")
-    if path.suffix != _ENDINGS[format]:
-        wanted = f"a file that ends in {_ENDINGS[format]!r}" if _ENDINGS[format] else "a folder, without an ending"
-        raise ConfigError(f"path={str(path)!r}: {format!r} is {wanted}.")
-    if _ENDINGS[format] and path.is_dir():
-        raise ConfigError(f"path={str(path)!r} is a folder: name a file.")
+def _require_suitable(path: Path, format: str) -> None:
+    suffix = _SUFFIXES[format]
+    if path.suffix != suffix:
+        expected = f"a file name with the suffix {suffix!r}" if suffix else "a folder name without a suffix"
+        raise ConfigError(f"path={str(path)!r}: must be {expected} for format={format!r}.")
+    if suffix and path.is_dir():
+        raise ConfigError(f"path={str(path)!r}: must be a file, but is a folder.")
 
 
 @dataclass(frozen=True)
 class _Names:
-    """What files call things.
+    """Names that the formats record.
 
     Attributes:
-        model_type: transformers' name of the architecture.
+        model_type: The architecture, as transformers names it.
         model_id: The model.
         label: The adapter.
-        blocks: Path of each layer within the model without its head, by its index.
+        layers: Each layer's module path in the model without its head, by index.
     """
 
     model_type: str
     model_id: str
     label: str
-    blocks: dict[int, str]
+    layers: dict[int, str]
 
 
 def _gguf(path: Path, found: ConstantSteering, names: _Names) -> None:
     try:
         from gguf import GGUFWriter
     except ImportError as error:
-        raise ImportError("Control vectors need gguf: pip install gguf.") from error
+        raise ImportError("format='gguf' needs the gguf package: pip install gguf.") from error
     writer = GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", names.model_type)
     writer.add_uint32("controlvector.layer_count", len(found.vectors))
@@ -147,7 +154,7 @@ def _gguf(path: Path, found: ConstantSteering, names: _Names) -> None:
 
 def _lm_eval(path: Path, found: ConstantSteering, names: _Names) -> None:
     step = {"steering_coefficient": 1.0, "action": "add", "bias": None, "head_index": None}
-    torch.save({names.blocks[index]: {"steering_vector": v, **step} for index, v in found.vectors.items()}, path)
+    torch.save({names.layers[index]: {"steering_vector": v, **step} for index, v in found.vectors.items()}, path)
 
 
 def _neuronpedia(path: Path, found: ConstantSteering, names: _Names) -> None:
