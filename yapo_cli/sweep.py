@@ -43,7 +43,7 @@ def sweep(
     from yapo_peft.data import load_choices
     from yapo_peft.data.sources import BUILDERS
     from yapo_peft.evaluation import Damage, MultipleChoice
-    from yapo_peft.evaluation.plots import require_picture
+    from yapo_peft.evaluation.plots import require_dose_response, require_plot_path
 
     from .loading import first_rows, load_adapter, load_tokenizer, read_pairs
     from .output import print_table
@@ -57,7 +57,8 @@ def sweep(
     if out is not None and out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder: pass a file.")
     if picture is not None:
-        require_picture(picture, len(set(multipliers)))
+        require_plot_path(picture)
+        require_dose_response(multipliers)
     tokenizer = load_tokenizer(adapter)
     if measure == "damage":
         rows = [options.read_text(Path(dataset))]

@@ -78,8 +78,14 @@ def test_scores_roundtrip_through_a_file(tmp_path):
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, "kl")]), "cannot be concatenated"),
         (lambda: Scores.concat([scores({0.0: [1]}), scores({0.0: [1]}, method="a")]), "cannot be concatenated"),
         (lambda: scores({0.0: [1]}).summary(confidence=95), "confidence=95"),
-        (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x"), "at least two multipliers, got 1"),
-        (lambda: plot_dose_response(scores({0.0: [1], 1.0: [1]}), "dose", "x"), "needs an extension"),
+        (
+            lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x"),
+            r"multipliers=\[0.0\]: a dose-response needs at least two",
+        ),
+        (
+            lambda: plot_dose_response(scores({0.0: [1], 1.0: [1]}), "dose", "x"),
+            "path='dose': the extension must be one of",
+        ),
         (lambda: plot_dose_response(scores({0.0: [1]}), "x.png", "x", metrics=["kl"]), r"metrics=\['kl'\]"),
         (lambda: plot_losses({"a": [{"step": 1}]}, "x.png", "x"), "'a' did not log 'loss'; it logged step"),
         (lambda: cultural_scores(scores({0.0: [1]})), "RCA and PNLG need 'accuracy'"),
@@ -135,9 +141,9 @@ def test_unlabelled_scores_are_matched():
 
 def test_effect_without_matching_damage_raises():
     effect, damage = scores({0: [0], 1: [2]}, method="a"), scores({0: [0], 1: [2]}, "kl", method="b")
-    with pytest.raises(ConfigError, match=r"There is an effect of {'method': 'a'}, but no damage"):
+    with pytest.raises(ConfigError, match=r"{'method': 'a'}: effect and damage have 0 multipliers"):
         at_matched_damage(effect, damage, [0.1], metric="margin")
-    with pytest.raises(ConfigError, match="too few negative multipliers"):
+    with pytest.raises(ConfigError, match="have 1 multipliers <= 0 in common"):
         at_matched_damage(effect, damage.labelled(method="a"), [0.1], metric="margin", negative=True)
 
 

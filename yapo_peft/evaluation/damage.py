@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,25 +40,18 @@ class Damage:
     def batches(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, Tensor]]:
         """Batches of `input_ids`, `(blocks, block_size)`."""
         start = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
-        blocks: list[list[int]] = []
-        rest: list[int] = []
+        size = self.block_size - len(start)
+        tokens: list[int] = []
         for text in _texts(dataset):
-            rest += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
-            size = self.block_size - len(start)
-            while len(rest) >= size and len(blocks) != self.max_blocks:
-                blocks.append([*cast(list[int], start), *rest[:size]])
-                rest = rest[size:]
-            if len(blocks) == self.max_blocks:
+            tokens += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
+            if self.max_blocks is not None and len(tokens) >= size * self.max_blocks:
                 break
-        if not blocks:
+        count = min(len(tokens) // size, self.max_blocks or len(tokens))
+        if not count:
             raise DatasetError(f"The text is shorter than block_size={self.block_size} tokens.")
-        return [
-            {
-                "input_ids": torch.tensor(blocks[first : first + batch_size]),
-                "example": torch.arange(first, min(first + batch_size, len(blocks))),
-            }
-            for first in range(0, len(blocks), batch_size)
-        ]
+        blocks = torch.tensor([[*start, *tokens[place * size : (place + 1) * size]] for place in range(count)])
+        batches = zip(blocks.split(batch_size), torch.arange(count).split(batch_size), strict=True)
+        return [{"input_ids": input_ids, "example": example} for input_ids, example in batches]
 
     def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
         """Metrics of each chunk, `(chunks,)`."""

@@ -215,12 +215,12 @@ class Judge:
                     file.write("\n" + json.dumps({"key": key, "score": score}))
 
     def _read_cache(self) -> dict[str, int]:
-        if self.cache is None or not Path(self.cache).exists():
-            if self.cache is not None:
-                Path(self.cache).parent.mkdir(parents=True, exist_ok=True)
-            return {}
         known: dict[str, int] = {}
-        for line in Path(self.cache).read_text().splitlines():
+        if self.cache is None:
+            return known
+        file = Path(self.cache)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for line in file.read_text().splitlines() if file.exists() else []:
             try:
                 entry = json.loads(line)
                 known[entry["key"]] = int(entry["score"])

@@ -49,9 +49,6 @@ def evaluate_tasks(
         ImportError: lm-eval is not installed.
         UnsupportedOperationError: An adapter steers only some tokens, which cannot be identified in lm-eval's calls.
     """
-    harness = _harness()
-    from lm_eval.models.huggingface import HFLM
-
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if options.get("task_manager") is None:
         options["task_manager"] = task_manager()
@@ -60,11 +57,14 @@ def evaluate_tasks(
         raise ConfigError(f"tasks={unknown or tasks!r}: must be tasks or groups of lm-eval, such as 'mmlu'.")
     if options.get("use_cache"):
         raise ConfigError("use_cache= is not supported, because it would mix up the answers of different multipliers.")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     with evaluating(model), steering(model, multiplier, adapter_name):
         _require_all_positions(model)
         given = {"batch_size": batch_size, **(model_args or {})}
         lm = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, **given)
-        return harness.simple_evaluate(model=lm, tasks=tasks, **options)
+        return cast(Any, simple_evaluate)(model=lm, tasks=tasks, **options)
 
 
 def sweep_tasks(
@@ -110,18 +110,11 @@ def sweep_tasks(
 
 def task_manager(include_path: str | None = None) -> Any:
     """lm-eval's task manager, with the tasks in a folder added."""
-    return _harness().tasks.TaskManager(include_path=include_path)
-
-
-def _harness() -> Any:
     try:
-        from importlib import import_module
-
-        harness = import_module("lm_eval")
-        import_module("lm_eval.tasks")
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError("lm-eval is not installed: pip install 'yapo-peft[eval]'.") from error
-    return harness
+    return TaskManager(include_path=include_path)
 
 
 def _rows(found: dict[str, Any], metric: str, wanted: str | None) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,9 +29,8 @@ def at_matched_damage(
 
     Multipliers of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
     along each method's multipliers, from 0 outwards, damage is interpolated to find the multiplier of each level, and
-    the
-    effect is interpolated there. The KL grows with the square of a small multiplier, so it is interpolated along its
-    square root; other damage along a line.
+    the effect is interpolated there. The KL grows with the square of a small multiplier, so it is interpolated along
+    its square root; other damage along a line.
 
     Args:
         effect: Scores with labels such as "method", over multipliers that both have.
@@ -61,31 +60,24 @@ def at_matched_damage(
         )
     effects, damages = effect.summary(**bootstrap), damage.summary(**bootstrap)
     found: list[dict[str, Any]] = []
-    for labels, of_effect, of_damage in _groups(effects, damages, keys):
-        columns = ["multiplier", metric, f"{metric}_low", f"{metric}_high"]
-        both = of_effect[columns].merge(of_damage[["multiplier", damage_metric]], on="multiplier")
+    columns = ["multiplier", metric, f"{metric}_low", f"{metric}_high"]
+    damages = damages[[*keys, "multiplier", damage_metric]]
+    groups: Any = effects.groupby(keys, sort=False, dropna=False) if keys else [((), effects)]
+    for values, group in groups:
+        labels = dict(zip(keys, values, strict=True))
+        both = group[[*keys, *columns]].merge(damages, on=[*keys, "multiplier"])
         side = both[both["multiplier"] <= 0] if negative else both[both["multiplier"] >= 0]
         side = side.sort_values("multiplier", ascending=not negative)
         if len(side) < 2:
-            sign = "negative" if negative else "positive"
-            raise ConfigError(f"{labels or 'The scores'}: there are too few {sign} multipliers in common to go along.")
-        side = side.dropna()
+            sign = "<= 0" if negative else ">= 0"
+            raise ConfigError(
+                f"{labels or 'The scores'}: effect and damage have {len(side)} multipliers {sign} in common: measure "
+                "both at two or more."
+            )
+        side = side.dropna(subset=[*columns, damage_metric])
         for level in levels:
             found.append({**labels, damage_metric: level, **_at(level, side, damage_metric, columns)})
     return pd.DataFrame(found)
-
-
-def _groups(effects: pd.DataFrame, damages: pd.DataFrame, keys: list[str]) -> Any:
-    """Each combination of labels, and its part of both tables."""
-    if not keys:
-        yield {}, effects, damages
-        return
-    of_damage = dict(list(damages.groupby(keys, sort=False, dropna=False)))
-    for values, group in effects.groupby(keys, sort=False, dropna=False):
-        labels = dict(zip(keys, cast(tuple[Any, ...], values), strict=True))
-        if values not in of_damage:
-            raise ConfigError(f"There is an effect of {labels}, but no damage: measure both.")
-        yield labels, group, of_damage[cast(Any, values)]
 
 
 def _at(level: float, side: pd.DataFrame, damage_metric: str, columns: list[str]) -> dict[str, float]:

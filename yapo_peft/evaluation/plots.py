@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # A palette for readers with colour vision deficiency (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 _AXES = {
+    "loss": "loss (nats)",
     "accuracy": "accuracy (% of examples)",
     "margin": "mean margin (nats)",
     "margin_per_token": "mean margin (nats per token)",
@@ -29,7 +30,6 @@ _AXES = {
     "top_changed": "changed most likely next tokens (%)",
     "score": "mean judge score",
 }
-_MISSING = "Plots need matplotlib: pip install 'yapo-peft[plots]'."
 _SHARES = ("accuracy", "repeated", "answered", "top_changed")
 
 
@@ -49,10 +49,11 @@ def plot_dose_response(
         The path.
 
     Raises:
-        ConfigError: There are fewer than two multipliers, there is no such metric, or the path has no extension.
+        ConfigError: There are fewer than two multipliers, there is no such metric, or matplotlib does not support the
+            extension.
         ImportError: matplotlib is not installed.
     """
-    _require_ending(path)
+    require_plot_path(path)
     return _save(dose_response_figure(scores, title, metrics=metrics, **bootstrap), path)
 
 
@@ -64,7 +65,7 @@ def dose_response_figure(
     unknown = [name for name in metrics if name not in scores.metrics]
     if unknown or not metrics:
         raise ConfigError(f"metrics={metrics!r}: must be among {', '.join(map(repr, scores.metrics))}.")
-    _require_multipliers(len(set(scores.table["multiplier"])))
+    require_dose_response(scores.table["multiplier"].tolist())
     summary = scores.summary(**bootstrap)
     figure = _figure(len(metrics))
     for axes, metric in zip(figure.axes, metrics, strict=True):
@@ -82,7 +83,7 @@ def plot_matched_damage(
     """Plots the table of `at_matched_damage`: effect against damage, one line per method.
 
     Raises:
-        ConfigError: The table has no such columns, or the path has no extension.
+        ConfigError: The table has no such columns, or matplotlib does not support the extension.
         ImportError: matplotlib is not installed.
     """
     missing = [name for name in (metric, damage_metric, "multiplier") if name not in table.columns]
@@ -92,7 +93,7 @@ def plot_matched_damage(
         )
     own = (damage_metric, "multiplier", metric, f"{metric}_low", f"{metric}_high")
     labels = [name for name in table.columns if name not in own]
-    _require_ending(path)
+    require_plot_path(path)
     figure = _figure(1)
     _draw(figure.axes[0], table.dropna(subset=[metric]), labels, damage_metric, metric)
     figure.suptitle(title)
@@ -111,39 +112,38 @@ def plot_losses(
         metric: The logged metric, such as "loss", "eval_loss", "margin/plus" or "code/nonzero".
 
     Raises:
-        ConfigError: A run did not log it, or the path has no extension.
+        ConfigError: A run did not log it, or matplotlib does not support the extension.
         ImportError: matplotlib is not installed.
     """
-    _require_ending(path)
+    require_plot_path(path)
+    return _save(losses_figure(histories, title, metric=metric), path)
+
+
+def losses_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str, *, metric: str = "loss") -> Figure:
+    """As `plot_losses`, but returns the figure."""
     figure = _figure(1)
-    for colour, (name, history) in zip(_cycle(), histories.items(), strict=False):
-        points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
+    for colour, (name, history) in zip(cycle(COLOURS), histories.items(), strict=False):
+        points = [(entry["step"], float(entry[metric])) for entry in history if metric in entry]
         if not points:
             there = sorted({key for entry in history for key in entry})
             raise ConfigError(f"The run {name!r} did not log {metric!r}; it logged {', '.join(there) or 'nothing'}.")
-        figure.axes[0].plot(*zip(*points, strict=True), color=colour, label=name)
-    figure.axes[0].set(xlabel="step", ylabel=metric)
+        figure.axes[0].plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=name)
+    figure.axes[0].set(xlabel="step", ylabel=_AXES.get(metric, metric))
     figure.suptitle(title)
-    return _save(_legend(figure), path)
+    return _legend(figure)
 
 
-def require_picture(path: str | Path, multipliers: int) -> None:
-    """Checks before any work that a dose-response plot can be saved.
-
-    Args:
-        path: The file.
-        multipliers: The number of multipliers.
+def require_plot_path(path: str | Path) -> None:
+    """Checks before any work that a plot can be saved.
 
     Raises:
-        ConfigError: There are fewer than two multipliers, or the path has no extension.
+        ConfigError: matplotlib does not support the extension.
         ImportError: matplotlib is not installed.
     """
-    _require_ending(path)
-    _require_multipliers(multipliers)
-    if find_spec("matplotlib") is None:
-        raise ImportError(_MISSING)
-    from matplotlib.backend_bases import FigureCanvasBase
-
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'yapo-peft[plots]'.") from error
     known = FigureCanvasBase.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in known:
         raise ConfigError(
@@ -151,21 +151,16 @@ def require_picture(path: str | Path, multipliers: int) -> None:
         )
 
 
-def _require_ending(path: str | Path) -> None:
-    if not Path(path).suffix:
-        raise ConfigError(f"path={str(path)!r} needs an extension, such as '.png', which sets the format.")
-
-
-def _require_multipliers(multipliers: int) -> None:
-    if multipliers < 2:
-        raise ConfigError(f"A dose-response needs at least two multipliers, got {multipliers}.")
+def require_dose_response(multipliers: Iterable[float]) -> None:
+    """Raises `ConfigError` unless there are at least two multipliers."""
+    found = sorted(set(multipliers))
+    if len(found) < 2:
+        raise ConfigError(f"multipliers={found}: a dose-response needs at least two multipliers.")
 
 
 def _figure(panels: int) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
     figure.subplots(1, panels)
     for axes in figure.axes:
@@ -177,7 +172,7 @@ def _figure(panels: int) -> Figure:
 def _draw(axes: Any, table: pd.DataFrame, labels: Sequence[str], x: str, metric: str) -> None:
     """Draws a line with its interval for each combination of label values."""
     factor = 100 if metric in _SHARES else 1
-    for colour, (name, line) in zip(_cycle(), _lines(table, labels), strict=False):
+    for colour, (name, line) in zip(cycle(COLOURS), _lines(table, labels), strict=False):
         line = line.sort_values(x)
         axes.plot(line[x], factor * line[metric], "o-", color=colour, markersize=4, label=name)
         low, high = factor * line[f"{metric}_low"], factor * line[f"{metric}_high"]
@@ -196,10 +191,6 @@ def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None,
         (", ".join(str(part[name].iloc[0]) for name in said), part)
         for _, part in table.groupby(keys, sort=False, dropna=False)
     ]
-
-
-def _cycle() -> list[str]:
-    return [*COLOURS] * 4
 
 
 def _legend(figure: Figure) -> Figure:

@@ -72,8 +72,7 @@ class Scores:
         if table.duplicated(keys).any():
             raise ConfigError(
                 f"Some examples are measured twice at a multiplier, with the labels {first.labels}: tell the parts "
-                f"apart "
-                'with labelled(method="...") or labelled(seed=...).'
+                'apart with labelled(method="...") or labelled(seed=...).'
             )
         return Scores(table, first.metrics)
 
@@ -183,8 +182,5 @@ def resampled_means(matrix: np.ndarray, resamples: int, seed: int) -> np.ndarray
 
 def interval(statistics: np.ndarray, confidence: float) -> tuple[float, float]:
     """Bounds of the percentile interval of resampled statistics, without NaN."""
-    known = statistics[np.isfinite(statistics)]
-    if not len(known):
-        return float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = pd.Series(statistics).quantile([(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

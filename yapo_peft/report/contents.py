@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, evaluating
-from ..errors import ConfigError
-from ..evaluation import Damage, MultipleChoice, Preference, Scores, sweep
+from .._utils import at_least
+from ..evaluation import Damage, MultipleChoice, Preference, Repetition, Scores, sweep
+from ..evaluation.plots import require_dose_response
 from ..interpret import Attribution, attribute, contexts, explain
 from ..interpret.checks import require_multiplier
 from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
-from ..scoring.generation import answer
-from ..scoring.pairs import prompt_ids
-from ..tuner import YaPOConfig, YaPOLayer, steering
+from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of, require_enabled
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
@@ -111,8 +108,7 @@ def collect_report(
     at_least(0, attributed=attributed, prompts=prompts)
     if text is not None:
         require_texts(text)
-    if len(set(multipliers)) < 2:
-        raise ConfigError(f"multipliers={list(multipliers)}: a dose-response needs at least two multipliers.")
+    require_dose_response(multipliers)
     tokenizer = tokenizer_of(model, tokenizer)
     pairs = list(dataset)
     Preference().batches(pairs, tokenizer, 1)  # validates the pairs before any work
@@ -146,7 +142,7 @@ def collect_report(
         found,
         table,
         passages,
-        _answers(model, pairs[:prompts], tokenizer, name, multiplier, max_new_tokens),
+        _answers(model, pairs[:prompts], multiplier, max_new_tokens=max_new_tokens, **shared),
         multiplier,
     )
 
@@ -186,26 +182,15 @@ def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Damage:
     return Damage(block_size=max(2, min(256, tokens)), max_blocks=16)
 
 
-def _answers(
-    model: nn.Module,
-    pairs: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    multiplier: float,
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    multipliers = [-multiplier, 0.0, multiplier]
-    for pair in pairs:
-        ids = prompt_ids(pair["prompt"], tokenizer)
-        with evaluating(model), steering(model, torch.tensor(multipliers), name):
-            answers = answer(model, tokenizer, [ids] * 3, max_new_tokens=max_new_tokens, do_sample=False)
-        said = pair["prompt"] if isinstance(pair["prompt"], str) else pair["prompt"][-1]["content"]
-        found += [
-            {"prompt": said, "multiplier": used, "answer": text}
-            for used, (text, _) in zip(multipliers, answers, strict=True)
-        ]
-    return found
+def _answers(model: nn.Module, pairs: list[dict[str, Any]], multiplier: float, **options: Any) -> list[dict[str, Any]]:
+    """The answers to each prompt at -1, 0 and +1 times the multiplier."""
+    if not pairs:
+        return []
+    scores = sweep(model, pairs, multipliers=(-multiplier, 0.0, multiplier), measure=Repetition(), **options)
+    table = scores.table.sort_values("example", kind="stable")
+    prompts = [pairs[example]["prompt"] for example in table["example"]]
+    said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    return cast(Any, table.assign(prompt=said)[["prompt", "multiplier", "answer"]]).to_dict("records")
 
 
 def _facts(model: nn.Module, config: YaPOConfig, layers: list[YaPOLayer], name: str) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from huggingface_hub import ModelCard
@@ -39,7 +39,7 @@ def write_report(
 
     Raises:
         ConfigError: As `collect_report`, or the path does not end in ".html".
-        ImportError: matplotlib or jinja2 is not installed.
+        ImportError: matplotlib is not installed.
     """
     require_page(Path(path))
     return save_page(collect_report(model, dataset, *args, **options), path)
@@ -94,8 +94,8 @@ def require_page(path: Path) -> None:
         raise ConfigError(f"path={str(path)!r}: must end in '.html'.")
     if path.is_dir():
         raise ConfigError(f"path={str(path)!r} is a folder: pass a file.")
-    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
-        raise ImportError("Reports need matplotlib and jinja2: pip install 'yapo-peft[report]'.")
+    if find_spec("matplotlib") is None:
+        raise ImportError("Reports need matplotlib: pip install 'yapo-peft[report]'.")
 
 
 def render_report(contents: ReportContents) -> str:
@@ -137,34 +137,29 @@ def _multipliers(contents: ReportContents) -> list[dict[str, Any]]:
     """One row per multiplier: effects and side effects."""
     rows = contents.preference.summary().merge(contents.damage.summary(), on="multiplier")
     if contents.knowledge is not None:
-        known = contents.knowledge.summary()
-        known = pd.DataFrame({"multiplier": known["multiplier"], "knowledge": known["accuracy"]})
-        rows = rows.merge(known, on="multiplier")
-    rows = rows.sort_values("multiplier")
-    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+        known = contents.knowledge.summary().rename(columns={"accuracy": "knowledge"})
+        rows = rows.merge(known[["multiplier", "knowledge"]], on="multiplier")
+    return cast(Any, rows.sort_values("multiplier").to_dict("records"))
 
 
 def _features(contents: ReportContents) -> list[dict[str, Any]]:
     """One row per feature: its properties, contribution and passages."""
-    rows = [{str(key): value for key, value in row.items()} for row in _by_contribution(contents).to_dict("records")]
     passages: dict[tuple[int, int | None], list[str]] = {}
     for passage in contents.passages.to_dict("records"):
         passages.setdefault(_key(passage), []).append(marked_tokens(passage["tokens"], passage["values"]))
-    said = [{name: row[name] if isinstance(row[name], str) else None for name in ("label", "link")} for row in rows]
-    return [{**row, **own, "passages": passages.get(_key(row), [])} for row, own in zip(rows, said, strict=True)]
+    table = _by_contribution(contents).astype(object)
+    rows = table.where(table.notna(), None).to_dict("records")
+    return [{**cast(Any, row), "passages": passages.get(_key(row), [])} for row in rows]
 
 
 def _by_contribution(contents: ReportContents) -> pd.DataFrame:
     """The features with their contributions `left_out` and `integrated`, the largest first."""
-    table = contents.features.assign(left_out=float("nan"), integrated=float("nan"))
     if contents.attribution is None:
-        return table
-    known = {_key(row): row for row in contents.attribution.features.to_dict("records")}
-    for column in ("left_out", "integrated"):
-        table[column] = [known.get(_key(row), {}).get(column, float("nan")) for row in table.to_dict("records")]
-    contribution = pd.DataFrame({"nats": table["left_out"].fillna(table["integrated"]).abs()})
-    order = contribution.sort_values("nats", ascending=False, kind="stable").index
-    return table.loc[order].reset_index(drop=True)
+        return contents.features.assign(left_out=float("nan"), integrated=float("nan"))
+    known = contents.attribution.features[["layer", "feature", "left_out", "integrated"]]
+    table = contents.features.merge(known, on=["layer", "feature"], how="left")
+    table["nats"] = table["left_out"].fillna(table["integrated"]).abs()
+    return table.sort_values("nats", ascending=False, kind="stable", ignore_index=True)
 
 
 def _key(row: dict[Any, Any]) -> tuple[int, int | None]:

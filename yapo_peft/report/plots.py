@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from ..evaluation.plots import COLOURS, dose_response_figure
+from ..evaluation.plots import COLOURS, dose_response_figure, losses_figure
 from ..evaluation.scores import Scores
 
 if TYPE_CHECKING:
@@ -74,23 +74,12 @@ def dose_response(scores: Scores, metrics: Sequence[str], of: str) -> list[str]:
 
 def losses(history: Sequence[dict[str, Any]]) -> str | None:
     """A plot of the training and evaluation losses; None if the log has none."""
-    from matplotlib.figure import Figure
-
-    lines = [(name, metric) for name, metric in (("training", "loss"), ("evaluation", "eval_loss"))]
-    points = {
-        name: [(entry["step"], float(entry[metric])) for entry in history if metric in entry] for name, metric in lines
+    runs = {
+        name: [{"step": entry["step"], "loss": entry[metric]} for entry in history if metric in entry]
+        for name, metric in (("training", "loss"), ("evaluation", "eval_loss"))
     }
-    points = {name: found for name, found in points.items() if found}
-    if not points:
-        return None
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for colour, (name, found) in zip(COLOURS, points.items(), strict=False):
-        axes.plot(*zip(*found, strict=True), "o-", markersize=3, color=colour, label=name)
-    axes.set(xlabel="step", ylabel="loss (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure_as_svg(figure, "Training loss by step")
+    runs = {name: run for name, run in runs.items() if run}
+    return figure_as_svg(losses_figure(runs, ""), "Training loss by step") if runs else None
 
 
 def attribution_bars(features: pd.DataFrame) -> str:
