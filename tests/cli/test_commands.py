@@ -241,7 +241,7 @@ def test_data_reject_saves_pairs(run, saved_adapter, pairs, tmp_path):
         (("generate", "{adapter}", "w1", "--multipliers", "nan"), "must be finite numbers"),
         (("generate", "{base}", "w1"), "is not a YaPO adapter"),
         (("generate", "{adapter}", "--chat", "--json"), "omit --json and --plain"),
-        (("sweep", "{adapter}", "--dataset", "nowhere.csv"), "There is no file 'nowhere.csv'"),
+        (("sweep", "{adapter}", "--dataset", "nowhere.csv"), "The file 'nowhere.csv' does not exist"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses"), "the extension must be one of"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--chosen", "best"), "no column 'best'"),
         (("prune", "{adapter}", "--features", "5", "--out", "{adapter}"), "is not empty"),

@@ -9,7 +9,7 @@ COLUMNS = {"question": "q", "options": "o", "answer": "a"}
 
 
 @pytest.mark.parametrize("answer", [1, "B", " b", "w3"])
-def test_an_answer_is_an_index_a_letter_or_the_text(answer):
+def test_load_choices_accepts_index_letter_or_text_as_answer(answer):
     questions = load_choices(Dataset.from_list([{**ROW, "a": answer}]), **COLUMNS, keep=["country"])
     assert questions.to_list() == [
         {"question": "w1 ?", "options": ["w2", "w3", "w4"], "answer": 1, "country": "UK"},
@@ -19,27 +19,29 @@ def test_an_answer_is_an_index_a_letter_or_the_text(answer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"o": ["O", "A", "B"], "a": "A"}, "the text of option B and the letter of another one"),
+        ({"o": ["O", "A", "B"], "a": "A"}, "the text of option B but the letter of another one"),
         ({"a": 3}, "Row 0 has a=3, which is not one of its 3 options"),
         ({"a": "w9"}, "Row 0 has a='w9'"),
         ({"a": -1}, "Row 0 has a=-1"),
-        ({"o": ["w2"]}, "must be a list of at least two texts"),
+        ({"o": ["w2"]}, "must be a list of at least two non-empty strings"),
         ({"o": ["w2", "w2"]}, "has duplicate options"),
         ({"q": " "}, "Row 0 has q=' '"),
     ],
 )
-def test_a_question_that_makes_no_sense_is_named(change, message):
+def test_load_choices_names_invalid_row(change, message):
     with pytest.raises(DatasetError, match=message):
         load_choices(Dataset.from_list([{**ROW, **change}]), **COLUMNS)
 
 
-def test_a_missing_column_says_what_is_there():
-    with pytest.raises(DatasetError, match="no column 'question', 'options', 'answer' but 'q', 'o', 'a', 'country'"):
+def test_missing_column_error_lists_columns():
+    with pytest.raises(
+        DatasetError, match="no column 'question', 'options', 'answer': name one of its columns 'q', 'o', 'a',"
+    ):
         load_choices(Dataset.from_list([ROW]))
 
 
 @pytest.mark.parametrize("form", ["text", "letter"])
-def test_pairs_have_the_right_option_chosen_and_each_wrong_one_rejected(form):
+def test_choice_pairs_reject_each_wrong_option(form):
     pairs = choice_pairs(load_choices(Dataset.from_list([ROW]), **COLUMNS), form=form, wrong="each")
     answers = ["w2", "w3", "w4"] if form == "text" else ["A", "B", "C"]
     assert [pair["chosen"][0]["content"] for pair in pairs] == [answers[1]] * 2
@@ -49,7 +51,7 @@ def test_pairs_have_the_right_option_chosen_and_each_wrong_one_rejected(form):
     assert ("B. w3" in prompt) == (form == "letter")
 
 
-def test_random_wrong_options_depend_on_the_seed_alone():
+def test_random_wrong_options_are_reproducible():
     questions = load_choices(Dataset.from_list([ROW] * 20), **COLUMNS)
     rejected = [[pair["rejected"] for pair in choice_pairs(questions, seed=seed)] for seed in (0, 0, 1)]
     assert rejected[0] == rejected[1] != rejected[2]
@@ -59,11 +61,11 @@ def test_random_wrong_options_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("options", "message"), [({"form": "number"}, "form='number'"), ({"wrong": "all"}, "wrong='all'")]
 )
-def test_unknown_choices_are_named(options, message):
+def test_choice_pairs_rejects_unknown_argument(options, message):
     with pytest.raises(ConfigError, match=message):
         choice_pairs(load_choices(Dataset.from_list([ROW]), **COLUMNS), **options)
 
 
-def test_there_are_no_letters_for_more_than_26_options():
+def test_choice_prompt_rejects_more_than_26_options():
     with pytest.raises(ConfigError, match="27 options"):
         choice_prompt("w1", [f"w{i}" for i in range(27)])

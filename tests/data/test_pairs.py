@@ -22,7 +22,7 @@ def said(text, role="assistant"):
 
 @pytest.fixture
 def source(tmp_path):
-    """Writes the same rows in one of the ways that people have them."""
+    """Writes the same rows in one of the supported formats."""
 
     def write(kind):
         rows = Dataset.from_list(
@@ -49,32 +49,32 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "saved", "saved dict", "dataset"])
-def test_pairs_are_read_from_what_people_have(source, kind):
+def test_load_pairs_reads_all_formats(source, kind):
     assert load_pairs(source(kind), **BIPO).to_list() == PAIRS
 
 
-def test_texts_stay_texts_where_there_is_no_chat(source):
+def test_load_pairs_keeps_texts_without_chat(source):
     pairs = load_pairs(source("csv"), **BIPO, chat=False)
     assert pairs[0] == {"prompt": "w1?", "chosen": "w2", "rejected": "w3"}
 
 
-def test_messages_are_kept_and_so_are_columns_that_are_named():
+def test_load_pairs_keeps_messages_and_named_columns():
     rows = Dataset.from_list([{**PAIRS[0], "country": "UK", "other": 1}])
     assert load_pairs(rows, keep=["country"]).to_list() == [{**PAIRS[0], "country": "UK"}]
 
 
-def test_a_prompt_that_both_answers_start_with_is_found():
+def test_load_pairs_extracts_shared_prompt():
     prompt, chosen, rejected = (PAIRS[0][name] for name in ("prompt", "chosen", "rejected"))
     rows = Dataset.from_list([{"good": prompt + chosen, "bad": prompt + rejected}])
     assert load_pairs(rows, prompt=None, chosen="good", rejected="bad").to_list() == PAIRS[:1]
 
 
-def test_prompts_with_one_answer_are_read_for_answers_to_be_generated(source):
+def test_load_pairs_without_rejected_column(source):
     pairs = load_pairs(source("csv"), prompt="question", chosen="matching", rejected=None)
     assert pairs.column_names == ["prompt", "chosen"]
 
 
-def test_pairs_that_teach_nothing_are_left_out_and_counted():
+def test_empty_and_equal_pairs_are_left_out_with_warning():
     rows = [("", "w2", "w3"), ("w1", "w2", None), ("w1", "w2 ", "w2"), ("w1", "w2", "w3"), ("w1", " ", "w3")]
     dataset = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
     message = (
@@ -89,14 +89,14 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, DatasetError, r"no column 'prompt', 'chosen', 'rejected' but 'question', 'matching', 'not_matching'"),
+        ({}, DatasetError, r"no column 'prompt', 'chosen', 'rejected': name one of its columns 'question',"),
         ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
         ({**BIPO, "keep": ["prompt"]}, ConfigError, "The column 'prompt' would be overwritten"),
         ({**BIPO, "streaming": True}, DatasetError, "streaming=True"),
-        ({"prompt": None, "rejected": None}, ConfigError, "prompt=None, rejected=None"),
+        ({"prompt": None, "rejected": None}, ConfigError, "prompt=None needs two answers"),
     ],
 )
-def test_a_wrong_mapping_says_what_is_there(source, options, error, message):
+def test_load_pairs_rejects_wrong_column_mapping(source, options, error, message):
     with pytest.raises(error, match=message):
         load_pairs(source("csv"), **options)
 
@@ -104,12 +104,12 @@ def test_a_wrong_mapping_says_what_is_there(source, options, error, message):
 @pytest.mark.parametrize(
     ("row", "chat", "message"),
     [
-        ({"prompt": 3}, True, "Row 0 has prompt=3: give a text, or a list of messages"),
+        ({"prompt": 3}, True, "Row 0 has prompt=3: must be a text, or a list of messages"),
         ({"prompt": [{"from": "human"}]}, True, "Row 0 has prompt=.*'role' and 'content'"),
         ({"prompt": said("w1", "user")}, False, "Row 0 has messages in 'prompt'"),
     ],
 )
-def test_a_cell_that_is_neither_text_nor_messages_is_named(row, chat, message):
+def test_load_pairs_names_invalid_cell(row, chat, message):
     rows = Dataset.from_list([{"chosen": "w1", "rejected": "w2", **row}])
     with pytest.raises(DatasetError, match=message):
         load_pairs(rows, chat=chat)
@@ -118,24 +118,24 @@ def test_a_cell_that_is_neither_text_nor_messages_is_named(row, chat, message):
 @pytest.mark.parametrize(
     ("source_", "error", "message"),
     [
-        ("nowhere.csv", FileNotFoundError, "There is no file 'nowhere.csv'"),
+        ("nowhere.csv", FileNotFoundError, "The file 'nowhere.csv' does not exist"),
         (["a"], DatasetError, "source is a list"),
         (DatasetDict(), DatasetError, "source is a DatasetDict"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_named(source_, error, message):
+def test_load_rows_names_invalid_source(source_, error, message):
     with pytest.raises(error, match=message):
         load_rows(source_)
 
 
-def test_a_file_of_another_kind_is_named(tmp_path):
+def test_load_rows_names_unsupported_format(tmp_path):
     (tmp_path / "pairs.xlsx").touch()
     with pytest.raises(DatasetError, match=r"pairs.xlsx' has an unsupported format: must be one of .csv"):
         load_rows(tmp_path / "pairs.xlsx")
 
 
-def test_a_missing_split_of_a_folder_is_named(source):
-    with pytest.raises(DatasetError, match="no split 'test' but 'train'"):
+def test_load_rows_lists_splits_of_saved_dataset(source):
+    with pytest.raises(DatasetError, match="no split 'test': use one of 'train'"):
         load_rows(source("saved dict"), "test")
 
 
@@ -144,7 +144,7 @@ COUNTRIES = Dataset.from_list(
 )
 
 
-def test_rows_are_selected_by_values():
+def test_where_selects_rows_by_values():
     assert where(COUNTRIES, country="UK", status="l")["i"] == [0]
     assert where(COUNTRIES, country=["UK", "Iran"], status="l")["i"] == [0, 2]
 
@@ -152,18 +152,18 @@ def test_rows_are_selected_by_values():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"country": ["UK", "Mars"]}, "No row has country='Mars': that column has 'UK', 'Iran'"),
-        ({"country": "Mars"}, "No row has country='Mars': that column has 'UK', 'Iran'"),
-        ({"planet": "Mars"}, "no column 'planet' but 'country', 'status', 'i'"),
-        ({"country": "Iran", "status": "n"}, "No row has country='Iran', status='n' together"),
+        ({"country": ["UK", "Mars"]}, "No row has country='Mars': use one of 'UK', 'Iran'"),
+        ({"country": "Mars"}, "No row has country='Mars': use one of 'UK', 'Iran'"),
+        ({"planet": "Mars"}, "no column 'planet': name one of its columns 'country', 'status', 'i'"),
+        ({"country": "Iran", "status": "n"}, "No row has country='Iran', status='n' at the same time"),
     ],
 )
-def test_values_that_no_row_has_are_named(values, message):
+def test_where_rejects_values_without_rows(values, message):
     with pytest.raises(DatasetError, match=message):
         where(COUNTRIES, **values)
 
 
-def test_a_system_prompt_goes_before_each_prompt():
+def test_with_system_prompt_precedes_each_prompt():
     pairs = with_system_prompt(Dataset.from_list(PAIRS), "w9")
     assert pairs[0]["prompt"] == [*said("w9", "system"), *PAIRS[0]["prompt"]]
     assert pairs[0]["chosen"] == PAIRS[0]["chosen"]
@@ -173,7 +173,7 @@ def test_a_system_prompt_goes_before_each_prompt():
         with_system_prompt(pairs, "w8")
 
 
-def test_whole_conversations_beside_a_prompt_are_cut_to_their_answers():
+def test_load_pairs_cuts_conversations_to_answers():
     def said(role, text):
         return {"role": role, "content": text}
 
@@ -182,5 +182,5 @@ def test_whole_conversations_beside_a_prompt_are_cut_to_their_answers():
     pair = load_pairs(Dataset.from_list(rows))[0]
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([said("user", "w1 w2")], *answers)
     rows[0]["chosen"][0]["content"] = "w9"
-    with pytest.raises(DatasetError, match="Row 0 has chosen starting with a message of the user"):
+    with pytest.raises(DatasetError, match="Row 0 has a chosen conversation that does not start with its prompt"):
         load_pairs(Dataset.from_list(rows))

@@ -31,7 +31,7 @@ def one_at_a_time(model, tokenizer, dataset):
 
 @pytest.mark.feature("Data", "On-policy rejected answers, batched and padded on the left")
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_answers_are_those_of_one_prompt_at_a_time(tmp_path, tokenizer, architecture):
+def test_batched_answers_match_single_prompts(tmp_path, tokenizer, architecture):
     model = make_model(architecture)
     pairs = generate_rejected(model, tokenizer, PROMPTS, tmp_path, **OPTIONS, do_sample=False)
     expected = one_at_a_time(model, tokenizer, PROMPTS)
@@ -40,7 +40,7 @@ def test_answers_are_those_of_one_prompt_at_a_time(tmp_path, tokenizer, architec
     assert pairs.column_names == ["prompt", "chosen", "rejected", "finished"]
 
 
-def test_an_active_adapter_steers_what_is_kept(tmp_path, tokenizer):
+def test_active_adapter_steers_answers(tmp_path, tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     set_code(model, random_code(scale=3.0))
     steered = generate_rejected(model, tokenizer, PROMPTS, tmp_path / "a", **OPTIONS)
@@ -52,7 +52,7 @@ def test_an_active_adapter_steers_what_is_kept(tmp_path, tokenizer):
         generate_rejected(model, tokenizer, PROMPTS, tmp_path / "a", **OPTIONS)
 
 
-def test_plain_prompts_get_plain_answers(tmp_path, tokenizer):
+def test_plain_prompts_yield_plain_answers(tmp_path, tokenizer):
     rows = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen")} for row in preference_rows(4, False)])
     pairs = generate_rejected(make_model(), tokenizer, rows, tmp_path, **OPTIONS)
     assert all(isinstance(answer, str) and answer for answer in pairs["rejected"])
@@ -63,7 +63,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_a_run_that_was_stopped_goes_on_with_nothing_lost_or_doubled(tmp_path, tokenizer, monkeypatch, sample):
+def test_interrupted_run_resumes(tmp_path, tokenizer, monkeypatch, sample):
     model, options = make_model(), {**OPTIONS, "do_sample": sample}
     whole = generate_rejected(model, tokenizer, PROMPTS, tmp_path / "whole", **options)
     generate, calls = model.generate, []
@@ -79,16 +79,16 @@ def test_a_run_that_was_stopped_goes_on_with_nothing_lost_or_doubled(tmp_path, t
         generate_rejected(model, tokenizer, PROMPTS, tmp_path / "part", **options)
     assert [file.name for file in (tmp_path / "part" / "answers").iterdir()] == ["00000-of-00003.jsonl"]
     assert not list((tmp_path / "part").glob("pairs-*"))
-    torch.rand(3)  # what else draws random numbers makes no difference
+    torch.rand(3)  # unrelated random numbers make no difference
     resumed = generate_rejected(model, tokenizer, PROMPTS, tmp_path / "part", **options)
     assert resumed.to_list() == whole.to_list()
-    assert len(calls) == 4 + 4  # the second shard again, and the third one
+    assert len(calls) == 4 + 4  # the second shard again, and the third
     again = generate_rejected(model, tokenizer, PROMPTS, tmp_path / "part", **options)
     assert len(calls) == 8
     assert again.to_list() == whole.to_list()
 
 
-def test_sampled_answers_depend_on_the_seed(tmp_path, tokenizer):
+def test_sampled_answers_are_reproducible(tmp_path, tokenizer):
     options = {**OPTIONS, "do_sample": True, "temperature": 5.0}
     answers = [
         generate_rejected(make_model(), tokenizer, PROMPTS, tmp_path / str(i), **options, seed=seed)["rejected"]
@@ -97,7 +97,7 @@ def test_sampled_answers_depend_on_the_seed(tmp_path, tokenizer):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_pairs_are_saved_in_shards_that_datasets_reads(tmp_path, tokenizer):
+def test_pairs_are_saved_as_parquet_shards(tmp_path, tokenizer):
     pairs = generate_rejected(make_model(), tokenizer, PROMPTS, tmp_path, **OPTIONS)
     files = sorted(str(file) for file in tmp_path.glob("pairs-*.parquet"))
     assert [Path(file).name for file in files] == [f"pairs-0000{i}-of-00003.parquet" for i in range(3)]
@@ -105,7 +105,7 @@ def test_pairs_are_saved_in_shards_that_datasets_reads(tmp_path, tokenizer):
     assert read.to_list() == pairs.to_list()
 
 
-def test_answers_that_teach_nothing_are_left_out(tmp_path, tokenizer, capsys):
+def test_uninformative_answers_are_dropped(tmp_path, tokenizer, capsys):
     model = make_model()
     (first, second, *_) = one_at_a_time(model, tokenizer, PROMPTS)
     rows = PROMPTS.select([0, 1, 2]).to_list()
@@ -114,10 +114,13 @@ def test_answers_that_teach_nothing_are_left_out(tmp_path, tokenizer, capsys):
     pairs = generate_rejected(model, tokenizer, Dataset.from_list(rows), tmp_path, **OPTIONS)
     assert len(pairs) == 2
     assert second in [pair["rejected"][0]["content"] for pair in pairs]
-    assert "2 of 4 answers make a pair; 0 empty, 1 the same as the chosen one, 1 of a pair" in capsys.readouterr().out
+    assert (
+        "Created 2 pairs from 4 answers; dropped 0 empty, 1 equal to the chosen one, 1 duplicate"
+        in capsys.readouterr().out
+    )
 
 
-def test_answers_that_are_cut_say_so(tmp_path, tokenizer):
+def test_finished_tells_truncated_answers(tmp_path, tokenizer):
     model = make_model()
     pairs = generate_rejected(model, tokenizer, PROMPTS, tmp_path, **OPTIONS)
     assert not any(pairs["finished"])
@@ -131,22 +134,22 @@ def test_answers_that_are_cut_say_so(tmp_path, tokenizer):
     ("rows", "options", "error", "message"),
     [
         (PROMPTS.select([]), {}, DatasetError, "The dataset is empty"),
-        (PROMPTS.remove_columns("chosen"), {}, DatasetError, "no column 'chosen' but 'prompt'"),
+        (PROMPTS.remove_columns("chosen"), {}, DatasetError, "no column 'chosen': name one of its columns 'prompt'"),
         (Dataset.from_list([{"prompt": "w1", "chosen": None}]), {}, DatasetError, "Row 0 has chosen=None"),
         (PROMPTS, {"batch_size": 0}, ConfigError, "batch_size=0"),
         (PROMPTS, {"max_length": 9}, ConfigError, "omit max_length"),
         (PROMPTS, {"num_return_sequences": 2}, ConfigError, "omit max_length"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_generated(tmp_path, tokenizer, rows, options, error, message):
+def test_invalid_input_raises_before_generating(tmp_path, tokenizer, rows, options, error, message):
     with pytest.raises(error, match=message):
         generate_rejected(make_model(), tokenizer, rows, tmp_path / "out", **OPTIONS | options)
     assert not (tmp_path / "out").exists()
 
 
-def test_another_run_in_the_same_folder_is_named(tmp_path, tokenizer):
+def test_generate_rejected_rejects_folder_of_another_run(tmp_path, tokenizer):
     generate_rejected(make_model(), tokenizer, PROMPTS, tmp_path, **OPTIONS)
-    with pytest.raises(ConfigError, match=r"another run .*seed: 0 then, 1 now"):
+    with pytest.raises(ConfigError, match=r"another run .*seed: 0 before, 1 now"):
         generate_rejected(make_model(), tokenizer, PROMPTS, tmp_path, **OPTIONS, seed=1)
     with pytest.raises(ConfigError, match=r"another run .*prompts"):
         generate_rejected(make_model(), tokenizer, PROMPTS.select([1, 2]), tmp_path, **OPTIONS)
@@ -154,7 +157,7 @@ def test_another_run_in_the_same_folder_is_named(tmp_path, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.feature("Data", "On-policy rejected answers on several processes")
-def test_two_processes_share_the_work(tmp_path, tokenizer):
+def test_two_processes_match_one(tmp_path, tokenizer):
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"q": row["prompt"][0]["content"], "a": row["chosen"][0]["content"]} for row in PROMPTS]

@@ -139,7 +139,7 @@ def test_report_command_on_a_saved_adapter(pairs, saved_adapter, tmp_path, capsy
     (saved_adapter / "README.md").unlink()
     for bad, message in (
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--dataset", "nowhere.csv"], "There is no file 'nowhere.csv'"),
+        (["--dataset", "nowhere.csv"], "The file 'nowhere.csv' does not exist"),
         (["--out", str(tmp_path)], "must end in '.html'"),
         (["--card"], "There is no"),
         (["--dtype", "foo"], "dtype='foo': must be 'auto'"),

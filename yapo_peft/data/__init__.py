@@ -1,4 +1,4 @@
-"""What people have, as TRL's preference datasets."""
+"""Loads and creates preference datasets in TRL's format."""
 
 from .choices import choice_pairs, choice_prompt, letters, load_choices
 from .preferences import load_pairs, with_system_prompt

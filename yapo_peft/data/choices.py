@@ -19,14 +19,14 @@ Wrong = Literal["random", "each"]
 
 
 def letters(count: int) -> list[str]:
-    """The first `count` letters: A, B, C, ... Raises `ConfigError` for more than 26."""
+    """Returns the first `count` letters: A, B, C, ... Raises `ConfigError` for more than 26."""
     if count > len(string.ascii_uppercase):
         raise ConfigError(f"{count} options: at most {len(string.ascii_uppercase)} are supported, one per letter.")
     return list(string.ascii_uppercase[:count])
 
 
 def choice_prompt(question: str, options: Sequence[str], form: str = "letter") -> str:
-    """The prompt of a question: the question alone for form="text", or with its options for "letter"."""
+    """Returns the prompt of a question: the question alone for form="text", followed by its options for "letter"."""
     choice(get_args(AnswerForm), form=form)
     if form == "text":
         return question
@@ -44,21 +44,21 @@ def load_choices(
     split: str = "train",
     **load_options: Any,
 ) -> Dataset:
-    """Loads multiple-choice questions with the columns `question`, `options` and `answer`, an index.
+    """Loads multiple-choice questions, with the columns `question`, `options` and `answer` (an index).
 
     Args:
         source: As for `load_rows`.
         question: Column with the questions.
         options: Column with the options, a list of texts.
-        answer: Column with the correct option: its index (from 0), letter or text.
+        answer: Column with the correct option, as its index (from 0), letter or text.
         keep: Other columns to keep.
         split: As for `load_rows`.
         **load_options: For `datasets.load_dataset`.
 
     Raises:
-        ConfigError: `keep` names a column of the questions.
-        DatasetError: A column is missing, or a row has fewer than two options, duplicates, or an answer that is not an
-            option.
+        ConfigError: `keep` has the name of a created column.
+        DatasetError: A column is missing, or a row has fewer than two options, duplicate options, or an answer that is
+            not among them.
     """
     require_free(keep or [], ["question", "options", "answer"])
     rows = load_rows(source, split, **load_options)
@@ -68,11 +68,13 @@ def load_choices(
         row = dict(row)
         texts = row[options]
         if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise DatasetError(f"Row {index} has {options}={texts!r}: must be a list of at least two texts.")
+            raise DatasetError(
+                f"Row {index} has {options}={texts!r}: must be a list of at least two non-empty strings."
+            )
         if len(set(texts)) < len(texts):
-            raise DatasetError(f"Row {index} has duplicate options: {texts!r}.")
+            raise DatasetError(f"Row {index} has duplicate options: {texts!r}; remove them.")
         if not isinstance(row[question], str) or not row[question].strip():
-            raise DatasetError(f"Row {index} has {question}={row[question]!r}: must be a text.")
+            raise DatasetError(f"Row {index} has {question}={row[question]!r}: must be a non-empty string.")
         right = _index_of(row[answer], texts, index, answer)
         kept = {name: row[name] for name in keep or []}
         found.append({"question": row[question], "options": texts, "answer": right, **kept})
@@ -94,7 +96,7 @@ def choice_pairs(dataset: Dataset, *, form: str = "text", wrong: str = "random",
         Conversational pairs, with the dataset's other columns.
 
     Raises:
-        ConfigError: An argument is invalid, or the questions have a column of the pairs.
+        ConfigError: An argument is invalid, or a column has the name of a created one.
         DatasetError: A column is missing.
     """
     require_columns(dataset, ["question", "options", "answer"])
@@ -128,7 +130,7 @@ def _index_of(answer: Any, options: list[str], row: int, column: str) -> int:
         letter = names.index(answer.strip().upper()) if answer.strip().upper() in names else None
         if text is not None and letter is not None and text != letter:
             raise DatasetError(
-                f"Row {row} has {column}={answer!r}, the text of option {names[text]} and the letter of another one: "
+                f"Row {row} has {column}={answer!r}, the text of option {names[text]} but the letter of another one: "
                 "use the index, from 0."
             )
         if text is not None or letter is not None:

@@ -1,4 +1,4 @@
-"""Preference pairs in TRL's format."""
+"""Loads preference pairs in TRL's format."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def load_pairs(
 
     Args:
         source: As for `load_rows`.
-        prompt: Column of the prompts, as texts or lists of messages; None if `chosen` and `rejected` start with them.
-        chosen: Column of the answers to prefer; of conversations that start with the prompt, what follows it is taken.
-        rejected: Column of the other answers; None if there are none, as `generate_rejected` makes them.
-        chat: Whether texts become messages of a user and an assistant, as a chat model wants them; False keeps them.
+        prompt: Column with the prompts, as texts or messages; None if `chosen` and `rejected` start with the prompt.
+        chosen: Column with the preferred answers; a conversation that starts with the prompt is cut to what follows it.
+        rejected: Column with the other answers; None if there are none yet, to create them with `generate_rejected`.
+        chat: Whether to convert texts to user and assistant messages, for chat models.
         keep: Other columns to keep.
         split: As for `load_rows`.
         **options: For `datasets.load_dataset`.
 
     Returns:
-        The pairs. Those without a prompt or an answer, and those whose answers are the same, are left out, with a
-        warning that counts them.
+        The pairs. Pairs without a prompt or an answer, and those with equal answers, are left out, and a warning counts
+        them.
 
     Raises:
-        ConfigError: Neither `prompt` nor `rejected` is named, or `keep` names a column of the pairs.
-        DatasetError: A column is missing, holds neither texts nor messages, an answer is a conversation that starts
-            otherwise than its prompt, or no pair is left.
+        ConfigError: Both `prompt` and `rejected` are None, or `keep` has the name of a created column.
+        DatasetError: A column is missing or has neither texts nor messages, an answer is a conversation with a
+            different prompt, or no pair is left.
     """
     if prompt is None and rejected is None:
-        raise ConfigError("prompt=None, rejected=None: a prompt is what two answers both start with; name its column.")
+        raise ConfigError("prompt=None needs two answers, to find the prompt that both start with: pass rejected=.")
     require_free(keep or [], PAIR)
     rows = load_rows(source, split, **options)
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -67,27 +67,27 @@ def load_pairs(
         cells = {ours: _cell(row[theirs], ours, index, chat) for ours, theirs in columns.items()}
         if chat:
             cells = _without_prompts(cells, index)
-        if not all(map(_says_something, cells.values())):
+        if not all(map(_has_text, cells.values())):
             empty.append(index)
         elif cells["chosen"] == cells.get("rejected"):
             same.append(index)
         else:
             pairs.append({**cells, **{name: row[name] for name in keep or []}})
-    _say_what_is_left_out(len(rows), len(pairs), {"without a prompt or an answer": empty, "with equal answers": same})
+    _report_left_out(len(rows), len(pairs), {"without a prompt or an answer": empty, "with equal answers": same})
     return Dataset.from_list(pairs)
 
 
 def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = False) -> Dataset:
-    """The same pairs or prompts, each behind a system prompt: what steering is to be compared with.
+    """Adds a system prompt to each prompt, as a baseline for steering.
 
     Args:
-        dataset: With a column `prompt`, of messages or texts.
-        system_prompt: What the system says; before a text it is a paragraph of its own.
-        as_user: Put it before the first message's text instead, for chat templates without a system role, such as
+        dataset: Rows with a column `prompt`, of messages or texts.
+        system_prompt: The system prompt; plain texts get it as their first paragraph.
+        as_user: Whether to prepend it to the first message instead, for chat templates without a system role, such as
             Gemma 2's.
 
     Raises:
-        DatasetError: There is no column `prompt`, or a prompt has a system message already.
+        DatasetError: The column `prompt` is missing, or a prompt has a system message already.
     """
     require_columns(dataset, ["prompt"])
 
@@ -96,7 +96,7 @@ def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = 
         if isinstance(prompt, str):
             return {"prompt": f"{system_prompt}\n\n{prompt}"}
         if prompt and prompt[0]["role"] == "system":
-            raise DatasetError(f"A prompt has a system message already: {prompt[0]['content']!r}.")
+            raise DatasetError(f"A prompt has a system message already: {prompt[0]['content']!r}; remove it.")
         if as_user:
             first = {**prompt[0], "content": f"{system_prompt}\n\n{prompt[0]['content']}"}
             return {"prompt": [first, *prompt[1:]]}
@@ -106,16 +106,16 @@ def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = 
 
 
 def _with_prompts(rows: Dataset, chosen: str, rejected: str) -> Dataset:
-    """The pairs with what both answers start with as their prompt, as TRL finds it."""
+    """Splits off the prompt that both answers start with, as TRL does."""
     from trl import extract_prompt
 
-    both = rows.filter(lambda row: bool(row[chosen]) and bool(row[rejected]), desc="Leaving out empty answers")
+    both = rows.filter(lambda row: bool(row[chosen]) and bool(row[rejected]), desc="Dropping empty answers")
     renamed = both.rename_columns({old: new for old, new in ((chosen, "chosen"), (rejected, "rejected")) if old != new})
-    return renamed.map(extract_prompt, desc="Finding prompts")
+    return renamed.map(extract_prompt, desc="Extracting prompts")
 
 
 def _without_prompts(cells: dict[str, Any], index: int) -> dict[str, Any]:
-    """Messages whose answers do not say the prompt again, as those of whole conversations do."""
+    """Removes the prompt from answers that are whole conversations."""
     prompt, found = cells["prompt"], dict(cells)
     for name in ("chosen", "rejected"):
         answer = found.get(name) or []
@@ -124,33 +124,35 @@ def _without_prompts(cells: dict[str, Any], index: int) -> dict[str, Any]:
             found[name] = answer[len(prompt) :]
         elif answer and answer[0]["role"] in ("user", "system"):
             raise DatasetError(
-                f"Row {index} has {name} starting with a message of the {answer[0]['role']}, which is not its prompt: "
-                "give the answer alone, or the conversation with prompt=None."
+                f"Row {index} has a {name} conversation that does not start with its prompt: keep only the answer, or "
+                "pass prompt=None to take the prompt from the conversations."
             )
     return found
 
 
 def _cell(value: Any, column: str, index: int, chat: bool) -> Any:
-    """A cell as a text or as messages."""
+    """Converts a cell to a text or to messages."""
     if value is None or isinstance(value, str):
         text = (value or "").strip() if chat else value or ""
         return [{"role": _ROLES[column], "content": text}] if chat else text
     is_messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
     if not is_messages:
         raise DatasetError(
-            f"Row {index} has {column}={value!r}: give a text, or a list of messages with 'role' and 'content'."
+            f"Row {index} has {column}={value!r}: must be a text, or a list of messages with 'role' and 'content'."
         )
     if not chat:
-        raise DatasetError(f"Row {index} has messages in {column!r}: they are a chat, so leave chat=True.")
+        raise DatasetError(
+            f"Row {index} has messages in {column!r}, but chat=False is for plain texts: pass chat=True."
+        )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def _says_something(cell: Any) -> bool:
+def _has_text(cell: Any) -> bool:
     texts = [cell] if isinstance(cell, str) else [message["content"] for message in cell]
     return any(text and text.strip() for text in texts)
 
 
-def _say_what_is_left_out(rows: int, pairs: int, reasons: dict[str, list[int]]) -> None:
+def _report_left_out(rows: int, pairs: int, reasons: dict[str, list[int]]) -> None:
     found = "; ".join(
         f"{len(indices)} {reason} (first in row {indices[0]})" for reason, indices in reasons.items() if indices
     )

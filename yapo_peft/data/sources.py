@@ -21,15 +21,15 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
     Args:
         source: A CSV, TSV, JSON, JSON-lines, Parquet or Arrow file; a folder that `save_to_disk` wrote; the name of a
             dataset on the Hub; or a `Dataset`, which is returned as it is.
-        split: Of a dataset on the Hub or a saved `DatasetDict`; a file has only one.
+        split: The split of a Hub dataset or a saved `DatasetDict`; ignored for a file, which has only one.
         **options: For `datasets.load_dataset`, such as `name` or `revision`.
 
     Raises:
         DatasetError: The file format is not supported, or `source` is not a dataset.
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if options.get("streaming"):
-        raise DatasetError("streaming=True: all rows are read here; stream the dataset yourself, and train on that.")
+        raise DatasetError("streaming=True is not supported, because all rows are read: stream the dataset yourself.")
     if isinstance(source, Dataset):
         return source
     if not isinstance(source, str | Path):
@@ -47,14 +47,14 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
 
 
 def where(dataset: Dataset, **values: Any) -> Dataset:
-    """The rows whose columns have given values, such as `where(rows, country="UK", split=["train", "dev"])`.
+    """Selects rows by the values of columns, such as `where(rows, country="UK", split=["train", "dev"])`.
 
     Args:
         dataset: Any dataset.
-        **values: For each column, the value that it must have, or a list of those that it may have.
+        **values: For each column, the value to select, or a list of values.
 
     Raises:
-        DatasetError: A column is missing, or no row has one of the values; the message lists what is there.
+        DatasetError: A column is missing, or no row has one of the values; the message lists the available ones.
     """
     require_columns(dataset, list(values))
     allowed = {name: value if isinstance(value, list | tuple | set) else [value] for name, value in values.items()}
@@ -63,7 +63,7 @@ def where(dataset: Dataset, **values: Any) -> Dataset:
         unknown = [value for value in wanted if value not in there]
         if unknown:
             listed = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "")
-            raise DatasetError(f"No row has {name}={unknown[0]!r}: that column has {listed}.")
+            raise DatasetError(f"No row has {name}={unknown[0]!r}: use one of {listed}.")
     columns = [dataset[name] for name in allowed]
     chosen = [
         index
@@ -72,22 +72,22 @@ def where(dataset: Dataset, **values: Any) -> Dataset:
     ]
     if not chosen:
         asked = ", ".join(f"{name}={_plain(wanted)}" for name, wanted in allowed.items())
-        raise DatasetError(f"No row has {asked} together, though each of them occurs.")
+        raise DatasetError(f"No row has {asked} at the same time, though each value occurs: drop one of them.")
     return dataset.select(chosen)
 
 
 def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
-    """Raises unless a dataset has columns.
+    """Checks that a dataset has the given columns.
 
     Raises:
-        DatasetError: One is missing; the message lists those that are there.
+        DatasetError: A column is missing; the message lists the existing ones.
     """
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
         there = ", ".join(map(repr, dataset.column_names))
         raise DatasetError(
-            f"The dataset has no column {', '.join(map(repr, missing))} but {there}: "
-            "say which of them to read, such as prompt='question'."
+            f"The dataset has no column {', '.join(map(repr, missing))}: name one of its columns {there}, such as "
+            "prompt='question'."
         )
 
 
@@ -102,9 +102,9 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
     if path.suffix not in BUILDERS:
         raise DatasetError(f"{str(path)!r} has an unsupported format: must be one of {', '.join(BUILDERS)}.")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        raise FileNotFoundError(f"The file {str(path)!r} does not exist.")
     if BUILDERS[path.suffix] == "csv":
-        # "None" and "NA" can be answers.
+        # Keeps "None" and "NA", which can be answers.
         options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
     try:
         return cast(Dataset, load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options))
@@ -116,7 +116,7 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
 
 def _split_of(saved: DatasetDict, split: str, path: Path) -> Dataset:
     if split not in saved:
-        raise DatasetError(f"{str(path)!r} has no split {split!r} but {', '.join(map(repr, saved))}.")
+        raise DatasetError(f"{str(path)!r} has no split {split!r}: use one of {', '.join(map(repr, saved))}.")
     return saved[split]
 
 

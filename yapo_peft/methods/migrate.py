@@ -67,7 +67,7 @@ def layer_of(file: str | Path) -> int:
 
 def _read(file: Path, layer: YaPOLayer, adapter_name: str, space: str) -> Tensor:
     if not file.is_file():
-        raise FileNotFoundError(f"There is no file {str(file)!r}.")
+        raise FileNotFoundError(f"The file {str(file)!r} does not exist.")
     try:
         # Otherwise, loading an untrusted file could run code.
         vector = torch.load(file, map_location="cpu", weights_only=True)
