@@ -135,7 +135,9 @@ def test_error_during_generation_is_raised_and_restores_the_model(playground, mo
 def test_invalid_prompts_and_dials_raise(playground):
     with pytest.raises(ConfigError, match="prompt is empty"):
         next(playground.answers("  ", Dials()))
-    with pytest.raises(ConfigError, match="has 204 tokens and max_new_tokens=80, but the model takes at most 128"):
+    with pytest.raises(
+        ConfigError, match="prompt of 204 tokens with max_new_tokens=80 has 284 tokens, but the model takes at most 128"
+    ):
         next(playground.answers("w1 " * 199, Dials()))
     with pytest.raises(ConfigError, match="adapter_name='three'"):
         next(playground.answers(PROMPT, Dials({"three": 1.0})))

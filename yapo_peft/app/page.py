@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import YaPOError
@@ -18,7 +20,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 _HEAD = ["adapter", "layer", "feature", "value", "factor", "promotes", "label"]
 _TYPES: list[Any] = ["str", "number", "number", "number", "number", "str", "str"]
-_FACTOR = _HEAD.index("factor")
+_STATIC = [column for column, name in enumerate(_HEAD) if name != "factor"]
 
 
 def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
@@ -38,14 +40,17 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
     except ImportError as error:
         raise ImportError("The app needs Gradio: pip install 'yapo-peft[app]'.") from error
 
-    def said(error: YaPOError) -> Any:
-        return gr.Error(str(error), print_exception=False)
+    @contextmanager
+    def shown(*errors: type[Exception]) -> Generator[None]:
+        """Shows errors on the page."""
+        try:
+            yield
+        except (YaPOError, *errors) as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     def load(source: str, chosen: list[str]) -> tuple[Any, str]:
-        try:
+        with shown(ValueError, OSError):
             name = playground.load(source)
-        except (YaPOError, ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
         return gr.update(choices=playground.adapters, value=[*chosen, name]), ""
 
     def table(chosen: list[str]) -> tuple[list[list[Any]], Any]:
@@ -62,30 +67,24 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         temperature: float,
         seed: float,
     ) -> Generator[tuple[str, str]]:
-        try:
+        with shown():
             dials = _dials(chosen, multipliers, rows)
             yield from playground.answers(prompt, dials, int(length), temperature, int(seed))
-        except YaPOError as error:
-            raise said(error) from error
 
     def highlight(text: str, feature: str | None) -> str:
         if not text or not feature:
             return "<p>Generate an answer and choose a feature first.</p>"
         adapter, _, place = feature.rpartition(": layer ")
         layer, _, index = place.partition(", feature ")
-        try:
+        with shown():
             tokens, values = playground.activity(text, adapter, (int(layer), int(index)))
-        except YaPOError as error:
-            raise said(error) from error
         if not any(value > 0 for value in values):
             return "<p>The feature is off at all of these tokens.</p>"
         return f'<p style="white-space: pre-wrap">{marked_tokens(tokens, values)}</p>'
 
     def save(adapter: str, name: str, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> str:
-        try:
+        with shown():
             return f"Saved to {playground.save(adapter, _dials(chosen, multipliers, rows), name.strip())}."
-        except YaPOError as error:
-            raise said(error) from error
 
     first = playground.adapters[:1]
     with gr.Blocks(title="yapo", analytics_enabled=False) as page:
@@ -130,7 +129,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             steered = gr.Textbox(label="Steered", lines=8, interactive=False, elem_id="steered")
         with gr.Accordion("Features (factor 0 turns one off)", open=False, elem_id="features"):
             features = gr.Dataframe(
-                headers=_HEAD, datatype=_TYPES, type="array", interactive=True, static_columns=_static(), wrap=True,
+                headers=_HEAD, datatype=_TYPES, type="array", interactive=True, static_columns=_STATIC, wrap=True,
                 column_count=len(_HEAD), elem_id="factors",
             )  # fmt: skip
         with gr.Accordion("Activations of a feature on the steered answer", open=False, elem_id="activity"):
@@ -154,10 +153,6 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         marking.click(highlight, [steered, feature], marked)
         saving.click(save, [which, name, chosen, multipliers, features], where)
     return page
-
-
-def _static() -> list[int]:
-    return [column for column in range(len(_HEAD)) if column != _FACTOR]
 
 
 def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
@@ -184,6 +179,6 @@ def _dials(chosen: list[str], multipliers: dict[str, float], rows: list[list[Any
             number = float(factor)
         except (TypeError, ValueError):
             continue
-        if number != 1.0 and number == number and abs(number) != float("inf"):
+        if number != 1.0 and math.isfinite(number):
             factors[str(adapter), int(layer), int(feature)] = number
     return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, factors)

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from .._utils import evaluating
 from ..adapter_file.saving import save_adapter
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
-from ..interpret.texts import context_length, device_and_dtype, padded, unsteered_outputs
+from ..interpret.texts import device_and_dtype, padded, require_length, unsteered_outputs
 from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
@@ -112,12 +113,14 @@ class Playground:
         ids = self._ids(prompt, max_new_tokens)
         for name in dials.multipliers:
             adapter_of(self.model, name)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        options = {"max_new_tokens": max_new_tokens, **sampling}
         steps: queue.Queue[Tensor | BaseException | None] = queue.Queue()
         stop = threading.Event()
 
         def work() -> None:
             try:
-                self._generate(ids, dials, max_new_tokens, temperature, seed, RowStreamer(steps), stop)
+                self._generate(ids, dials, seed, RowStreamer(steps), stop, **options)
                 steps.put(None)
             except BaseException as error:
                 steps.put(error)
@@ -182,28 +185,16 @@ class Playground:
             raise ConfigError("The prompt is empty: enter one.")
         chat = getattr(self.tokenizer, "chat_template", None)
         ids = prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)
-        window = context_length(self.model)
-        if window is not None and len(ids) + max_new_tokens > window:
-            raise ConfigError(
-                f"The prompt has {len(ids)} tokens and max_new_tokens={max_new_tokens}, but the model takes at most "
-                f"{window} tokens: shorten one of them."
-            )
+        what = f"The prompt of {len(ids)} tokens with max_new_tokens={max_new_tokens}"
+        require_length(self.model, len(ids) + max_new_tokens, what)
         return ids
 
     @torch.no_grad()
     def _generate(
-        self,
-        ids: list[int],
-        dials: Dials,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        streamer: RowStreamer,
-        stop: threading.Event,
+        self, ids: list[int], dials: Dials, seed: int, streamer: RowStreamer, stop: threading.Event, **options: Any
     ) -> None:
         device, _ = device_and_dtype(self.model)
         rows = torch.tensor([ids, ids], device=device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         with self._lock, evaluating(self.model), self._dialled(dials), torch.random.fork_rng():
             if stop.is_set():
                 return
@@ -211,11 +202,10 @@ class Playground:
             self.model.generate(
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),
-                max_new_tokens=max_new_tokens,
                 pad_token_id=padding_of(self.tokenizer),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
-                **sampling,
+                **options,
             )
 
     @contextmanager
@@ -276,8 +266,5 @@ def _from_hub(source: str) -> PeftConfig:
 
 
 def _free_name(name: str, taken: list[str]) -> str:
-    number = 2
-    found = name
-    while found in taken:
-        found, number = f"{name}-{number}", number + 1
-    return found
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(found for found in names if found not in taken)
