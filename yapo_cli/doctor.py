@@ -71,15 +71,9 @@ def _devices() -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "device": f"cuda:{index}",
-                "name": properties.name,
-                "memory": properties.total_memory,
-                "bfloat16": torch.cuda.is_bf16_supported(),
-            }
-        )
+        card = torch.cuda.get_device_properties(index)
+        bfloat16 = torch.cuda.is_bf16_supported()
+        found.append({"device": f"cuda:{index}", "name": card.name, "memory": card.total_memory, "bfloat16": bfloat16})
     if torch.backends.mps.is_available():
         found.append({"device": "mps", "name": "Apple", "memory": None, "bfloat16": True})
     return [*found, {"device": "cpu", "name": f"{torch.get_num_threads()} threads", "memory": None, "bfloat16": True}]

@@ -79,7 +79,10 @@ def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity | None, d_mode
             f"The adapter's file holds {', '.join(sorted(found))} of {name!r}, but its config, with "
             f"space={'dense' if sae is None else 'sae'!r}, needs {', '.join(sorted(expected))}."
         )
-    return _unpack_dense(name, parts[_VALUES], d_model) if sae is None else _unpack_sparse(name, parts, sae)
+    code = _unpack_dense(name, parts[_VALUES], d_model) if sae is None else _unpack_sparse(name, parts, sae)
+    if not code.isfinite().all():
+        raise AdapterFileError(f"{name!r} holds values that are NaN or infinite.")
+    return code
 
 
 def _unpack_dense(name: str, values: Tensor, d_model: int) -> Tensor:
@@ -88,13 +91,7 @@ def _unpack_dense(name: str, values: Tensor, d_model: int) -> Tensor:
             f"{name!r} has {values.dtype} values of shape {tuple(values.shape)}; expected float32, {(d_model,)}: the "
             "file belongs to another model."
         )
-    return _finite(name, values.to(torch.float32))
-
-
-def _finite(name: str, values: Tensor) -> Tensor:
-    if not values.isfinite().all():
-        raise AdapterFileError(f"{name!r} holds values that are NaN or infinite.")
-    return values
+    return values.to(torch.float32)
 
 
 def _unpack_sparse(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Tensor:
@@ -122,7 +119,7 @@ def _unpack_sparse(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Ten
     if indices.unique().numel() != indices.numel():
         raise AdapterFileError(f"{name!r} names a feature twice.")
     code = torch.zeros(width, dtype=torch.float32, device=values.device)
-    code[indices.long()] = _finite(name, values.to(torch.float32))
+    code[indices.long()] = values.to(torch.float32)
     return code
 
 
