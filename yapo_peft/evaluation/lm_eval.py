@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -129,11 +129,9 @@ def _rows(found: dict[str, Any], metric: str, wanted: str | None) -> list[dict[s
             if wanted is not None and sample["filter"] != wanted:
                 continue
             value = sample.get(metric)
-            if not isinstance(value, bool | int | float | np.number):
-                numbers = [
-                    n for n in sample.get("metrics", []) if isinstance(sample[n], bool | int | float | np.number)
-                ]
-                there = ", ".join(map(repr, numbers)) or "none"
+            if not isinstance(value, Real):
+                numbers = [repr(name) for name in sample.get("metrics", []) if isinstance(sample[name], Real)]
+                there = ", ".join(numbers) or "none"
                 raise ConfigError(f"Task {task!r} has no per-document number {metric!r}; it has {there}.")
             rows.append({"example": sample["doc_id"], metric: float(value), "task": task})
     return rows

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pandas as pd
 
 from ..evaluation.plots import COLOURS, dose_response_figure, losses_figure
@@ -60,8 +62,7 @@ def figure_as_svg(figure: Figure, text: str) -> str:
 
     svg = re.sub(r' id="([\w.-]+)"', renamed, svg)
     svg = re.sub(r'(url\(|href=")#([\w.-]+)', rf"\g<1>#{own}-\2", svg)
-    label = text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return re.sub(r"^<svg ", f'<svg role="img" aria-label="{label}" ', svg)
+    return re.sub(r"^<svg ", f'<svg role="img" aria-label="{escape(text)}" ', svg)
 
 
 def dose_response(scores: Scores, metrics: Sequence[str], of: str) -> list[str]:
@@ -91,13 +92,10 @@ def attribution_bars(features: pd.DataFrame) -> str:
     names = [_named(row, several) for row in shown.itertuples()]
     figure = Figure(figsize=(5.4, 0.6 + 0.3 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    places = range(len(shown))
-    for colour, offset, column, name in (
-        (COLOURS[0], 0.2, "left_out", "left out"),
-        (COLOURS[1], -0.2, "integrated", "integrated gradients"),
-    ):
-        axes.barh([place + offset for place in places], shown[column], height=0.38, color=colour, label=name)
-    axes.set_yticks(list(places), names)
+    places = np.arange(len(shown))
+    axes.barh(places + 0.2, shown["left_out"], height=0.38, color=COLOURS[0], label="left out")
+    axes.barh(places - 0.2, shown["integrated"], height=0.38, color=COLOURS[1], label="integrated gradients")
+    axes.set_yticks(places, names)
     axes.axvline(0, color=_INK, linewidth=0.8)
     axes.set(xlabel="contribution to the mean margin (nats)")
     axes.spines[["top", "right", "left"]].set_visible(False)
