@@ -18,7 +18,7 @@ def steered(architecture="llama", layers=(1, 2), density=0.6, **config):
 
 
 def effect_of(model, pairs, tokenizer, multiplier):
-    """The mean margin gained, and the margins of all pairs, as `sweep` measures them."""
+    """The change of the mean margin, measured with `sweep`."""
     table = sweep(model, pairs, tokenizer, [0.0, multiplier]).summary().set_index("multiplier")["margin"]
     return table[multiplier] - table[0.0]
 
@@ -38,8 +38,8 @@ CASES = pytest.mark.parametrize(
 
 @CASES
 @pytest.mark.parametrize("multiplier", [1.0, -0.7])
-@pytest.mark.feature("Reading", "`attribute`: what each feature contributes to the margin")
-def test_leaving_a_feature_out_is_setting_its_entry_to_zero(architecture, options, multiplier, pairs, tokenizer):
+@pytest.mark.feature("Reading", "`attribute`: the contribution of each feature to the margin")
+def test_left_out_matches_setting_entry_to_zero(architecture, options, multiplier, pairs, tokenizer):
     model = steered(architecture, **options)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = attribute(model, pairs, tokenizer, multiplier=multiplier, top=4, steps=1, batch_size=6)
@@ -68,7 +68,7 @@ def test_leaving_a_feature_out_is_setting_its_entry_to_zero(architecture, option
 
 
 @CASES
-def test_integrated_gradients_are_those_of_the_code(architecture, options, tokenizer):
+def test_integrated_gradients_match_autograd(architecture, options, tokenizer):
     pairs = Dataset.from_list(preference_rows()[:3])
     model = steered(architecture, **options)
     found = attribute(model, pairs, tokenizer, multiplier=0.8, top=1, steps=3)
@@ -94,7 +94,7 @@ def test_integrated_gradients_are_those_of_the_code(architecture, options, token
 
 
 def margins(model, pairs, tokenizer, multiplier):
-    """Margins with gradients for the code, by the whole model, one answer at a time."""
+    """Margins with gradients for the code, from the whole model, one answer at a time."""
     from yapo_peft import steering
     from yapo_peft.scoring.pairs import pair_batches
 
@@ -111,7 +111,7 @@ def margins(model, pairs, tokenizer, multiplier):
     return torch.stack(found)
 
 
-def test_more_steps_add_up_to_the_effect(pairs, tokenizer):
+def test_integration_error_decreases_with_steps(pairs, tokenizer):
     model = steered(layers=(2,), density=0.3)
     errors = [abs(attribute(model, pairs, tokenizer, top=1, steps=steps).integration_error) for steps in (1, 64)]
     effect = attribute(model, pairs, tokenizer, top=1, steps=1).effect
@@ -119,14 +119,14 @@ def test_more_steps_add_up_to_the_effect(pairs, tokenizer):
     assert errors[1] < errors[0]
 
 
-def test_all_features_left_out_one_by_one_leave_no_rest(pairs, tokenizer):
+def test_rest_is_zero_if_all_features_are_ablated(pairs, tokenizer):
     model = steered(layers=(2,), density=0.05)
     found = attribute(model, pairs, tokenizer, top=1000, steps=1)
     assert found.features["left_out"].notna().all()
     assert found.rest == pytest.approx(0.0, abs=1e-4)
 
 
-def test_a_dense_vector_is_one_feature_of_each_block(pairs, tokenizer):
+def test_dense_vector_counts_as_one_feature_per_layer(pairs, tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], space="dense"))
     set_code(model, torch.randn(32, generator=torch.Generator().manual_seed(0)))
     found = attribute(model, pairs, tokenizer, top=2, steps=64)
@@ -136,7 +136,7 @@ def test_a_dense_vector_is_one_feature_of_each_block(pairs, tokenizer):
     assert found.rest == pytest.approx(0.0, abs=1e-4)
 
 
-def test_bad_arguments_are_named(pairs, tokenizer):
+def test_errors_name_bad_arguments(pairs, tokenizer):
     model = steered(layers=(2,))
     with pytest.raises(ConfigError, match="steps=0: must be a whole number, at least 1"):
         attribute(model, pairs, tokenizer, steps=0)
@@ -161,7 +161,7 @@ def test_bad_arguments_are_named(pairs, tokenizer):
         attribute(model, pairs, tokenizer)
 
 
-def test_it_works_in_inference_mode_and_on_a_model_of_transformers(pairs, tokenizer):
+def test_attribute_works_in_inference_mode_and_without_peft_model(pairs, tokenizer):
     model = steered(layers=(2,))
     expected = attribute(model, pairs, tokenizer, top=2, steps=2)
     with torch.inference_mode():

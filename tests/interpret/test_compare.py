@@ -10,7 +10,7 @@ from yapo_peft.interpret.regression import sparse_regression
 
 
 def several(**codes):
-    """A model with adapters of the same SAE at block 2, or dense ones, of some codes."""
+    """A model with adapters of the given codes at layer 2: dense, or with the same SAE."""
     sae, model = make_sae(), None
     for name, code in codes.items():
         config = YaPOConfig(layers=2, sae=sae) if len(code) == D_SAE else YaPOConfig(layers=2, space="dense")
@@ -22,8 +22,8 @@ def several(**codes):
     return model, sae
 
 
-@pytest.mark.feature("Reading", "`compare`: how alike adapters are, also of different methods")
-def test_codes_of_one_sae(pairs, tokenizer):
+@pytest.mark.feature("Reading", "`compare`: similarity of adapters, also of different methods")
+def test_compare_codes_of_one_sae(pairs, tokenizer):
     one, two = random_code(0.5, seed=1), random_code(0.5, seed=2)
     model, sae = several(one=one, two=two)
     row = compare(model, dataset=pairs, tokenizer=tokenizer, multiplier=0.5).iloc[0]
@@ -48,7 +48,7 @@ def test_codes_of_one_sae(pairs, tokenizer):
     assert row["effect_correlation"] == pytest.approx(np.corrcoef(*moved)[0, 1])
 
 
-def test_a_vector_made_of_features_is_read_in_them():
+def test_read_vector_recovers_features():
     code = torch.zeros(D_SAE)
     code[[3, 40, 77]] = torch.tensor([2.0, -1.5, 1.0])
     vector = code @ make_sae().W_dec.detach()
@@ -64,7 +64,7 @@ def test_a_vector_made_of_features_is_read_in_them():
     assert np.isnan(row["effect_correlation"])
 
 
-def test_what_cannot_be_compared_is_nan():
+def test_undefined_comparisons_are_nan():
     model, _ = several(one=torch.ones(D_MODEL), two=torch.ones(D_MODEL), zero=torch.zeros(D_MODEL))
     model.add_adapter("other", YaPOConfig(layers=2, sae=make_sae(seed=5)))
     model.add_adapter("elsewhere", YaPOConfig(layers=1, space="dense"))
@@ -80,7 +80,7 @@ def test_what_cannot_be_compared_is_nan():
 
 
 @pytest.mark.parametrize("count", [1, 5, D_MODEL, 1000])
-def test_pursuit_is_least_squares_on_what_it_chose(count):
+def test_sparse_regression_is_least_squares_on_chosen_rows(count):
     generator = torch.Generator().manual_seed(0)
     rows, vector = torch.randn(60, D_MODEL, generator=generator), torch.randn(D_MODEL, generator=generator)
     chosen, weights, explained = sparse_regression(vector, rows, count)
@@ -95,15 +95,15 @@ def test_pursuit_is_least_squares_on_what_it_chose(count):
     assert sparse_regression(torch.zeros(D_MODEL), rows, count)[2] == 0
 
 
-def test_bad_arguments_are_named():
+def test_errors_name_bad_arguments():
     model, _ = several(one=random_code(), dense=torch.ones(D_MODEL))
     for adapters in (["one"], "one", ["one", "one"]):
-        with pytest.raises(ConfigError, match="needs two adapters"):
+        with pytest.raises(ConfigError, match="must be at least two names"):
             compare(model, adapters)
     with pytest.raises(ConfigError, match="adapter_name='other'"):
         compare(model, ["one", "other"])
-    with pytest.raises(ConfigError, match="read a dense adapter with"):
+    with pytest.raises(ConfigError, match="pass a dense adapter_name"):
         read_vector(model, "one", sae_of="dense")
     model.add_adapter("elsewhere", YaPOConfig(layers=1, space="dense"))
-    with pytest.raises(ConfigError, match=r"'elsewhere' steers layers \[1\], and 'one' \[2\]"):
+    with pytest.raises(ConfigError, match=r"'elsewhere' steers layers \[1\], but 'one' has SAEs at layers \[2\]"):
         read_vector(model, "elsewhere", sae_of="one")

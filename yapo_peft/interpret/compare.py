@@ -1,9 +1,8 @@
-"""Compares adapters: their features, their vectors in the residual stream, and their effects."""
+"""Compares adapters by their features, their vectors in the residual stream, and their effects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, cast
 
@@ -18,23 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least
 from ..errors import ConfigError
 from ..evaluation.sweep import sweep
-from ..sae import FrozenSAE
 from ..steering.formula import vector_of
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of
 from .checks import require_multiplier
 from .regression import sparse_regression
 from .texts import device_and_dtype, tokenizer_of
-
-
-@dataclass(frozen=True)
-class _Code:
-    """A code or vector at a layer: itself, its SAE, and its shift of each token at multipliers +1 and -1."""
-
-    values: Tensor
-    sae: FrozenSAE | None
-    up: Tensor
-    down: Tensor
 
 
 def compare(
@@ -47,43 +35,41 @@ def compare(
     features: int = 32,
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Compares adapters of a model, pairwise and layer by layer. The model is not changed.
+    """Compares adapters of a model, pairwise and layer by layer.
 
-    Adapters of different methods can be compared: a dense vector is read in the features of the other's SAE by sparse
-    regression on its decoder (see `read_vector`).
+    A dense adapter can be compared with a sparse one: its vector is decomposed into features of the other's SAE by
+    sparse regression (see `read_vector`).
 
     Args:
-        model: A `PeftModel` with YaPO adapters.
-        adapters: Their names; all YaPO adapters if None.
-        dataset: Preference pairs, to compare what adapters do to them; None to leave that out.
-        tokenizer: The model's, for the dataset; found by the model's name if None.
-        multiplier: The multiplier at which they are compared on the dataset.
-        features: How many features of a dense vector to read.
+        model: A `PeftModel` with YaPO adapters; left unchanged.
+        adapters: Names of the adapters; all YaPO adapters if None.
+        dataset: Preference pairs to compare the adapters' effects on; None to skip that.
+        tokenizer: The model's tokenizer, for the dataset; loaded by the model's name if None.
+        multiplier: The multiplier for the comparison on the dataset.
+        features: Number of features to decompose a dense vector into.
         batch_size: Rows per forward pass.
 
     Returns:
-        A row per pair of adapters and layer that both steer, with `a`, `b` and `layer`, and NaN where a comparison
-        makes no sense:
+        A row per pair of adapters and layer that both steer, with `a`, `b` and `layer`; NaN where a comparison is
+        undefined:
 
-        - `features_a`, `features_b`, `shared`: how many features each moves, and how many both.
-        - `overlap`: `shared` by the number of those that at least one moves.
-        - `same_sign`: share of the shared features that both move the same way.
-        - `code_cosine`: of the codes, or the dense vectors.
-        - `up_cosine`, `down_cosine`: of what they add to every token at multiplier 1, and at -1, in the residual
-        stream.
-        - `effect_correlation`: over the pairs of the dataset, of how far each moves the margin; the same in each row of
-          two adapters.
+        - `features_a`, `features_b`, `shared`: number of features that each steers, and that both steer.
+        - `overlap`: `shared` divided by the number of features that at least one steers.
+        - `same_sign`: share of the shared features with the same sign in both.
+        - `code_cosine`: cosine similarity of the codes, or of the dense vectors.
+        - `up_cosine`, `down_cosine`: cosine similarity of what they add to every token in the residual stream, at
+          multipliers 1 and -1.
+        - `effect_correlation`: correlation, over the pairs of the dataset, of the changes of the margin; the same for
+          all layers.
 
     Raises:
-        ConfigError: There is no such adapter, or fewer than two.
-        DatasetError: The dataset is empty, or a pair lacks a column or an answer.
+        ConfigError: An adapter does not exist, or there are fewer than two.
+        DatasetError: The dataset is empty, or a pair has no answer or lacks a column.
     """
     configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
     names = list(adapters or [name for name, config in configs.items() if isinstance(config, YaPOConfig)])
     if len(set(names)) < 2 or isinstance(adapters, str):
-        raise ConfigError(
-            f"adapters={adapters!r}: a comparison needs two adapters at least; there are {sorted(configs)}."
-        )
+        raise ConfigError(f"adapters={adapters!r}: must be at least two names from {sorted(configs)}.")
     at_least(1, features=features, batch_size=batch_size)
     require_multiplier(multiplier)
     layers = {name: {layer.index: layer for layer in adapter_of(model, name)[2]} for name in names}
@@ -101,7 +87,7 @@ def compare(
             "a": a,
             "b": b,
             "layer": index,
-            **_at_block(layers[a][index], a, layers[b][index], b, device, features),
+            **_compared(layers[a][index], a, layers[b][index], b, device, features),
             "effect_correlation": _correlation(effects[a], effects[b]) if effects else float("nan"),
         }
         for a, b in combinations(dict.fromkeys(names), 2)
@@ -123,30 +109,31 @@ def read_vector(
     sae_of: str,
     features: int = 32,
 ) -> pd.DataFrame:
-    """Reads the vectors of a dense adapter in the features of the SAEs of a sparse one at the same layers.
+    """Decomposes the vectors of a dense adapter into features of a sparse adapter's SAEs at the same layers.
 
     Args:
         model: A `PeftModel` with both adapters.
         adapter_name: The dense adapter; the active one if None.
-        sae_of: The sparse adapter whose SAEs are used.
-        features: How many features to explain each vector with.
+        sae_of: The sparse adapter whose SAEs to use.
+        features: Number of features per vector.
 
     Returns:
-        A row per layer and feature, `layer` and `feature`, those of the largest `weight` first: `weight` is the
-        feature's coefficient in `vector ~ sum of weight * decoder row` with few features, by orthogonal matching
-        pursuit; `encoder`, by how much the vector moves the feature's pre-activation, its product with the encoder's
-        column; `explained`, the share of the vector's squared length that all listed features of the layer explain
-        together.
+        A row per layer and feature, the largest absolute weights first:
+
+        - `layer`, `feature`: the layer and the feature.
+        - `weight`: the feature's coefficient in `vector ~ sum of weight * decoder row`, by orthogonal matching pursuit.
+        - `encoder`: the change of the feature's pre-activation by the vector, its product with the encoder's column.
+        - `explained`: share of the vector's squared norm that the listed features of the layer explain together.
 
     Raises:
-        ConfigError: An adapter is missing, of the wrong space, or both steer no common layer.
+        ConfigError: An adapter does not exist or has the wrong space, or the adapters have no layer in common.
     """
     name, config, layers = adapter_of(model, adapter_name)
     other, sparse, sparse_layers = adapter_of(model, sae_of)
     if config.space != "dense" or sparse.space != "sae":
         raise ConfigError(
-            f"{name!r} has space={config.space!r} and {other!r} has space={sparse.space!r}: read a dense adapter with "
-            "the SAEs of a sparse one."
+            f"Adapter {name!r} has space={config.space!r} and {other!r} has space={sparse.space!r}: pass a dense "
+            "adapter_name and a sparse sae_of."
         )
     at_least(1, features=features)
     saes = {layer.index: layer.yapo_sae[other] for layer in sparse_layers}
@@ -162,22 +149,32 @@ def read_vector(
         columns = {"feature": found.tolist(), "weight": weights.tolist(), "encoder": encoder.tolist()}
         tables.append(pd.DataFrame({"layer": layer.index, **columns, "explained": explained}))
     if not tables:
-        raise ConfigError(f"{name!r} steers layers {[layer.index for layer in layers]}, and {other!r} {sorted(saes)}.")
+        raise ConfigError(
+            f"Adapter {name!r} steers layers {[layer.index for layer in layers]}, but {other!r} has SAEs at layers "
+            f"{sorted(saes)}: pass adapters with a layer in common."
+        )
     return pd.concat(tables, ignore_index=True)
 
 
-def _at_block(
+def _compared(
     layer_a: YaPOLayer, a: str, layer_b: YaPOLayer, b: str, device: torch.device, features: int
 ) -> dict[str, Any]:
-    one, two = _code(layer_a, a, device), _code(layer_b, b, device)
-    result: dict[str, Any] = {
-        "up_cosine": _cosine(one.up, two.up),
-        "down_cosine": _cosine(one.down, two.down),
-        "code_cosine": _cosine(one.values, two.values) if _same_space(one, two) else float("nan"),
+    both = ((layer_a, a), (layer_b, b))
+    codes = [layer.code(name).detach().to(device) for layer, name in both]
+    saes = [layer.yapo_sae[name] for layer, name in both]
+    hashes = [sae and sae.identity.content_hash for sae in saes]
+    result = {
+        "up_cosine": _cosine(*(vector_of(code, sae, sign=1) for code, sae in zip(codes, saes, strict=True))),
+        "down_cosine": _cosine(*(vector_of(code, sae, sign=-1) for code, sae in zip(codes, saes, strict=True))),
+        "code_cosine": _cosine(*codes) if hashes[0] == hashes[1] else float("nan"),
     }
-    first, second = _in_features(one, two, device, features), _in_features(two, one, device, features)
-    if first is None or second is None:
+    sae = saes[0] or saes[1]
+    if sae is None or (None not in hashes and hashes[0] != hashes[1]):
         return result
+    first, second = (
+        code if own is not None else _decomposed(code, sae.decoder(device, torch.float32), features)
+        for code, own in zip(codes, saes, strict=True)
+    )
     shared = (first != 0) & (second != 0)
     either, count = int(((first != 0) | (second != 0)).sum()), int(shared.sum())
     return {
@@ -190,33 +187,17 @@ def _at_block(
     }
 
 
-def _code(layer: YaPOLayer, name: str, device: torch.device) -> _Code:
-    values, sae = layer.code(name).detach().to(device), layer.yapo_sae[name]
-    return _Code(values, sae, vector_of(values, sae, sign=1), -vector_of(values, sae, sign=-1))
-
-
-def _same_space(one: _Code, two: _Code) -> bool:
-    if one.sae is None or two.sae is None:
-        return one.sae is two.sae
-    return one.sae.identity.content_hash == two.sae.identity.content_hash
-
-
-def _in_features(own: _Code, other: _Code, device: torch.device, features: int) -> Tensor | None:
-    """What a code moves in the features of both; None where they have none in common."""
-    if own.sae is not None:
-        return own.values if other.sae is None or _same_space(own, other) else None
-    if other.sae is None:
-        return None
-    decoder = other.sae.decoder(device, torch.float32)
-    found, weights, _ = sparse_regression(own.values, decoder, features)
-    return torch.zeros(len(decoder), device=device).scatter(0, found, weights)
+def _decomposed(vector: Tensor, decoder: Tensor, features: int) -> Tensor:
+    """The code, `(d_sae,)`, of the few features that approximate a vector."""
+    found, weights, _ = sparse_regression(vector, decoder, features)
+    return torch.zeros(len(decoder), device=vector.device).scatter(0, found, weights)
 
 
 def _cosine(one: Tensor, two: Tensor) -> float:
-    """NaN where one of them is zero, which points nowhere."""
+    """The cosine similarity; NaN if one of the vectors is zero."""
     return float(cosine_similarity(one, two, dim=0)) if one.any() and two.any() else float("nan")
 
 
 def _correlation(one: np.ndarray, two: np.ndarray) -> float:
-    """NaN of fewer than two pairs, or where an adapter moves all of them alike."""
+    """The correlation; NaN for fewer than two pairs, or if an effect is the same on all of them."""
     return float(np.corrcoef(one, two)[0, 1]) if len(one) > 1 and one.std() and two.std() else float("nan")

@@ -15,14 +15,14 @@ from ..tuner.positions import tokens_to_steer
 
 @dataclass(frozen=True)
 class Parts:
-    """The features that an adapter steers at a layer; a dense vector counts as one that is always on.
+    """The features that an adapter steers at a layer; a dense vector counts as one feature that is always active.
 
     Attributes:
         layer: The steered layer.
         adapter_name: The adapter.
-        features: Indices of the features, `(n,)` on the CPU; of a dense vector `[-1]`.
-        entries: The code's entries for them, `(n,)` in float32; of a dense vector `[1]`.
-        rows: The shift of the layer's output per unit of each, `(n, d_model)`: rows of the decoder, or the vector.
+        features: Indices of the features, `(n,)` on the CPU; `[-1]` for a dense vector.
+        entries: Their entries of the code, `(n,)` in float32; `[1]` for a dense vector.
+        rows: Their directions in the residual stream, `(n, d_model)`: the decoder's rows, or the dense vector.
         sae: The encoder of these features; None for a dense vector.
     """
 
@@ -35,7 +35,7 @@ class Parts:
 
     @classmethod
     def of(cls, layer: YaPOLayer, adapter_name: str, device: torch.device, dtype: torch.dtype) -> Parts:
-        """All parts of an adapter at a layer, sorted by how much they change the output."""
+        """Returns all features that an adapter steers at a layer, those that move its output the furthest first."""
         code, sae = layer.code(adapter_name).detach().to(device), layer.yapo_sae[adapter_name]
         if sae is None:
             return cls(layer, adapter_name, torch.tensor([-1]), torch.ones(1, device=device), code[None], None)
@@ -50,13 +50,13 @@ class Parts:
         return len(self.features)
 
     def only(self, which: Tensor) -> Parts:
-        """Some of them, by their place here, `(m,)`."""
+        """Returns some of the features, by their places here, `(m,)`."""
         sae = None if self.sae is None else self.sae.select(which)
         features = self.features[which.to(self.features.device)]
         return replace(self, features=features, entries=self.entries[which], rows=self.rows[which], sae=sae)
 
     def on(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """How far each feature is on, `(batch, seq, n)` in float32, and the scale of the decoder's output.
+        """Returns the activations, `(batch, seq, n)` in float32, and the scale of the decoder's output.
 
         Args:
             h: The layer's output, `(batch, seq, d_model)`.
@@ -67,28 +67,28 @@ class Parts:
         return features.float(), scale
 
     def moved(self, h: Tensor, multiplier: Multiplier) -> Tensor:
-        """By how much each feature moves, `(batch, seq, n)`: the shift of the output is that times `rows`.
+        """Returns the change of each feature, `(batch, seq, n)`, including the scale of the decoder's output.
 
-        What an SAE multiplies its output by at a token is in it, and tokens that the adapter does not steer have zero.
-        Has to be called within the model's forward pass, which knows the tokens.
+        It is zero at tokens that the adapter does not steer. Call this during the model's forward pass, which tells
+        which tokens are steered.
 
         Args:
             h: The layer's output before steering, `(batch, seq, d_model)`.
-            multiplier: One for all, or one per row, `(batch,)`.
+            multiplier: One for all rows, or one per row, `(batch,)`.
         """
         on, scale = self.on(h)
-        wanted = _per_row(multiplier, h) * self.entries
+        per_row = torch.as_tensor(multiplier, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)
+        wanted = per_row * self.entries
         moved = wanted.expand_as(on) if self.sae is None else moved_features(on, wanted)
         if scale is not None:
             moved = moved * scale
         mask = self.steered_tokens(h)
         return moved if mask is None else moved.masked_fill(~mask[..., None], 0)
 
+    def shift(self, h: Tensor, multiplier: Multiplier) -> Tensor:
+        """Returns the shift of the layer's output, `(batch, seq, d_model)`; call it like `moved`."""
+        return (self.moved(h, multiplier) @ self.rows).to(h.dtype)
+
     def steered_tokens(self, h: Tensor) -> Tensor | None:
-        """Which tokens the adapter steers, `(batch, seq)`; None for all. Within a forward pass, as `moved`."""
+        """Returns the mask of the steered tokens, `(batch, seq)`; None for all. Call it like `moved`."""
         return tokens_to_steer(self.layer.positions[self.adapter_name], h, self.layer.call)
-
-
-def _per_row(multiplier: Multiplier, h: Tensor) -> Tensor:
-    """A multiplier that multiplies `(batch, seq, n)`."""
-    return torch.as_tensor(multiplier, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)
