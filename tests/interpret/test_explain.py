@@ -25,9 +25,9 @@ def steered(architecture="llama", layers=(1, 2), density=0.4, **options):
     return model, saes
 
 
-@pytest.mark.feature("Reading", "`explain`: the features of an adapter, and the tokens that they promote")
+@pytest.mark.feature("Reading", "`explain`: the features of an adapter, and the tokens they promote")
 @pytest.mark.parametrize("multiplier", [1.0, -2.0])
-def test_the_table_is_the_code(multiplier, tokenizer):
+def test_explain_lists_features_of_code(multiplier, tokenizer):
     model, saes = steered()
     table = explain(model, tokenizer=tokenizer, multiplier=multiplier, top=None)
     for layer, sae in zip(steered_layers(model), saes, strict=True):
@@ -51,7 +51,7 @@ def test_the_table_is_the_code(multiplier, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
-def test_shares_count_tokens(kind, tokenizer):
+def test_explain_counts_active_tokens(kind, tokenizer):
     model, saes = steered(layers=(2,), kind=kind)
     table = explain(model, tokenizer=tokenizer, texts=iter(TEXTS), batch_size=3, top=20)
     base, on, total = make_model(), torch.zeros(D_SAE), 0
@@ -67,7 +67,7 @@ def test_shares_count_tokens(kind, tokenizer):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_promoted_tokens_come_through_the_models_own_end(architecture, tokenizer):
+def test_promoted_tokens_use_final_norm_and_head(architecture, tokenizer):
     model, saes = steered(architecture, layers=(2,))
     with torch.no_grad():
         for norm in [m for n, m in model.named_modules() if n.endswith((".norm", "ln_f"))]:
@@ -86,7 +86,7 @@ def test_promoted_tokens_come_through_the_models_own_end(architecture, tokenizer
     assert row["suppresses"] == row["promotes"][::-1]
 
 
-def test_a_dense_vector_is_a_row_of_each_block(tokenizer):
+def test_dense_vector_is_one_row_per_layer(tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], space="dense"))
     set_code(model, torch.ones(D_MODEL))
     table = explain(model, tokenizer=tokenizer, texts=TEXTS, multiplier=-1.0)
@@ -96,7 +96,7 @@ def test_a_dense_vector_is_a_row_of_each_block(tokenizer):
     assert set(table["effect"]) == {"constant"}
 
 
-def test_some_features_can_be_asked_for(tokenizer):
+def test_explain_selects_features(tokenizer):
     model, _ = steered(layers=(2,))
     moved = steered_layers(model)[0].yapo_code["default"].nonzero().squeeze(-1).tolist()
     still = next(feature for feature in range(D_SAE) if feature not in moved)
@@ -105,19 +105,19 @@ def test_some_features_can_be_asked_for(tokenizer):
     assert explain(model, tokenizer=tokenizer, features={2: moved[:3]}, top=1)["feature"].count() == 3
 
 
-def test_a_code_of_zeros_has_no_features(tokenizer):
+def test_explain_is_empty_for_zero_code(tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     assert explain(model, tokenizer=tokenizer).empty
 
 
 @pytest.fixture
 def neuronpedia(monkeypatch, tmp_path):
-    """A server that answers as Neuronpedia does, and what it was asked."""
-    asked = []
+    """A server that responds like Neuronpedia; yields the paths requested."""
+    requested = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             feature = int(self.path.rpartition("/")[2])
             if feature == 13:
                 self.send_error(500)
@@ -136,7 +136,7 @@ def neuronpedia(monkeypatch, tmp_path):
     monkeypatch.setenv("YAPO_NEURONPEDIA", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    yield asked
+    yield requested
     server.shutdown()
     server.server_close()
     thread.join()
@@ -155,7 +155,7 @@ def test_labels_are_fetched_once(neuronpedia):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"3": 5, "7": {"a": 1}}'])
-def test_a_damaged_cache_of_labels_is_made_anew(neuronpedia, content, tmp_path):
+def test_damaged_label_cache_is_replaced(neuronpedia, content, tmp_path):
     file = tmp_path / "yapo_peft" / "neuronpedia" / "gemma-2-2b--20-gemmascope-res-16k.json"
     file.parent.mkdir(parents=True)
     file.write_text(content)
@@ -163,7 +163,7 @@ def test_a_damaged_cache_of_labels_is_made_anew(neuronpedia, content, tmp_path):
     assert json.loads(file.read_text()) == {"3": "about 3", "7": None}
 
 
-def test_what_cannot_be_fetched_is_not_needed(neuronpedia, caplog, monkeypatch):
+def test_failed_label_requests_are_logged(neuronpedia, caplog, monkeypatch):
     assert neuronpedia_labels(GEMMA, [1, 13, 2]) == {1: "about 1"}
     assert "could not be fetched from Neuronpedia" in caplog.text
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -172,7 +172,7 @@ def test_what_cannot_be_fetched_is_not_needed(neuronpedia, caplog, monkeypatch):
     assert neuronpedia_labels(SAEIdentity(None, None, 8, 8, "jumprelu", "0" * 64), [1]) == {}
 
 
-def test_labels_and_links_are_in_the_table(neuronpedia, tokenizer, monkeypatch):
+def test_explain_includes_labels_and_links(neuronpedia, tokenizer, monkeypatch):
     model, _ = steered(layers=(2,))
     monkeypatch.setattr("yapo_peft.interpret.neuronpedia.neuronpedia_id", lambda release, sae_id: "tiny/2-res")
     table = explain(model, tokenizer=tokenizer, top=1)
@@ -187,23 +187,23 @@ def test_labels_and_links_are_in_the_table(neuronpedia, tokenizer, monkeypatch):
     assert not neuronpedia
 
 
-def test_bad_arguments_are_named(tokenizer):
+def test_errors_name_bad_arguments(tokenizer):
     model, _ = steered()
     with pytest.raises(ConfigError, match="multiplier=0: an adapter has no effect"):
         explain(model, tokenizer=tokenizer, multiplier=0)
     with pytest.raises(ConfigError, match="top=0: must be a whole number"):
         explain(model, tokenizer=tokenizer, top=0)
-    with pytest.raises(DatasetError, match="a list or a dataset, not one str"):
+    with pytest.raises(DatasetError, match="texts is a str, not a list or a dataset"):
         explain(model, tokenizer=tokenizer, texts="w1")
     for texts in ({"text": ["w1"]}, pd.DataFrame({"text": ["w1"]})):
-        with pytest.raises(DatasetError, match=f"a list or a dataset, not one {type(texts).__name__}"):
+        with pytest.raises(DatasetError, match=f"texts is a {type(texts).__name__}, not a list or a dataset"):
             explain(model, tokenizer=tokenizer, texts=texts)
-    with pytest.raises(DatasetError, match=r"A row has the columns \['foo'\]"):
+    with pytest.raises(DatasetError, match=r"A row has no text in its columns \['foo'\]"):
         explain(model, tokenizer=tokenizer, texts=[{"foo": "w1"}])
     for features, message in (
         ([3], "pass features by layer"),
-        ({0: [3]}, "layer 0 is not among"),
-        ({1: [96]}, "has 96 features"),
+        ({0: [3]}, "the adapter steers layers"),
+        ({1: [96]}, "must be below d_sae=96"),
     ):
         with pytest.raises(ConfigError, match=message):
             explain(model, tokenizer=tokenizer, features=features)

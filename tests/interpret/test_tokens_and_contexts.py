@@ -21,12 +21,12 @@ def steered(layers=(1, 3), density=0.3, positions="all", **options):
 
 
 def hidden_of(model, inputs, index):
-    """A block's output as steered, and before that."""
+    """A layer's output before and after steering."""
     found = {}
-    block = model.get_base_model().model.layers[index]
+    layer = model.get_base_model().model.layers[index]
     handles = [
-        block.register_forward_hook(lambda m, a, out: found.setdefault("before", out.detach().clone()), prepend=True),
-        block.register_forward_hook(lambda m, a, out: found.setdefault("after", out.detach().clone())),
+        layer.register_forward_hook(lambda m, a, out: found.setdefault("before", out.detach().clone()), prepend=True),
+        layer.register_forward_hook(lambda m, a, out: found.setdefault("after", out.detach().clone())),
     ]
     with torch.no_grad():
         model(**inputs)
@@ -35,12 +35,12 @@ def hidden_of(model, inputs, index):
     return found["before"][0], found["after"][0]
 
 
-@pytest.mark.feature("Reading", "`token_effects`: what steering does to each token of a prompt")
+@pytest.mark.feature("Reading", "`token_effects`: the effect of steering on each token of a prompt")
 @pytest.mark.parametrize("multiplier", [1.0, -0.5])
 @pytest.mark.parametrize(
     "options", [{}, {"kind": "topk"}, {"normalize_activations": "layer_norm"}], ids=["jumprelu", "topk", "layer_norm"]
 )
-def test_tokens_move_as_the_model_moves_them(multiplier, options, tokenizer):
+def test_token_effects_match_model(multiplier, options, tokenizer):
     model, saes = steered(**options)
     found = token_effects(model, TEXT, tokenizer, multiplier=multiplier, top=1000)
     inputs = tokenizer(TEXT, return_tensors="pt")
@@ -71,7 +71,7 @@ def test_tokens_move_as_the_model_moves_them(multiplier, options, tokenizer):
             assert expected[row.effect][row.position, row.feature]
 
 
-def test_features_that_were_off_are_listed_up_to_a_number(tokenizer):
+def test_token_effects_lists_top_inactive_features(tokenizer):
     model, _ = steered(layers=(2,), density=0.8)
     found = token_effects(model, TEXT, tokenizer, top=2)
     for position, rows in found.features.groupby("position"):
@@ -80,7 +80,7 @@ def test_features_that_were_off_are_listed_up_to_a_number(tokenizer):
         assert (rows["on"] > 0).sum() == on
 
 
-def test_dense_vectors_and_steered_positions(tokenizer):
+def test_token_effects_of_dense_vector_at_last_token(tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=[2], space="dense", positions="last"))
     set_code(model, torch.ones(D_MODEL))
     moved = token_effects(model, [{"role": "user", "content": TEXT}], tokenizer, multiplier=-2.0).tokens["moved"]
@@ -97,7 +97,7 @@ def test_dense_vectors_and_steered_positions(tokenizer):
 
 
 @pytest.mark.parametrize("positions", ["completion", "last"])
-def test_the_answer_of_a_row_is_steered_as_in_training(positions, tokenizer):
+def test_token_effects_steers_answer_of_row_as_in_training(positions, tokenizer):
     model, _ = steered(layers=(2,), positions=positions)
     row = {"prompt": "w1 w2 w3 ", "chosen": "w4 w5 w6"}
     moved = token_effects(model, row, tokenizer).tokens["moved"]
@@ -118,7 +118,7 @@ def texts():
 
 
 def values_of(model, texts, tokenizer, sae, layer, features):
-    """How far features are on at each token of each text, one text at a time."""
+    """The activations of features at each token, one text at a time."""
     found = []
     for text in texts:
         with steering(model, 0.0):
@@ -127,10 +127,10 @@ def values_of(model, texts, tokenizer, sae, layer, features):
     return found
 
 
-@pytest.mark.feature("Reading", "`contexts`: the passages in which features are on the most")
+@pytest.mark.feature("Reading", "`contexts`: the passages with the highest activations of features")
 @pytest.mark.parametrize("skip_sinks", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_the_strongest_passages_are_found(skip_sinks, batch_size, texts, tokenizer):
+def test_contexts_finds_highest_activations(skip_sinks, batch_size, texts, tokenizer):
     model, saes = steered(layers=(2,))
     features = [5, 1, 17, 40]
     sink = texts[0].split()[2]
@@ -158,7 +158,7 @@ def test_the_strongest_passages_are_found(skip_sinks, batch_size, texts, tokeniz
             assert row.values == pytest.approx(own[start : row.position + 2].tolist(), rel=1e-4, abs=1e-5)
 
 
-def test_a_stopped_search_goes_on(texts, tokenizer, tmp_path, monkeypatch):
+def test_contexts_resumes_interrupted_search(texts, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("yapo_peft.interpret.passages._SAVED_EVERY", 2)
     model, _ = steered(layers=(1, 3))
     features = {3: [1, 2], 1: [5]}
@@ -184,39 +184,39 @@ def test_a_stopped_search_goes_on(texts, tokenizer, tmp_path, monkeypatch):
     again = contexts(model, features, rest(), tokenizer, batch_size=3, resume=file)
     assert again.equals(whole)
     assert contexts(model, features, texts, tokenizer, batch_size=3, resume=file).equals(whole)
-    with pytest.raises(ConfigError, match="holds something else than this search"):
+    with pytest.raises(ConfigError, match="is not a file of this search"):
         contexts(model, {3: [1]}, texts, tokenizer, resume=file)
     for others in (texts[::-1], texts[:20], []):
-        with pytest.raises(ConfigError, match="was made from other texts"):
+        with pytest.raises(ConfigError, match="is of other texts"):
             contexts(model, features, others, tokenizer, batch_size=3, resume=file)
     other = get_peft_model(make_model(seed=5), YaPOConfig(layers=[1, 3], sae=[make_sae(seed=0), make_sae(seed=1)]))
-    with pytest.raises(ConfigError, match="holds something else than this search"):
+    with pytest.raises(ConfigError, match="is not a file of this search"):
         contexts(other, features, texts, tokenizer, batch_size=3, resume=file)
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match="must be a file, but is a folder"):
         contexts(model, features, texts, tokenizer, resume=tmp_path)
     file.write_text("nothing")
-    with pytest.raises(ConfigError, match="holds something else than this search"):
+    with pytest.raises(ConfigError, match="is not a file of this search"):
         contexts(model, features, texts, tokenizer, resume=file)
 
 
-def test_only_what_is_read_is_run(texts, tokenizer):
+def test_contexts_does_not_run_upper_layers(texts, tokenizer):
     model, _ = steered(layers=(1,))
     ran = []
-    for index, block in enumerate(model.get_base_model().model.layers):
-        block.register_forward_hook(lambda *args, index=index: ran.append(index), always_call=True)
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        layer.register_forward_hook(lambda *args, index=index: ran.append(index), always_call=True)
     contexts(model, [1], texts[:4], tokenizer, batch_size=4)
     assert max(ran) == 1 < DEPTH - 1
 
 
-def test_bad_features_are_named(texts, tokenizer):
+def test_errors_name_bad_features(texts, tokenizer):
     model, _ = steered()
     with pytest.raises(ConfigError, match=r"steers layers \[1, 3\]: pass features by layer"):
         contexts(model, [1], texts, tokenizer)
-    with pytest.raises(ConfigError, match=r"layer 2 is not among the steered layers \[1, 3\]"):
+    with pytest.raises(ConfigError, match=r"features={2: \.\.\.}: the adapter steers layers \[1, 3\]"):
         contexts(model, {2: [1]}, texts, tokenizer)
-    with pytest.raises(ConfigError, match=r"feature=96: the SAE of layer . has 96 features"):
+    with pytest.raises(ConfigError, match=r"feature=96: must be below d_sae=96 of layer 1's SAE"):
         contexts(model, {1: [96]}, texts, tokenizer)
-    with pytest.raises(ConfigError, match="features= is empty"):
+    with pytest.raises(ConfigError, match="must have at least one feature"):
         contexts(model, {1: []}, texts, tokenizer)
     with pytest.raises(ConfigError, match="top=0"):
         contexts(model, {1: [1]}, texts, tokenizer, top=0)

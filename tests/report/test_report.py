@@ -93,7 +93,7 @@ def test_failed_report_keeps_the_existing_file(pairs, tokenizer, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             write_report(steered(), file, pairs, tokenizer, **options)
-    with pytest.raises(DatasetError, match="a list or a dataset, not one str"):
+    with pytest.raises(DatasetError, match="texts is a str, not a list or a dataset"):
         write_report(steered(), file, pairs, tokenizer, text="w1 w2")
     with pytest.raises(DatasetError, match="A pair has no"):
         write_report(steered(), file, [{"prompt": "w1"}], tokenizer)

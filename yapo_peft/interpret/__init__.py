@@ -1,4 +1,4 @@
-"""Explains adapters: the features that they steer, where those are on, and what each contributes."""
+"""Explains adapters: the features they steer, where those are active, and what each contributes."""
 
 from .attribution import Attribution, attribute
 from .compare import compare, read_vector

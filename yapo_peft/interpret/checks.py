@@ -1,4 +1,4 @@
-"""Checks of arguments, before any work."""
+"""Checks of arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def features_by_layer(
         ConfigError: The adapter's SAEs have no such features.
     """
     if isinstance(features, str) or not isinstance(features, Sequence | Mapping):
-        raise ConfigError(f"features={features!r}: must be a list of indices, or map layer indices to such lists.")
+        raise ConfigError(f"features={features!r}: must be a list of indices, or a dict of such lists by layer.")
     if not isinstance(features, Mapping):
         if len(layers) != 1:
             raise ConfigError(
@@ -42,7 +42,9 @@ def features_by_layer(
     found: dict[int, list[int]] = {}
     for index, chosen in features.items():
         if index not in by_index:
-            raise ConfigError(f"features: layer {index} is not among the steered layers {sorted(by_index)}.")
+            raise ConfigError(
+                f"features={{{index}: ...}}: the adapter steers layers {sorted(by_index)}; use one of them."
+            )
         sae = by_index[index].yapo_sae[adapter_name]
         if sae is None:
             raise ConfigError(f"Adapter {adapter_name!r} is dense and has no features: pass a sparse one.")
@@ -52,6 +54,6 @@ def features_by_layer(
             at_least(0, feature=feature)
         outside = [feature for feature in chosen if feature >= sae.identity.d_sae]
         if outside:
-            raise ConfigError(f"feature={outside[0]}: the SAE of layer {index} has {sae.identity.d_sae} features.")
+            raise ConfigError(f"feature={outside[0]}: must be below d_sae={sae.identity.d_sae} of layer {index}'s SAE.")
         found[index] = list(dict.fromkeys(int(feature) for feature in chosen))
     return {index: found[index] for index in sorted(found) if found[index]}

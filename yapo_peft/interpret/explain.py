@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, evaluating
 from ..errors import ConfigError
-from ..tuner import YaPOLayer
 from ..tuner.adapters import adapter_of
 from .checks import features_by_layer, require_multiplier
 from .neuronpedia import neuronpedia_labels, neuronpedia_link
@@ -47,45 +46,43 @@ def explain(
     batch_size: int = 8,
     max_length: int = 512,
 ) -> pd.DataFrame:
-    """Lists an adapter's features by layer, those that change activations the most first.
-
-    The model is not changed.
+    """Lists an adapter's features by layer, those that move activations the furthest first.
 
     Args:
-        model: A `PeftModel` with a YaPO adapter.
+        model: A `PeftModel` with a YaPO adapter; left unchanged.
         adapter_name: The adapter; the active one if None.
         tokenizer: The model's tokenizer; loaded by the model's name if None.
-        multiplier: The multiplier at which it is read: at a negative one, features of positive entries are lowered.
+        multiplier: The multiplier to explain; a negative one lowers the features of positive entries.
         top: Number of features to list per layer; None for all.
-        features: Indices of those to list instead, of an adapter of one layer, or for each layer's index; those that
-            the adapter does not move are left out.
+        features: Indices of the features to list instead, or a mapping from layer index to feature indices; features
+            that the adapter does not steer are skipped.
         tokens: Number of promoted and suppressed tokens to list.
-        texts: Texts to count on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.
+        texts: Texts to count active tokens on, or rows with a column `text`, `messages`, or `prompt` and `chosen`.
         labels: Whether to fetch labels from Neuronpedia, if it has the SAE and the machine is online.
         batch_size: Texts per forward pass.
-        max_length: Tokens of a text that are read.
+        max_length: Maximum number of tokens per text; longer texts are truncated.
 
     Returns:
         A row per layer and feature:
 
-        - `layer`, `feature`: where; no feature for a dense vector, which is one row.
-        - `value`: the code's entry, or the length of a dense vector.
-        - `effect`: "constant" if the feature is raised, by the same at each token that is steered; "input-dependent" if
-          it is lowered, which only does something where it is on. What an SAE that normalises its input multiplies its
-          output by comes on top, at each token.
-        - `decoder_norm`: length of the feature's direction in the residual stream.
-        - `reach`: how far the entry moves a token at most, `|multiplier * value| * decoder_norm`; of an SAE that
-          normalises its input, times that token's scale.
-        - `on`: share of the texts' tokens at which the feature is on; NaN without texts.
-        - `acts`: share of the steered tokens at which the entry does something: 1 where it is constant.
-        - `promotes`, `suppresses`: tokens that what the entry adds raises and lowers the most, through the model's
+        - `layer`, `feature`: the layer and the feature; a dense vector is one row, without a feature.
+        - `value`: the code's entry, or the norm of a dense vector.
+        - `effect`: "constant" if the feature is raised, by the same amount at each steered token; "input-dependent" if
+          it is lowered, which only has an effect where it is active. An SAE that normalises its input also scales
+          either effect at each token.
+        - `decoder_norm`: norm of the feature's direction in the residual stream.
+        - `reach`: maximum distance by which the entry moves a token, `|multiplier * value| * decoder_norm`; for an SAE
+          that normalises its input, times the token's scale.
+        - `on`: share of the texts' tokens at which the feature is active; NaN without texts.
+        - `acts`: share of the steered tokens at which the entry has an effect; 1 if it is constant.
+        - `promotes`, `suppresses`: the tokens whose logits the entry raises and lowers the most, through the model's
           final norm and unembedding.
         - `label`, `link`: from Neuronpedia, or None.
 
     Raises:
-        ConfigError: There is no such adapter, or an argument has a value that cannot work.
-        DatasetError: A text is not one.
-        UnsupportedOperationError: The model's end cannot be read.
+        ConfigError: The adapter does not exist, or an argument is invalid.
+        DatasetError: A text is not a text, messages or a row.
+        UnsupportedOperationError: The model has no head or no recognisable final norm.
     """
     name, _, layers = adapter_of(model, adapter_name)
     require_multiplier(multiplier)
@@ -94,9 +91,9 @@ def explain(
     tokenizer = tokenizer_of(model, tokenizer)
     device, dtype = device_and_dtype(model)
     with evaluating(model):
-        parts = [_listed(Parts.of(layer, name, device, dtype), top, wanted) for layer in layers]
+        parts = [_select(Parts.of(layer, name, device, dtype), top, wanted) for layer in layers]
         batches = None if texts is None else text_batches(texts, tokenizer, batch_size, max_length, model)
-        shares = None if batches is None else _shares_on(model, layers, parts, batches, tokenizer)
+        shares = None if batches is None else _active_shares(model, parts, batches, tokenizer)
         unembedding = Unembedding(model)
         tables = [
             _table(part, multiplier, unembedding, tokenizer, tokens, None if shares is None else shares[index], labels)
@@ -108,7 +105,7 @@ def explain(
     return cast(pd.DataFrame, table[columns]).astype(_DTYPES)
 
 
-def _listed(parts: Parts, top: int | None, features: dict[int, list[int]] | None) -> Parts:
+def _select(parts: Parts, top: int | None, features: dict[int, list[int]] | None) -> Parts:
     place = torch.arange(len(parts), device=parts.entries.device)
     if features is not None:
         wanted = torch.tensor(features.get(parts.layer.index, []), dtype=torch.long)
@@ -125,7 +122,7 @@ def _table(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
     shares: Tensor | None,
-    ask: bool,
+    labels: bool,
 ) -> pd.DataFrame:
     layer, sae = parts.layer, parts.layer.yapo_sae[parts.adapter_name]
     wanted = multiplier * parts.entries
@@ -134,7 +131,7 @@ def _table(
     features = parts.features.tolist()
     raised = (wanted > 0).tolist() if sae is not None else [True]
     on = shares.tolist() if shares is not None and sae is not None else [float("nan")] * len(features)
-    known = neuronpedia_labels(sae.identity, features) if sae is not None and ask else {}
+    known = neuronpedia_labels(sae.identity, features) if sae is not None and labels else {}
     links = [None if sae is None else neuronpedia_link(sae.identity, feature) for feature in features]
     return pd.DataFrame(
         {
@@ -148,32 +145,28 @@ def _table(
             "acts": [1.0 if up else share for up, share in zip(raised, on, strict=True)],
             "promotes": promotes,
             "suppresses": suppresses,
-            # As objects, or pandas would make NaN of what is missing.
+            # With dtype object, or pandas would turn None into NaN.
             "label": pd.Series([known.get(feature) for feature in features], dtype=object),
             "link": pd.Series(links, dtype=object),
         }
     )
 
 
-def _shares_on(
-    model: nn.Module,
-    layers: list[YaPOLayer],
-    parts: list[Parts],
-    batches: Iterable[list[list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
+def _active_shares(
+    model: nn.Module, parts: list[Parts], batches: Iterable[list[list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tensor]:
-    """The share of tokens at which each feature is on, `(n,)` for each layer."""
+    """The share of tokens at which each feature is active, `(n,)` for each layer."""
     device = parts[0].entries.device
     counts = [torch.zeros(len(part), device=device) for part in parts]
     total = 0
-    for batch in tqdm(batches, desc="Counting", unit="batch"):
+    for batch in tqdm(batches, desc="Counting active tokens", unit="batch"):
         if not any(batch):
             continue
         inputs = padded(batch, tokenizer, device)
         real = inputs["attention_mask"].bool()
-        outputs = unsteered_outputs(model, layers, inputs)
-        for layer, part, count in zip(layers, parts, counts, strict=True):
-            on, _ = part.on(outputs[layer.index])
+        outputs = unsteered_outputs(model, [part.layer for part in parts], inputs)
+        for part, count in zip(parts, counts, strict=True):
+            on, _ = part.on(outputs[part.layer.index])
             count += (on[real] > 0).sum(dim=0)
         total += int(real.sum())
     if not total:

@@ -9,6 +9,8 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from .._utils import replacing
 from ..sae import SAEIdentity, neuronpedia_id
 
@@ -19,20 +21,20 @@ _TIMEOUT = 10.0
 
 
 def neuronpedia_link(identity: SAEIdentity, feature: int) -> str | None:
-    """The page of a feature; None where sae-lens' directory knows none for this SAE."""
+    """Returns the URL of a feature's page; None if sae-lens' directory does not list the SAE on Neuronpedia."""
     source = neuronpedia_id(identity.release, identity.sae_id)
     return None if source is None else f"{_site()}/{source}/{feature}"
 
 
 def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[int, str]:
-    """What Neuronpedia says of features, as far as it can be had.
+    """Returns the labels of features on Neuronpedia, from the cache if possible.
 
-    Answers are kept beside Hugging Face's caches, also that there is none. Nothing is fetched with `HF_HUB_OFFLINE`,
-    and nothing more after the first failure, which is logged.
+    The cache is in Hugging Face's home folder, and also records features without a label. Nothing is fetched with
+    `HF_HUB_OFFLINE`, nor after the first failure, which is logged.
 
     Args:
-        identity: The features' SAE.
-        features: Their indices.
+        identity: The SAE.
+        features: Indices of the features.
 
     Returns:
         The first label of each feature that has one.
@@ -40,16 +42,16 @@ def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[i
     source = neuronpedia_id(identity.release, identity.sae_id)
     if source is None:
         return {}
-    file = _cache_folder() / f"{source.replace('/', '--')}.json"
-    known = _kept(file)
-    wanted = [feature for feature in dict.fromkeys(features) if str(feature) not in known]
-    if wanted and not _is_offline():
+    file = Path(constants.HF_HOME) / "yapo_peft" / "neuronpedia" / f"{source.replace('/', '--')}.json"
+    known = _cached_labels(file)
+    missing = [feature for feature in dict.fromkeys(features) if str(feature) not in known]
+    if missing and not constants.HF_HUB_OFFLINE:
         before = len(known)
         try:
-            for feature in wanted:
-                known[str(feature)] = _fetched(f"{_site()}/api/feature/{source}/{feature}")
+            for feature in missing:
+                known[str(feature)] = _fetch_label(f"{_site()}/api/feature/{source}/{feature}")
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            logger.warning("Labels of %s could not be fetched from Neuronpedia (%s): some are missing.", source, error)
+            logger.warning("Labels of %s could not be fetched from Neuronpedia (%s); some are missing.", source, error)
         if len(known) > before:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as partial:
@@ -58,8 +60,8 @@ def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[i
     return {feature: label for feature, label in found.items() if label}
 
 
-def _kept(file: Path) -> dict[str, str | None]:
-    """The labels of a file; what is none of them is left out, for it can be fetched again."""
+def _cached_labels(file: Path) -> dict[str, str | None]:
+    """Reads cached labels; skips invalid entries, which are then fetched again."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,30 +70,18 @@ def _kept(file: Path) -> dict[str, str | None]:
     return {feature: label for feature, label in rows if label is None or isinstance(label, str)}
 
 
-def _fetched(url: str) -> str | None:
-    """The first label in an answer of Neuronpedia; None where it has no label.
+def _fetch_label(url: str) -> str | None:
+    """Fetches the first label of a feature; None if it has none.
 
     Raises:
-        OSError: It did not answer.
-        ValueError: It answered something else.
+        OSError: The request failed.
+        ValueError: The response is not JSON.
     """
-    with urllib.request.urlopen(urllib.request.Request(url), timeout=_TIMEOUT) as answer:
-        content = json.load(answer)
+    with urllib.request.urlopen(urllib.request.Request(url), timeout=_TIMEOUT) as response:
+        content = json.load(response)
     labels = [entry.get("description") for entry in content.get("explanations") or []]
     return next((str(label).strip() for label in labels if label), None)
 
 
 def _site() -> str:
     return os.environ.get("YAPO_NEURONPEDIA", _SITE)
-
-
-def _is_offline() -> bool:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    return HF_HUB_OFFLINE
-
-
-def _cache_folder() -> Path:
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "yapo_peft" / "neuronpedia"

@@ -26,17 +26,17 @@ from .checks import features_by_layer
 from .texts import base_of, device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs
 
 _SAVED_EVERY = 50
-# On SmolLM2 the second token of a text can be 10 to 20 times as long as the median, and the first 140 times.
+# On SmolLM2, the norm of a text's first token is 140 times the median, and that of the second can be 10 to 20 times.
 _SINK = 5
 
 
 @dataclass(order=True)
 class _Passage:
-    """Where a feature is on: ordered by how far, and among equals the earlier text first."""
+    """A passage around a feature's peak, ordered by the peak, and among equals the earlier text first."""
 
     peak: float
     minus_text: int
-    at: int
+    position: int
     tokens: list[int]
     values: list[float]
 
@@ -57,44 +57,43 @@ def contexts(
 ) -> pd.DataFrame:
     """Finds the passages with the highest activations of features, without steering.
 
-    Texts are streamed: what is kept is `top` passages of each feature, one of a text at most. The model is not changed.
+    Texts are streamed; memory holds `top` passages per feature, at most one per text.
 
     Args:
-        model: A `PeftModel` with a sparse YaPO adapter, whose SAEs are read.
+        model: A `PeftModel` with a sparse YaPO adapter; left unchanged.
         features: Feature indices, if the adapter steers one layer; else a mapping from layer index to feature indices.
         texts: Any iterable, such as a streamed dataset, of texts, messages, or rows with a column `text`, `messages`,
             or `prompt` and `chosen`.
-        tokenizer: The model's; found by the model's name if None.
-        adapter_name: The adapter; the active one if None.
-        top: Passages of each feature.
-        window: Tokens before and after the one where the feature is on the most.
-        skip_sinks: Whether to leave out attention sinks: the first token of each text, and those whose activations are
-            more than five times as long as the median of its other tokens. They say nothing of the text, and SAEs are
-            not trained on them.
+        tokenizer: The model's tokenizer; loaded by the model's name if None.
+        adapter_name: The adapter whose SAEs to use; the active one if None.
+        top: Number of passages per feature.
+        window: Number of tokens to show before and after the peak.
+        skip_sinks: Whether to skip attention sinks: the first token of each text, and tokens whose activations have
+            more than five times the median norm of the text's other tokens. They do not depend on the text, and SAEs
+            are not trained on them.
         batch_size: Texts per forward pass.
-        max_length: Tokens of a text that are read.
-        resume: A file that keeps what was found. A run that was stopped goes on there, with the same texts in the
-            same order.
+        max_length: Maximum number of tokens per text; longer texts are truncated.
+        resume: A file to save progress to. An interrupted run resumes from it, given the same texts in the same order.
 
     Returns:
-        A row per feature and passage, the strongest first: `layer`, `feature`, `rank`, `peak` (how far it is on),
+        A row per feature and passage, the highest peaks first: `layer`, `feature`, `rank`, `peak` (the activation),
         `text` (index of the text), `position` (of the peak, in tokens of the text), and `tokens` and `values`, the
-        passage's tokens as texts and how far the feature is on at each, 0 at those left out. A feature that is never on
-        has no row.
+        passage's tokens as texts and the activation at each, 0 at skipped tokens. A feature that is never active has no
+        row.
 
     Raises:
-        ConfigError: There is no such adapter or feature, an argument has a value that cannot work, or `resume` is a
-            file of another search.
-        DatasetError: A text is not one.
+        ConfigError: The adapter or a feature does not exist, an argument is invalid, or `resume` is a file of another
+            search.
+        DatasetError: A text is not a text, messages or a row.
     """
     name, _, all_layers = adapter_of(model, adapter_name)
     wanted = features_by_layer(features, all_layers, name)
     if not wanted:
-        raise ConfigError("features= is empty: name one feature at least.")
+        raise ConfigError(f"features={features!r}: must have at least one feature.")
     at_least(1, top=top)
     at_least(0, window=window)
     if resume is not None and Path(resume).is_dir():
-        raise ConfigError(f"resume={str(resume)!r} is a folder: name a file.")
+        raise ConfigError(f"resume={str(resume)!r}: must be a file, but is a folder.")
     tokenizer = tokenizer_of(model, tokenizer)
     layers = [layer for layer in all_layers if layer.index in wanted]
     saes = {layer.index: cast(FrozenSAE, layer.yapo_sae[name]) for layer in layers}
@@ -104,14 +103,14 @@ def contexts(
         "options": [top, window, skip_sinks, max_length],
         "model": hash_model(base_of(model), ignore=is_steering, sampled=True),
     }
-    search = _Search.resumed(None if resume is None else Path(resume), record, wanted)
+    search = _Search(None if resume is None else Path(resume), record, wanted)
     device, dtype = device_and_dtype(model)
     with evaluating(model):
         parts = {
             index: sae.select(torch.tensor(wanted[index], device=device), device, dtype) for index, sae in saes.items()
         }
         require_texts(texts)
-        batches = text_batches(search.after_those_done(texts), tokenizer, batch_size, max_length, model)
+        batches = text_batches(search.remaining(texts), tokenizer, batch_size, max_length, model)
         for count, batch in enumerate(tqdm(batches, desc="Reading texts", unit="batch"), 1):
             if any(batch):
                 outputs = unsteered_outputs(model, layers, padded(batch, tokenizer, device))
@@ -129,66 +128,59 @@ def contexts(
 
 
 def _sinks(h: Tensor, lengths: list[int]) -> Tensor:
-    """Which tokens of texts of these lengths are attention sinks, `(batch, seq)`, by a layer's output."""
+    """The mask of attention sinks, `(batch, seq)`, of texts with these lengths, by the norms of a layer's output."""
     norms = h.float().norm(dim=-1)
     others = [row[1:length] if length > 1 else row[:1] for row, length in zip(norms, lengths, strict=True)]
-    usual = torch.stack([row.median() for row in others])
-    sinks = norms > _SINK * usual[:, None]
+    medians = torch.stack([row.median() for row in others])
+    sinks = norms > _SINK * medians[:, None]
     sinks[:, 0] = True
     return sinks
 
 
 class _Search:
-    """The best passages so far, and how many texts were read."""
+    """The best passages so far, and the number of texts read; resumes from a file if it exists.
+
+    Raises:
+        ConfigError: The file is of another search.
+    """
 
     def __init__(self, file: Path | None, record: dict[str, Any], wanted: dict[int, list[int]]) -> None:
-        self._file, self._record = file, record
+        self._file, self._record, self._wanted = file, record, wanted
         self.best: dict[tuple[int, int], list[_Passage]] = {
             (layer, feature): [] for layer, features in wanted.items() for feature in features
         }
-        self._wanted = wanted
-        # Of all texts that were read: whole batches, whenever it is asked for.
-        self._read, self._expected = hashlib.sha256(), ""
         self.done = 0
-
-    @classmethod
-    def resumed(cls, file: Path | None, record: dict[str, Any], wanted: dict[int, list[int]]) -> _Search:
-        """As a file has it, if there is one.
-
-        Raises:
-            ConfigError: It is of another search, or none.
-        """
-        search = cls(file, record, wanted)
+        # The hash of all texts read so far; batches are complete when it is saved.
+        self._read, self._expected = hashlib.sha256(), ""
         if file is None or not file.is_file():
-            return search
+            return
         try:
             content: Any = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             content = None
         if not isinstance(content, dict) or content.get("search") != record:
-            raise ConfigError(f"resume={str(file)!r} holds something else than this search: give another file.")
-        search.done, search._expected = content["done"], content["texts"]
+            raise ConfigError(f"resume={str(file)!r} is not a file of this search: pass another file.")
+        self.done, self._expected = content["done"], content["texts"]
         for layer, feature, passages in content["best"]:
-            search.best[layer, feature] = [_Passage(**passage) for passage in passages]
-        return search
+            self.best[layer, feature] = [_Passage(**passage) for passage in passages]
 
-    def after_those_done(self, texts: Iterable[Any]) -> Iterator[Any]:
-        """The texts that were not read yet.
+    def remaining(self, texts: Iterable[Any]) -> Iterator[Any]:
+        """Yields the texts that were not read yet.
 
         Raises:
-            ConfigError: Those that were read are other ones than in the file.
+            ConfigError: The texts that were read are not those of the file.
         """
         left = iter(texts)
         for text in islice(left, self.done):
             self._read.update(repr(text).encode())
         if self.done and self._read.hexdigest() != self._expected:
-            raise ConfigError(f"resume={str(self._file)!r} was made from other texts: give these, or another file.")
+            raise ConfigError(f"resume={str(self._file)!r} is of other texts: pass the same texts, or another file.")
         for text in left:
             self._read.update(repr(text).encode())
             yield text
 
     def add(self, layer: int, batch: list[list[int]], values: Tensor, top: int, window: int) -> None:
-        """Adds the activations of one layer's features, `(batch, seq, n)`."""
+        """Adds the activations of a layer's features on a batch, `(batch, seq, n)`."""
         for row, tokens in enumerate(batch):
             if not tokens:
                 continue
@@ -205,7 +197,7 @@ class _Search:
                 (heapq.heappush if len(best) < top else heapq.heapreplace)(best, passage)
 
     def save(self) -> None:
-        """Writes what was found to the file, if there is one."""
+        """Saves the progress to the file, if there is one."""
         if self._file is None:
             return
         best = [[*key, [asdict(passage) for passage in passages]] for key, passages in self.best.items()]
@@ -215,7 +207,7 @@ class _Search:
             partial.write_text(json.dumps(content), encoding="utf-8")
 
     def table(self, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-        """What was found."""
+        """Returns the passages as a table."""
         rows = [
             {
                 "layer": layer,
@@ -223,7 +215,7 @@ class _Search:
                 "rank": rank,
                 "peak": passage.peak,
                 "text": -passage.minus_text,
-                "position": passage.at,
+                "position": passage.position,
                 "tokens": [tokenizer.decode([token]) for token in passage.tokens],
                 "values": passage.values,
             }

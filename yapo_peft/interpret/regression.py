@@ -1,4 +1,4 @@
-"""A vector as a sum of few decoder rows."""
+"""Sparse regression of a vector on decoder rows."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from torch import Tensor
 
 
 def sparse_regression(vector: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
-    """Explains a vector by few rows of a matrix, by orthogonal matching pursuit.
+    """Approximates a vector by a sum of few rows of a matrix, by orthogonal matching pursuit.
 
-    The row that is closest to what is left in direction comes next, and the weights of all chosen rows are fitted anew
-    by least squares.
+    Each step adds the row with the largest absolute cosine similarity to the residual, and refits the weights of all
+    chosen rows by least squares.
 
     Args:
-        vector: `(d,)`, in float32.
-        rows: `(n, d)`, in float32.
-        count: How many rows to use at most.
+        vector: The vector, `(d,)` in float32.
+        rows: The matrix, `(n, d)` in float32.
+        count: Maximum number of rows.
 
     Returns:
-        The rows' indices, those of the largest weight first, their weights, and the share of the vector's squared
-        length that they explain.
+        The rows' indices, their weights, the largest absolute ones first, and the share of the vector's squared norm
+        that they explain.
 
     Source: Pati, Rezaiifar and Krishnaprasad, 1993.
     """
-    lengths = rows.norm(dim=1)
-    rest, chosen = vector, torch.zeros(0, dtype=torch.long, device=rows.device)
+    norms = rows.norm(dim=1)
+    residual, chosen = vector, torch.zeros(0, dtype=torch.long, device=rows.device)
     weights = torch.zeros(0, device=rows.device)
     for _ in range(min(count, len(rows), len(vector))):
-        alike = (rows @ rest).abs() / lengths.clamp(min=1e-12)
-        alike[chosen] = 0
-        best = alike.argmax()
-        if alike[best] <= 1e-6 * vector.norm():
+        similarity = (rows @ residual).abs() / norms.clamp(min=1e-12)
+        similarity[chosen] = 0
+        best = similarity.argmax()
+        if similarity[best] <= 1e-6 * vector.norm():
             break
         chosen = torch.cat([chosen, best[None]])
         weights = torch.linalg.lstsq(rows[chosen].T, vector[:, None]).solution.squeeze(-1)
-        rest = vector - weights @ rows[chosen]
+        residual = vector - weights @ rows[chosen]
     order = weights.abs().argsort(descending=True)
-    explained = 1 - float(rest.square().sum() / vector.square().sum()) if vector.any() else 0.0
+    explained = 1 - float(residual.square().sum() / vector.square().sum()) if vector.any() else 0.0
     return chosen[order], weights[order], explained

@@ -1,4 +1,4 @@
-"""Texts as batches of tokens, and the outputs of steered layers for them."""
+"""Tokenises texts in batches, and runs the model on them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..tuner.hooks import block_outputs, forward_hooks
 _SHAPES = "pass texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
 
 
-class _Enough(Exception):  # noqa: N818
-    """Ends a forward pass once all that is read was computed."""
+class _StopForward(Exception):  # noqa: N818
+    """Ends a forward pass after the highest layer that is read."""
 
 
 def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -35,7 +35,7 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         tokenizer: The model's tokenizer.
 
     Raises:
-        DatasetError: `text` is something else.
+        DatasetError: `text` is none of these.
     """
     if isinstance(text, dict):
         text = content_of_row(cast(dict[str, Any], text))
@@ -60,19 +60,19 @@ def content_of_row(row: dict[str, Any]) -> Any:
     if found is None and row.get("prompt"):
         found = row["prompt"] + (row.get("chosen") or row.get("completion") or type(row["prompt"])())
     if found is None:
-        raise DatasetError(f"A row has the columns {sorted(row)} and no text in them: {_SHAPES}.")
+        raise DatasetError(f"A row has no text in its columns {sorted(row)}: {_SHAPES}.")
     return found
 
 
 def require_texts(texts: Any) -> None:
     """Raises `DatasetError` for a single text or row, and for a DataFrame, which iterates over its columns' names."""
     if isinstance(texts, str | Mapping | pd.DataFrame) or not isinstance(texts, Iterable):
-        rows = " (of a DataFrame: .to_dict('records'))" if isinstance(texts, pd.DataFrame) else ""
-        raise DatasetError(f"The texts must be a list or a dataset, not one {type(texts).__name__}: {_SHAPES}{rows}.")
+        rows = ", such as .to_dict('records')" if isinstance(texts, pd.DataFrame) else ""
+        raise DatasetError(f"texts is a {type(texts).__name__}, not a list or a dataset: {_SHAPES}{rows}.")
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The maximum number of tokens of an input, if the model's config has it."""
+    """Returns the maximum number of tokens of an input; None if the model's config has none."""
     return getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -86,7 +86,7 @@ def require_length(model: nn.Module, tokens: int, what: str) -> None:
 def text_batches(
     texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int, model: nn.Module
 ) -> Iterator[list[list[int]]]:
-    """Batches of the tokens of `batch_size` texts, tokenised lazily.
+    """Tokenises texts lazily, in batches of `batch_size`.
 
     Texts are truncated to `max_length` tokens and to the model's context.
 
@@ -102,7 +102,7 @@ def text_batches(
 
 
 def padded(batch: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` of a batch, `(batch, seq)`, padded on the right."""
+    """Returns `input_ids` and `attention_mask` of a batch, `(batch, seq)`, padded on the right."""
     rows = [torch.tensor(tokens, dtype=torch.long, device=device) for tokens in batch]
     ids = pad_sequence(rows, batch_first=True, padding_value=padding_of(tokenizer))
     return {"input_ids": ids, "attention_mask": pad_sequence(list(map(torch.ones_like, rows)), batch_first=True)}
@@ -110,35 +110,35 @@ def padded(batch: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: t
 
 @torch.no_grad()
 def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Outputs of the steered layers without steering, `(batch, seq, d_model)` by layer index.
+    """Returns the outputs of layers without steering, `(batch, seq, d_model)` by layer index.
 
-    The layers above the highest steered one do not run, unless accelerate's hooks move weights layer by layer.
+    Layers above the highest of them do not run, unless accelerate offloads weights layer by layer.
     """
     base = base_of(model)
 
     def stop(output: Any) -> None:
-        raise _Enough
+        raise _StopForward
 
     can_stop = not any(hasattr(module, "_hf_hook") for module in base.modules())
     stopping = forward_hooks([(layers[-1].block, stop)] if can_stop else [])
-    with steering(model, 0.0), block_outputs(layers) as outputs, stopping, suppress(_Enough):
+    with steering(model, 0.0), block_outputs(layers) as outputs, stopping, suppress(_StopForward):
         base.base_model(**inputs, use_cache=False)
     return outputs
 
 
 def base_of(model: nn.Module) -> Any:
-    """The causal language model that PEFT wraps."""
+    """Returns the causal language model that PEFT wraps."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device of a model's weights, and the dtype that it computes in."""
+    """Returns the device and the dtype of a model's weights."""
     base = base_of(model)
     return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu")), base.dtype
 
 
 def tokenizer_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, or if None the one of the model's name. Raises `ConfigError` if there is none."""
+    """Returns the tokenizer; loaded by the model's name if None. Raises `ConfigError` if there is none."""
     if tokenizer is not None:
         return tokenizer
     from transformers import AutoTokenizer

@@ -23,15 +23,15 @@ from .texts import answer_start, device_and_dtype, padded, require_length, token
 
 @dataclass(frozen=True)
 class TokenEffects:
-    """What steering does to each token of a prompt.
+    """The effect of steering on each token of a prompt.
 
     Attributes:
-        tokens: A row per layer and token: `layer`, `position`, `token` (its text), `norm` (norm of the layer's output
-            before steering), `moved` (how far steering moved it), `share` (`moved / norm`), and how many of the
-            adapter's features were `on`, `raised`, `lowered` (and are still on) and `cut` (to zero).
-        features: A row per layer, token and feature: `layer`, `position`, `feature`, `on` (how far it was on before),
-            `change` (of the feature), and `effect`, "raised", "lowered" or "cut". All features that were on, and of
-            those that were off the ones that moved the token the furthest.
+        tokens: A row per layer and token: `layer`, `position`, `token` (its text), `norm` (of the layer's output before
+            steering), `moved` (the norm of the shift), `share` (`moved / norm`), and how many of the adapter's features
+            were `on` (active before steering), `raised`, `lowered` (but still active) and `cut` (to zero).
+        features: A row per layer, token and feature: `layer`, `position`, `feature`, `on` (its activation before
+            steering), `change` (of the activation), and `effect`, "raised", "lowered" or "cut". Lists all features that
+            were active, and the inactive ones that moved the token the furthest.
     """
 
     tokens: pd.DataFrame
@@ -47,22 +47,21 @@ def token_effects(
     multiplier: float = 1.0,
     top: int = 20,
 ) -> TokenEffects:
-    """Says of each token of a prompt which features were on, raised or cut, and how far the residual stream moved.
+    """Measures which features steering raises or lowers at each token of a prompt, and how far it moves the token.
 
-    With several steered layers, each is read with the lower ones steered. An adapter that steers
-    answers alone is read on a row with a prompt and an answer; a prompt alone it leaves as it is. The model is not
-    changed.
+    With several steered layers, each is measured while the lower ones steer. An adapter that steers only answers needs
+    a row with a prompt and an answer; it does not steer a prompt alone.
 
     Args:
-        model: A `PeftModel` with a YaPO adapter.
-        prompt: A text; messages; or a row of a dataset, with a prompt and its chosen answer.
-        tokenizer: The model's; found by the model's name if None.
+        model: A `PeftModel` with a YaPO adapter; left unchanged.
+        prompt: A text, messages, or a row with a prompt and its chosen answer.
+        tokenizer: The model's tokenizer; loaded by the model's name if None.
         adapter_name: The adapter; the active one if None.
         multiplier: The multiplier.
-        top: Of the features that are raised without having been on, how many to list for each token.
+        top: Number of raised features to list per token that were inactive before steering.
 
     Raises:
-        ConfigError: There is no such adapter, or the prompt is empty.
+        ConfigError: The adapter does not exist, an argument is invalid, or the prompt is empty or too long.
         DatasetError: The prompt is not a text, messages or a row.
     """
     name, _, layers = adapter_of(model, adapter_name)
@@ -70,7 +69,7 @@ def token_effects(
     tokenizer = tokenizer_of(model, tokenizer)
     ids = tokens_of(prompt, tokenizer)
     if not ids:
-        raise ConfigError("The prompt is empty: there is no token to steer.")
+        raise ConfigError("The prompt is empty: pass at least one token.")
     require_length(model, len(ids), "The prompt")
     texts = [cast(str, tokenizer.decode([token])) for token in ids]
     found: dict[int, dict[str, Any]] = {}
@@ -100,7 +99,7 @@ def _tables(
     norm, distance = h.float().norm(dim=-1), (moved @ parts.rows).norm(dim=-1)
     is_on = on > 0
     raised, lowered = moved > 0, moved < 0
-    # What an SAE's scale multiplies is not part of the feature.
+    # The scale of the SAE's output is not part of the feature.
     scale = 1.0 if parts.sae is None else parts.sae.normalize(h)[1]
     change = moved if scale is None else moved / scale
     cut = lowered & (on + change <= 1e-6 * on.abs().clamp(min=1))

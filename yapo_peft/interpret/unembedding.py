@@ -15,23 +15,21 @@ from ..tuner import steering
 from ..tuner.hooks import forward_hooks
 from .texts import base_of
 
-# Directions whose logits are held at once.
+# Maximum number of directions per call of the head, to limit memory.
 _ROWS = 64
 
 
 class Unembedding:
-    """The end of a causal language model, as it acts on directions of the residual stream.
+    """The final norm and the head of a causal language model, applied to directions of the residual stream.
 
-    Each direction goes through the final norm alone, as if the residual stream were nothing else, and then through the
-    head. That is exact for the direction's ranking of tokens up to the norm's dependence on what else is there; what
-    the layers in between make of it is left out.
+    Each direction passes through the final norm as if it were the whole residual stream, and then through the head.
+    The effects of the layers in between, and of the rest of the residual stream on the norm, are ignored.
 
     Args:
         model: A model with a YaPO adapter.
 
     Raises:
-        UnsupportedOperationError: The model has no head, or something else than one module between its last layer and
-            its head.
+        UnsupportedOperationError: The model has no head, or no single module between its last layer and its head.
 
     Source: the logit lens.
     """
@@ -41,44 +39,43 @@ class Unembedding:
         self._head: Any = base.get_output_embeddings()
         if self._head is None:
             raise UnsupportedOperationError(
-                f"{type(base).__name__} has no head that turns hidden states into tokens: promoted tokens need a "
-                "causal language model."
+                f"{type(base).__name__} has no output embeddings: promoted tokens need a causal language model."
             )
         self._norm: Any = _final_norm(model, base)
 
     @torch.no_grad()
     def logits(self, directions: Tensor) -> Tensor:
-        """What directions, `(n, d_model)`, do to logits, `(n, vocabulary)` in float32, less the mean over tokens."""
+        """Returns the change of the logits by directions `(n, d_model)`, `(n, vocabulary)` in float32, centred."""
         parameter = next(self._head.parameters())
         found: list[Tensor] = []
         for part in directions.split(_ROWS):
-            # Long enough that the norm's epsilon, and any bias before it, does not matter.
+            # Large enough that the norm's epsilon and a bias before it do not matter.
             part = nn.functional.normalize(part.float(), dim=-1) * 100 * part.shape[-1] ** 0.5
             part = part.to(parameter.device, parameter.dtype)
-            nothing = torch.zeros_like(part[:1])
-            moved = self._norm(part) - self._norm(nothing) if self._norm is not None else part
-            logits = (self._head(moved) - self._head(nothing)).float()
+            zero = torch.zeros_like(part[:1])
+            moved = self._norm(part) - self._norm(zero) if self._norm is not None else part
+            logits = (self._head(moved) - self._head(zero)).float()
             found.append(logits - logits.mean(dim=-1, keepdim=True))
         return torch.cat(found)
 
     def tokens(
         self, directions: Tensor, tokenizer: PreTrainedTokenizerBase, count: int
     ) -> tuple[list[list[str]], list[list[str]]]:
-        """The texts of the tokens that each direction, `(n, d_model)`, raises and lowers the most."""
-        known = min(len(tokenizer), self._head.weight.shape[0])
+        """Returns the texts of the tokens that each direction, `(n, d_model)`, raises and lowers the most."""
+        vocabulary = min(len(tokenizer), self._head.weight.shape[0])
         promotes: list[list[str]] = []
         suppresses: list[list[str]] = []
         for part in directions.split(_ROWS):
-            logits = self.logits(part)[:, :known]
+            logits = self.logits(part)[:, :vocabulary]
             for chosen, texts in ((logits, promotes), (-logits, suppresses)):
                 texts += [
-                    [tokenizer.decode([i]) for i in row] for row in chosen.topk(min(count, known)).indices.tolist()
+                    [tokenizer.decode([i]) for i in row] for row in chosen.topk(min(count, vocabulary)).indices.tolist()
                 ]
         return promotes, suppresses
 
 
 def _final_norm(model: nn.Module, base: Any) -> nn.Module | None:
-    """The module whose output is the decoder's, found by running one token; None where that is the last block."""
+    """The module whose output is the decoder's, found by running one token; None if that is the last layer."""
     decoder = base.get_decoder()
     outputs: list[tuple[nn.Module, Any]] = []
 
@@ -96,6 +93,6 @@ def _final_norm(model: nn.Module, base: Any) -> nn.Module | None:
         if isinstance(output, Tensor) and output.shape == states.shape and torch.equal(output, states):
             return None if any(True for _ in module.children()) else module
     raise UnsupportedOperationError(
-        f"Found no module in {type(base).__name__} that outputs its last hidden states: promoted tokens need the "
-        "final norm."
+        f"The final norm of {type(base).__name__} was not found, because no module outputs its last hidden states: "
+        "promoted tokens are not supported for it."
     )
