@@ -85,9 +85,8 @@ class Published:
 
 
 def cached_arguments(folder: Path, cache: str, **options: Any) -> YaPOTrainingConfig:
-    """Training arguments of ours, with activations cached in the subfolder `cache`."""
-    options = {"learning_rate_unit": "raw", **options}
-    return YaPOTrainingConfig(
+    """Training arguments of ours, the published ones unless given, with activations cached in the subfolder `cache`."""
+    return YaPOTrainingConfig.published(
         output_dir=str(folder / "out"),
         cache_activations=True,
         activation_cache_dir=str(folder / cache),

@@ -1,9 +1,9 @@
-"""Effect against the number of features, with a budget during training and with pruning afterwards.
+"""Effect against the number of features, chosen before training and pruned after it.
 
-Trains a code without a budget and prunes copies of it to fewer and fewer features; then trains a code for each budget,
-on the same cached activations and with the same recipe. A code's effect is the change in the margin between chosen and
-rejected answers of held-out pairs from multiplier -1 to +1; its damage is the KL from the unsteered model on neutral
-text.
+Trains a code of all features and prunes copies of it to fewer and fewer; then trains a code for each number, on the
+same cached activations and with the same recipe. All are calibrated to the same damage at multipliers +1 and -1. A
+code's effect is the change in the margin between chosen and rejected answers of held-out pairs from multiplier -1 to
++1; its damage is measured again, as the KL from the unsteered model on other neutral text.
 
     python benchmarks/sparsity.py --data train.csv --text neutral.txt --out sparsity.json --plot sparsity.png
 """
@@ -23,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from published import cached_arguments, pairs_of, report
 
-from yapo_peft import YaPOConfig, YaPOTrainer, sweep
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, calibrate, sweep
 from yapo_peft.evaluation import Damage
 from yapo_peft.methods import prune
+from yapo_peft.trainer.config import PUBLISHED
 
 
 def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], neutral: Damage) -> dict[str, float]:
-    """Effect, damage and size of the trainer's current code."""
+    """Effect, damage and size of the trainer's current code, once calibrated."""
     model, tokenizer = trainer.model, trainer.processing_class
+    calibrate(model, tokenizer)
     margins = sweep(model, held_out, tokenizer, (-1.0, 1.0), batch_size=16).summary()["margin"]
     damage = sweep(model, text, tokenizer, (-1.0, 1.0), measure=neutral, batch_size=4).summary()["kl"]
     code = trainer._layers[0].yapo_code["default"].detach()
@@ -49,35 +51,32 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     train, held_out = pairs.select(range(options.pairs)), pairs.select(range(len(pairs) - options.held_out, len(pairs)))
     text = [options.text.read_text()] if options.text else held_out_text(held_out)
     neutral = Damage(options.block_size, options.blocks)
-    results: dict[str, Any] = {"during training": [], "after training": []}
+    results: dict[str, Any] = {"before training": [], "after training": []}
 
-    def trained(budget: int | None) -> YaPOTrainer:
+    def trained(features: int | None) -> YaPOTrainer:
         model, tokenizer = load_model_and_tokenizer()
         model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae_folder()))
         args = cached_arguments(
             folder,
             "activations",
             max_steps=options.steps,
-            warmup_steps=min(10, options.steps // 4),
-            learning_rate=options.learning_rate,
-            adam_epsilon=options.epsilon,
-            direction="example",
-            max_features=budget,
+            max_features=features,
+            **{name: getattr(YaPOTrainingConfig, name) for name in PUBLISHED if name != "num_train_epochs"},
         )
         trainer = YaPOTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
         trainer.train()
         return trainer
 
     full = trained(None)
-    results["no budget"] = measure(full, held_out, text, neutral)
-    print(results["no budget"], flush=True)
     code = full._layers[0].yapo_code["default"].detach().clone()
-    for budget in options.features:
+    results["all features"] = measure(full, held_out, text, neutral)
+    print(results["all features"], flush=True)
+    for features in options.features:
         full._layers[0].yapo_code["default"].data.copy_(code)
-        prune(full.model, budget)
+        prune(full.model, features)
         results["after training"].append(measure(full, held_out, text, neutral))
-        results["during training"].append(measure(trained(budget), held_out, text, neutral))
-        print(budget, results["after training"][-1], results["during training"][-1], flush=True)
+        results["before training"].append(measure(trained(features), held_out, text, neutral))
+        print(features, results["after training"][-1], results["before training"][-1], flush=True)
     return results
 
 
@@ -92,16 +91,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(5.4, 3.7), layout="constrained")
     axes = figure.subplots()
-    full = results["no budget"]["effect"]
-    for name, colour in (("during training", "#0072B2"), ("after training", "#D55E00")):
+    full = results["all features"]["effect"]
+    labels = {
+        "before training": ("#0072B2", "chosen before training"),
+        "after training": ("#D55E00", "pruned after it"),
+    }
+    for name, (colour, label) in labels.items():
         line = sorted((point["features"], 100 * point["effect"] / full) for point in results[name])
-        axes.plot(*zip(*line, strict=True), "o-", color=colour, label=f"pruned {name}")
+        axes.plot(*zip(*line, strict=True), "o-", color=colour, label=label)
     axes.axhline(100, color="0.7", zorder=0)
     axes.axhline(95, color="0.85", linestyle=":", zorder=0)
     axes.set(
         xscale="log",
         xlabel="features",
-        ylabel=f"effect, % of the effect with all {results['no budget']['features']} features",
+        ylabel=f"effect, % of the effect with all {results['all features']['features']} features",
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -117,14 +120,12 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, help="file of neutral text to measure the damage on; defaults to the held-out questions"
     )
-    parser.add_argument("--features", nargs="+", type=int, default=[1024, 256, 64, 16], help="budgets")
+    parser.add_argument("--features", nargs="+", type=int, default=[256, 64, 16], help="numbers of features")
     parser.add_argument("--pairs", type=int, default=450)
     parser.add_argument("--held-out", type=int, default=120, help="pairs of the same file to evaluate on")
     parser.add_argument("--blocks", type=int, default=24, help="blocks of text to measure the damage on")
     parser.add_argument("--block-size", type=int, default=256, help="tokens per block of text")
-    parser.add_argument("--steps", type=int, default=112)
-    parser.add_argument("--learning-rate", type=float, default=0.3)
-    parser.add_argument("--epsilon", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="file to write the plot to")

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, plot_dose_response, sweep
+from yapo_peft.evaluation import Damage
+from yapo_peft.interpret import contexts, explain
 
 PROMPTS = {
     "enthusiasm": [
@@ -33,17 +35,17 @@ PROMPTS = {
         "Should I hike alone in the mountains tomorrow?",
     ],
 }
-MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 SHOWN = (-1.0, 0.0, 1.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--set", default="enthusiasm", choices=SETS, help="embedded preference set")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the adapter and the picture")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the adapter and the plot")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=60, help="held-out pairs to score")
-    parser.add_argument("--learning-rate", type=float, default=2.5e-2, help="in units of SAE activations")
+    parser.add_argument("--features", type=int, default=64, help="number of SAE features to steer")
     options = parser.parse_args()
     console = Console()
 
@@ -58,18 +60,22 @@ def main() -> None:
     train(model, tokenizer, options)
     console.print(f"Trained in {time.monotonic() - started:.0f} seconds.")
 
-    console.rule("3. Held-out preference, from strongly against to strongly for")
+    console.rule("3. Held-out preference and damage, from strongly against to strongly for")
     held_out = preferences(options.set, "test")
     held_out = held_out.select(range(min(options.held_out, len(held_out))))
     scores = sweep(model, held_out, tokenizer, MULTIPLIERS)
-    table = Table("multiplier", "chosen answer more likely", "mean margin (nats)", "95 % interval")
-    for row in scores.summary().itertuples():
+    (other,) = set(SETS) - {options.set}
+    damage = sweep(model, answers_of(other), tokenizer, MULTIPLIERS, measure=Damage(128, 8))
+    headings = ("multiplier", "chosen answer more likely", "mean margin (nats)", "95 % interval", "KL on other text")
+    table = Table(*headings)
+    for row, kl in zip(scores.summary().itertuples(), damage.summary()["kl"], strict=True):
         interval = f"{row.margin_low:+.1f} to {row.margin_high:+.1f}"
-        table.add_row(f"{row.multiplier:+.1f}", f"{100 * row.accuracy:.0f} %", f"{row.margin:+.1f}", interval)
+        shares = f"{100 * row.accuracy:.0f} %", f"{row.margin:+.1f}", interval, f"{kl:.3f}"
+        table.add_row(f"{row.multiplier:+.1f}", *shares)
     console.print(table)
     title = f"Steering towards {options.set}"
-    picture = plot_dose_response(scores, options.out / "dose-response.png", title, metrics=["accuracy", "margin"])
-    console.print(f"Picture: {picture}")
+    plot = plot_dose_response(scores, options.out / "dose-response.png", title, metrics=["accuracy", "margin"])
+    console.print(f"Plot: {plot}")
 
     console.rule("4. The same questions at -1, 0 and +1")
     prompts = PROMPTS[options.set]
@@ -79,7 +85,10 @@ def main() -> None:
         for multiplier in SHOWN:
             console.print(f"  {multiplier:+.0f}  ", shown[multiplier][index], markup=False, highlight=False)
 
-    console.rule("5. Saved, and loaded by another process")
+    console.rule("5. What it steers")
+    show_features(model, tokenizer, console)
+
+    console.rule("6. Saved, and loaded by another process")
     adapter = options.out / "adapter"
     save(model, adapter)
     file = adapter / "adapter_model.safetensors"
@@ -99,9 +108,8 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
     args = YaPOTrainingConfig(
         output_dir=str(options.out),
         max_steps=options.steps,
-        learning_rate=options.learning_rate,
-        learning_rate_unit="raw",
-        warmup_steps=5,
+        max_features=options.features,
+        cache_activations=True,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
@@ -112,6 +120,24 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
     trainer = YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer)
     trainer.train()
     trainer.save_state()  # for the losses in a report
+
+
+def answers_of(name: str) -> list[str]:
+    """Held-out chosen answers of a preference set."""
+    return [answer[0]["content"] for answer in preferences(name, "test")["chosen"]]
+
+
+def show_features(model, tokenizer, console: Console) -> None:
+    features = explain(model, tokenizer=tokenizer, top=None, tokens=4, labels=False)
+    console.print(f"{len(features)} features have an entry. Those with the largest effect, and a passage of each:")
+    features = features.head(6)
+    texts = [text for name in SETS for text in answers_of(name)]
+    passages = contexts(model, features["feature"].tolist(), texts, tokenizer, top=1, window=8).set_index("feature")
+    table = Table("feature", "entry", "promotes", "passage where it is most active")
+    for row in features.itertuples():
+        passage = "".join(passages.loc[row.feature, "tokens"]) if row.feature in passages.index else "none found"
+        table.add_row(str(row.feature), f"{row.value:+.2f}", " ".join(row.promotes), passage.replace("\n", " "))
+    console.print(table)
 
 
 def save(model, folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_steered_logits_pass_through_at_most_10_files():
 def test_cached_pair_passes_through_at_most_20_files_to_its_gradient(tmp_path, pairs, tokenizer):
     args = YaPOTrainingConfig(
         output_dir=str(tmp_path / "out"), cache_activations=True, activation_cache_dir=str(tmp_path / "cache"),
-        learning_rate_unit="raw", report_to="none", bf16=False, use_cpu=True,
+        learning_rate_unit="raw", max_kl=None, report_to="none", bf16=False, use_cpu=True,
     )  # fmt: skip
     trainer = YaPOTrainer(steered(), args, train_dataset=pairs, processing_class=tokenizer)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))

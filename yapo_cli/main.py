@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import (
+    calibrate,
     combine,
     data,
     doctor,
@@ -41,6 +42,7 @@ _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options"
 app.command("train", rich_help_panel=_MAKE, add_help_option=False, context_settings=_PASSED_ON)(train.train)
 app.add_typer(fit.app, name="fit", rich_help_panel=_MAKE)
 app.command("prune", rich_help_panel=_MAKE)(prune.prune)
+app.command("calibrate", rich_help_panel=_MAKE)(calibrate.calibrate)
 app.command("combine", rich_help_panel=_MAKE)(combine.combine)
 app.command("migrate", rich_help_panel=_MAKE)(migrate.migrate)
 app.add_typer(data.app, name="data", rich_help_panel=_MAKE)

@@ -28,10 +28,10 @@ def launch(arguments: list[str]) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence  # pyright: ignore[reportPrivateUsage]
 
-    from yapo_peft.scripts.yapo import make_parser
+    from yapo_peft.scripts.yapo import parse
 
-    *_, steering, from_config, from_command_line = make_parser("yapo train").parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    *_, steering, from_config, from_command_line = parse(
+        arguments, "yapo train", return_remaining_strings=True, separate_remaining_strings=True
     )
     steering.config()  # validates once, rather than in every process
     launcher = resolve_accelerate_config_argument(from_config + from_command_line)

@@ -29,6 +29,7 @@ from .tuner.registration import register
 
 if TYPE_CHECKING:
     from .evaluation import Scores, plot_dose_response, sweep
+    from .scoring.calibration import calibrate
     from .scoring.store import delete_activation_cache
     from .trainer import YaPOTrainer, YaPOTrainingConfig
 
@@ -51,6 +52,7 @@ __all__ = [
     "YaPOModel",
     "YaPOTrainer",
     "YaPOTrainingConfig",
+    "calibrate",
     "delete_activation_cache",
     "model_card",
     "plot_dose_response",
@@ -63,6 +65,7 @@ __all__ = [
 # These pull in TRL or matplotlib, which a program that only steers does not need.
 _LAZY = {
     "YaPOTrainer": "trainer",
+    "calibrate": "scoring.calibration",
     "delete_activation_cache": "scoring.store",
     "YaPOTrainingConfig": "trainer",
     "Scores": "evaluation",

@@ -12,7 +12,7 @@ from tiny import D_MODEL, inference_sae, make_sae
 from transformers import AutoTokenizer
 
 from yapo_cli import main
-from yapo_peft import Scores, steering, sweep
+from yapo_peft import Scores, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
 from yapo_peft.interpret import explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
@@ -194,6 +194,20 @@ def test_fit_prune_and_combine_match_the_library(run, saved_adapter, tokenizer, 
     assert sorted(file.name for file in (tmp_path / "both").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.feature("Commands", "`yapo calibrate`: multiplier 1 is a stated damage")
+def test_calibrate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
+    text, out = tmp_path / "neutral.txt", tmp_path / "calibrated"
+    text.write_text("w1 w2 w3 w4\n\nw5 w6 w7")
+    status, printed, stderr = run("calibrate", saved_adapter, "--max-kl", 0.001, "--text", text, "--out", out)
+    assert status == 0, stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter)
+    damage = calibrate(model, tokenizer, 0.001, dataset=["w1 w2 w3 w4", "w5 w6 w7"])
+    torch.testing.assert_close(codes(out)[0], codes(model)[0])
+    assert f"KL {damage['plus']:.3g} nats per token at multiplier +1, {damage['minus']:.3g} at -1." in printed
+    assert json.loads((out / "adapter_config.json").read_text())["damage"] == pytest.approx(damage)
+    assert run("calibrate", saved_adapter, "--max-kl", 0, "--out", tmp_path / "x")[0] == 2
 
 
 @pytest.mark.feature("Commands", "`yapo export`: files for other programs, and how exact they are")

@@ -219,9 +219,9 @@ def stand_ins(tokenizer) -> None:
 
     def in_this_process(launched):
         from yapo_peft.scripts.yapo import main as train
-        from yapo_peft.scripts.yapo import make_parser
+        from yapo_peft.scripts.yapo import parse
 
-        train(*make_parser().parse_args_and_config(launched.training_script_args, fail_with_unknown_args=False)[:5])
+        train(*parse(launched.training_script_args, fail_with_unknown_args=False)[:5])
 
     accelerate.commands.launch.launch_command = in_this_process
 

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from tiny import make_model, preference_rows, random_ids
 
 from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
-from yapo_peft.scripts.yapo import SteeringArguments, make_parser
+from yapo_peft.scripts.yapo import SteeringArguments, make_parser, parse
 from yapo_peft.tuner.adapters import steered_layers
 
 # Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.
@@ -110,7 +110,7 @@ def test_fsdp2_through_accelerate(workplace, trained):
 
 
 def parsed(*arguments):
-    return make_parser().parse_args_and_config(list(arguments))
+    return parse(list(arguments))
 
 
 def test_parser_takes_the_flags_of_trl_and_of_the_adapter():
@@ -122,6 +122,16 @@ def test_parser_takes_the_flags_of_trl_and_of_the_adapter():
     config = steering.config()
     assert (config.layers, config.sae_release, config.sae_id) == ([-1, 3], "r", ["a", "b"])
     assert config.positions == "last"
+
+
+def test_published_hyper_parameters_are_defaults_that_arguments_override(workplace):
+    required = ("--output_dir", "x", "--layers", "2", "--sae_path", "y")
+    _, training, *_ = parsed(*required, "--published", "--learning_rate", "0.2")
+    assert (training.direction, training.max_kl, training.num_train_epochs) == ("batch", None, 20)
+    assert (training.learning_rate, training.learning_rate_unit) == (0.2, "raw")
+    _, training, *_ = parsed(*required, "--published", "--config", str(workplace / "dpo.yaml"))
+    assert (training.learning_rate, training.warmup_steps, training.adam_epsilon) == (0.1, 0, 1e-8)
+    assert parsed(*required)[1].max_kl == YaPOTrainingConfig.max_kl
 
 
 def test_help_describes_each_option_as_its_config_does():

@@ -12,9 +12,11 @@ from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig
 def build(tmp_path, pairs, tokenizer):
     """Makes a trainer on a tiny model."""
 
-    def make(model="llama", train_dataset=pairs, adapter=None, code=None, out="out", init=None, **options):
+    def make(
+        model="llama", train_dataset=pairs, adapter=None, code=None, out="out", init=None, neutral=None, **options
+    ):
         defaults = {"max_steps": 4, "learning_rate": 0.1, "warmup_steps": 0, "logging_steps": 1}
-        defaults |= {"learning_rate_unit": "raw"}
+        defaults |= {"learning_rate_unit": "raw", "direction": "batch", "adam_epsilon": 1e-8, "max_kl": None}
         defaults |= {"report_to": "none", "bf16": False, "use_cpu": True}
         args = YaPOTrainingConfig(output_dir=str(tmp_path / out), **defaults | options)
         if isinstance(model, str):
@@ -22,7 +24,8 @@ def build(tmp_path, pairs, tokenizer):
             model = get_peft_model(make_model(model), YaPOConfig(**config))
         if code is not None:
             set_code(model, code)
-        return YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer, **(init or {}))
+        init = {"neutral_dataset": neutral} | (init or {})
+        return YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer, **init)
 
     return make
 

@@ -20,23 +20,28 @@ from yapo_peft.tuner.adapters import steered_layers
 
 FOLDER, WORLD = (Path(sys.argv[1]), int(sys.argv[2])) if __name__ == "__main__" else (Path(), 1)
 PAIRS = 4  # of the global batch
+TEXT = ["w1 w5 w9 w2 w30 w31 w7 w8", "w3 w4 w60 w61 w62 w10", "w90 w80 w70 w11 w12"]
 RUNS = {
     "batch": {},
     "example": {"direction": "example"},
     "both": {"direction": "both", "gradient_accumulation_steps": 2, "precompute_ref_log_probs": True},
     "cached": {"cache_activations": True},
     "units": {"learning_rate_unit": "activation"},
+    "budget": {"max_kl": 5e-4},
+    "features": {"max_features": 12, "from_zero": True},
     "two layers": {"layers": [1, 3], "activation_checkpointing": "full"},
 }
 
 
-def trainer(name, max_steps=4, layers=(2,), **options):
+def trainer(name, max_steps=4, layers=(2,), from_zero=False, **options):
     saes = [make_sae(seed=layer) for layer in layers]
     model = get_peft_model(make_model(), YaPOConfig(layers=list(layers), sae=saes))
-    set_code(model, random_code(scale=0.3))
+    if not from_zero:
+        set_code(model, random_code(scale=0.3))
     if options.get("cache_activations"):
         options["activation_cache_dir"] = str(FOLDER / f"activations-{WORLD}")
-    options.setdefault("learning_rate_unit", "raw")
+    plain = {"learning_rate_unit": "raw", "direction": "batch", "adam_epsilon": 1e-8, "max_kl": None}
+    options = plain | options
     args = YaPOTrainingConfig(
         output_dir=str(FOLDER / f"{name}-{WORLD}"), use_cpu=True, bf16=False, report_to="none", max_steps=max_steps,
         save_steps=2, learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", logging_steps=1,
@@ -44,7 +49,10 @@ def trainer(name, max_steps=4, layers=(2,), **options):
     )  # fmt: skip
     train, test = (datasets.load_from_disk(str(FOLDER / part)) for part in ("train", "test"))
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
-    return YaPOTrainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+    neutral = TEXT if options["max_kl"] or options.get("max_features") else None
+    return YaPOTrainer(
+        model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer, neutral_dataset=neutral
+    )
 
 
 def result(built):

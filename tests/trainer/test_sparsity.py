@@ -1,77 +1,141 @@
-"""Sparse training: the budget of features, which entries are kept, and bad values."""
+"""Training with few features: how they are chosen, that all others stay at zero, and bad values."""
+
+import itertools
 
 import pytest
 import torch
 from cached import MANY
 from peft import get_peft_model
-from tiny import D_SAE, make_model, make_sae, random_code, trained_codes
+from tiny import D_MODEL, D_SAE, make_model, make_sae, random_code, trained_codes
 
-from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
-from yapo_peft.trainer.sparsity import feature_budget
+from yapo_peft import ConfigError, YaPOConfig
+from yapo_peft.scoring.neutral import NeutralText, neutral_rows
+from yapo_peft.steering.selection import select_features
+from yapo_peft.trainer.selection import damage_metric, shifted
 from yapo_peft.tuner.adapters import steered_layers
 
-
-def nonzero(trainer):
-    return [int(entry["code/nonzero"]) for entry in trainer.state.log_history if "code/nonzero" in entry]
+TEXT = ["w1 w5 w9 w2 w30 w31 w7 w8", "w3 w4 w60 w61 w62 w10", "w90 w80 w70 w11 w12"]
 
 
-def test_budget_decreases_by_the_same_factor_in_each_step(tmp_path):
-    args = YaPOTrainingConfig(
-        output_dir=str(tmp_path), max_features=10, sparsify_start=0.2, sparsify_end=0.6, use_cpu=True
+def problem(features=7, width=5):
+    torch.manual_seed(0)
+    root, decoder = torch.randn(width, width), torch.randn(features, width)
+    metric = root @ root.T + torch.eye(width)
+    energies = ((decoder @ metric) * decoder).sum(dim=1)
+    return torch.randn(width), metric, decoder, energies
+
+
+def select(gain, metric, decoder, energies, k):
+    return select_features(gain, metric, lambda vector: decoder @ vector, energies, lambda index: decoder[index], k)
+
+
+def value(gain, metric, shift):
+    return float(gain @ shift - shift @ metric @ shift / 2)
+
+
+def best_by_search(gain, metric, decoder, k):
+    """The most that non-negative weights of any `k` rows gain, each set solved by projected gradient descent."""
+    best = 0.0
+    for rows in itertools.combinations(range(len(decoder)), k):
+        weights = torch.zeros(k)
+        for _ in range(3000):
+            slope = decoder[list(rows)] @ (gain - metric @ (weights @ decoder[list(rows)]))
+            weights = (weights + 0.005 * slope).clamp(min=0)
+        best = max(best, value(gain, metric, weights @ decoder[list(rows)]))
+    return best
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_selection_finds_the_best_features(k):
+    gain, metric, decoder, energies = problem()
+    chosen, weights = select(gain, metric, decoder, energies, k)
+    assert (weights > 0).all()
+    assert len(chosen) <= k
+    assert value(gain, metric, weights @ decoder[chosen]) == pytest.approx(
+        best_by_search(gain, metric, decoder, k), 1e-3
     )
-    assert [feature_budget(args, progress, 1000) for progress in (0.0, 0.19)] == [None, None]
-    assert [feature_budget(args, progress, 1000) for progress in (0.2, 0.4, 0.6, 1.0)] == [1000, 100, 10, 10]
-    assert feature_budget(args, 1.0, 6) == 6
 
 
-@pytest.mark.feature("Training", "`max_features`: a budget of features that is reached during training; `l1`")
+def test_selection_skips_features_with_infinite_energy():
+    gain, metric, decoder, energies = problem()
+    first = select(gain, metric, decoder, energies, 1)[0]
+    energies[first] = torch.inf
+    assert int(first) not in select(gain, metric, decoder, energies, 7)[0].tolist()
+
+
+def test_metric_is_the_second_derivative_of_the_divergence(tokenizer, monkeypatch):
+    monkeypatch.setattr("yapo_peft.trainer.selection._shrunk", lambda samples: samples.T @ samples / len(samples))
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+    text = NeutralText(model, neutral_rows(TEXT, tokenizer), torch.device("cpu"), None)
+    layers = [(steered_layers(model)[0], "default")]
+    metrics = [damage_metric(layers, [D_MODEL], text, seed) for seed in range(300)]
+    estimated = torch.stack(metrics).mean(dim=0)
+    direction = torch.randn(D_MODEL)
+    direction *= 0.02 / direction.norm()
+    found = []
+    for row in TEXT:
+        ids = tokenizer(row, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            before = model(ids).logits[0].double().log_softmax(-1)
+            with shifted(layers, [direction[None, None]]):
+                after = model(ids).logits[0].double().log_softmax(-1)
+        found.append((before.exp() * (before - after)).sum(-1).mean())
+    predicted = float(direction @ estimated @ direction / 2)
+    assert predicted == pytest.approx(float(torch.stack(found).mean()), rel=0.15)
+
+
+@pytest.mark.feature("Training", "`max_features`: few features, chosen for their gain and damage before training")
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("layers", [2, [1, 3]])
-def test_codes_end_within_their_budget(train, layers, cached):
+def test_chosen_features_are_the_only_ones_that_train(train, layers, cached):
     saes = [make_sae(seed=seed) for seed in range(len(layers) if isinstance(layers, list) else 1)]
-    options = {"adapter": {"layers": layers, "sae": saes}, "max_steps": 10, "max_features": 7}
-    trainer = train(cached, **options)
-    counts = nonzero(trainer)
-    assert max(counts) > 3 * 7
-    assert counts[-1] == 7
-    assert int(trained_codes(trainer).count_nonzero()) == 7
+    options = {"adapter": {"layers": layers, "sae": saes}, "max_steps": 5, "max_features": 7, "learning_rate": 1e-3}
+    trainer = train(cached, **options, neutral=TEXT)
+    code = trained_codes(trainer)
+    assert int((code > 0).sum()) == 4
+    assert int((code < 0).sum()) == 3
+    assert {int(entry["code/nonzero"]) for entry in trainer.state.log_history if "code/nonzero" in entry} == {7}
 
 
-def test_entries_with_the_largest_effect_are_kept(build):
-    sae = make_sae()
-    sae.W_dec.data[:5] *= 100
-    code = torch.full((D_SAE,), 1.0)
-    trainer = build(adapter={"sae": sae}, code=code, max_steps=1, max_features=5, sparsify_start=0.0, sparsify_end=0.5)
-    trainer.train()
-    assert trained_codes(trainer)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+def test_chosen_features_lower_the_loss_more_than_others(build):
+    def first_loss(code=None):
+        trainer = build(max_steps=1, learning_rate=1e-9, code=code, max_features=6, direction="both", neutral=TEXT)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"], trained_codes(trainer)[0]
+
+    chosen, code = first_loss()
+    others = []
+    for seed in range(5):
+        moved = torch.zeros(D_SAE)
+        moved[torch.randperm(D_SAE, generator=torch.Generator().manual_seed(seed))[:6]] = code[code != 0]
+        others.append(first_loss(moved)[0])
+    assert chosen < min(others)
 
 
-def test_l1_shrinks_entries(build):
-    code = random_code(1.0)
-    plain = build(code=code, max_steps=1, lr_scheduler_type="constant")
-    shrunk = build(code=code, max_steps=1, lr_scheduler_type="constant", l1=2.0)
-    plain.train()
-    shrunk.train()
-    expected = trained_codes(plain)[0]
-    expected = expected.sign() * (expected.abs() - 0.1 * 2.0).clamp(min=0)
-    torch.testing.assert_close(trained_codes(shrunk)[0], expected)
-    assert 0 < int((trained_codes(shrunk) == 0).sum()) < D_SAE
-
-
-def test_resumed_sparse_training_is_bit_identical(build, tmp_path):
-    options = {"train_dataset": MANY, "max_steps": 8, "save_steps": 4, "max_features": 6, "l1": 0.01}
-    whole = build(**options)
+def test_resumed_training_keeps_the_features_bit_for_bit(build, tmp_path):
+    options = {"train_dataset": MANY, "max_steps": 8, "save_steps": 4, "max_features": 6, "max_kl": 0.01}
+    whole = build(**options, neutral=TEXT)
     whole.train()
-    resumed = build(out="resumed", **options)
+    resumed = build(out="resumed", **options, neutral=TEXT)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(trained_codes(resumed), trained_codes(whole))
+    assert resumed.state.stateful_callbacks["DamageBudget"] == whole.state.stateful_callbacks["DamageBudget"]
+
+
+def test_training_goes_on_with_the_features_of_a_sparse_code(build):
+    code = torch.zeros(D_SAE)
+    code[[3, 50]] = torch.tensor([0.5, -0.5])
+    trainer = build(code=code, max_steps=2, max_features=5, neutral=TEXT)
+    trainer.train()
+    assert trained_codes(trainer)[0].nonzero().flatten().tolist() == [3, 50]
+    assert not torch.equal(trained_codes(trainer)[0], code)
 
 
 def test_frozen_adapters_keep_their_codes(build):
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     model.add_adapter("frozen", YaPOConfig(layers=2, sae=make_sae()))
     steered_layers(model)[0].yapo_code["frozen"].data.copy_(random_code())
-    trainer = build(model=model, max_steps=2, max_features=3)
+    trainer = build(model=model, max_steps=2, max_features=3, neutral=TEXT)
     trainer.train()
     assert int(trained_codes(trainer)[0].count_nonzero()) == 3
     assert torch.equal(steered_layers(model)[0].yapo_code["frozen"].data, random_code())
@@ -80,11 +144,9 @@ def test_frozen_adapters_keep_their_codes(build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_features": 0}, "max_features=0: must be a whole number, at least 1"),
-        ({"sparsify_start": 0.8, "sparsify_end": 0.5}, r"sparsify_start=0\.8, sparsify_end=0\.5: must be fractions"),
-        ({"sparsify_end": 1.5}, r"sparsify_end=1\.5"),
-        ({"l1": -1.0}, r"l1=-1\.0: must be a finite number, at least 0"),
-        ({"adapter": {"space": "dense", "sae": None}, "l1": 0.1}, "adapter 'default' has space='dense'"),
+        ({"max_features": 1}, "max_features=1: must be a whole number, at least 2"),
+        ({"code": random_code(), "max_features": 5}, r"max_features=5, and the codes to train have \d+ entries"),
+        ({"adapter": {"space": "dense", "sae": None}, "max_features": 5}, "adapter 'default' has space='dense'"),
     ],
 )
 def test_bad_values_are_rejected(build, options, message):

@@ -91,7 +91,7 @@ def test_a_step_has_the_published_loss_and_gradient(build, architecture, directi
 def test_metrics_refer_to_the_labelled_pair_in_both_directions(build, sign, monkeypatch):
     code = random_code(0.5)
     trainer = build(code=code)
-    monkeypatch.setattr(trainer, "_draw", lambda pairs: sign * torch.ones(pairs))
+    monkeypatch.setattr(trainer._draws, "next", lambda pairs, step: [sign * torch.ones(pairs)])
     batch = first_batch(trainer)
     trainer.compute_loss(trainer.model, batch)
     logged = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
@@ -296,8 +296,9 @@ def test_existing_adapter_of_any_name_is_trained_without_a_copy(build):
     assert steered_layers(trainer.model)[0].yapo_code["polite"].any()
 
 
-def test_defaults_are_the_published_ones(tmp_path):
-    args = YaPOTrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+def test_published_hyper_parameters(tmp_path):
+    args = YaPOTrainingConfig.published(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert (args.learning_rate, args.learning_rate_unit, args.adam_epsilon, args.max_kl) == (5e-4, "raw", 1e-8, None)
     published = (20, 4, "cosine", 100, 0.1, 0.0, "batch", "unsteered", ["sigmoid"])
     names = "num_train_epochs per_device_train_batch_size lr_scheduler_type warmup_steps beta weight_decay"
     names = [*names.split(), "direction", "reference", "loss_type"]

@@ -26,6 +26,7 @@ METHODS = {
     (Trainer, "_save"): ("output_dir state_dict", "saves the card with each model"),
     (DPOTrainer, "_save_checkpoint"): ("model trial", "saves the codes before a loss that is not finite"),
     (Trainer, "_clip_grad_norm"): ("model", "clips gradients in units of activations"),
+    (Trainer, "_prepare_inputs"): ("inputs", "moves a batch outside the loop to its device"),
     (Trainer, "create_optimizer"): ("model", "gives each code its learning rate"),
     (Trainer, "evaluation_loop"): (
         "dataloader description prediction_loss_only ignore_keys metric_key_prefix",

@@ -37,9 +37,7 @@ def codes_after(build, factor, out, **options):
 
 
 @pytest.mark.feature("Training", "One learning rate for SAEs of any scale")
-@pytest.mark.parametrize(
-    "options", [{}, {"weight_decay": 0.1}, {"adam_epsilon": 1e-2}, {"l1": 0.05}, {"max_features": 9}]
-)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"adam_epsilon": 1e-2}])
 def test_training_does_not_depend_on_the_scale_of_an_sae(build, options):
     options = {"max_steps": 6, "learning_rate": 0.02, **options}
     code, losses = codes_after(build, 1.0, "one", **UNIT, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..tuner.adapters import layers_of, write_code
+from ..tuner.adapters import layers_of, write_codes
 from .contrast import Contrast, statistics_at
 
 
@@ -23,5 +23,5 @@ def fit_caa(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
     """
     name, layers = layers_of(model, adapter_name, "dense", "CAA")
     found = [statistics_at(contrast, layer) for layer in layers]
-    for layer, (chosen, rejected) in zip(layers, found, strict=True):
-        write_code(layer, name, (chosen.total - rejected.total) / contrast.pairs)
+    vectors = [(chosen.total - rejected.total) / contrast.pairs for chosen, rejected in found]
+    write_codes(model, name, layers, vectors)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError, ConfigError
 from ..tuner import YaPOLayer
-from ..tuner.adapters import adapter_of, write_code
+from ..tuner.adapters import adapter_of, write_codes
 
 _NAME = re.compile(r"layer_?(\d+)\D*\.pt")
 
@@ -46,9 +46,8 @@ def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], a
             f"The files are for layers {sorted(by_layer)}, but adapter {name!r} steers layers {steered}: pass one file "
             "per layer."
         )
-    vectors = {layer: _read(by_layer[layer.index], layer, name, config.space) for layer in layers}
-    for layer, vector in vectors.items():
-        write_code(layer, name, vector)
+    vectors = [_read(by_layer[layer.index], layer, name, config.space) for layer in layers]
+    write_codes(model, name, layers, vectors)
 
 
 def layer_of(file: str | Path) -> int:

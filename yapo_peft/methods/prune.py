@@ -9,7 +9,7 @@ from .._utils import at_least
 from ..sae import FrozenSAE
 from ..steering.formula import vector_of
 from ..steering.reach import keep_largest, reach
-from ..tuner.adapters import layers_of, write_code
+from ..tuner.adapters import layers_of, write_codes
 
 
 def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, *, rescale: bool = False) -> None:
@@ -37,8 +37,7 @@ def prune(model: nn.Module, max_features: int, adapter_name: str | None = None, 
     pruned = keep_largest(codes, saes, max_features)
     if rescale:
         pruned = [_rescaled(*parts) for parts in zip(pruned, codes, saes, strict=True)]
-    for layer, code in zip(layers, pruned, strict=True):
-        write_code(layer, name, code)
+    write_codes(model, name, layers, pruned)
 
 
 def _rescaled(pruned: Tensor, code: Tensor, sae: FrozenSAE) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..steering.formula import vector_of
 from ..tuner import YaPOLayer
-from ..tuner.adapters import layers_of, write_code
+from ..tuner.adapters import layers_of, write_codes
 
 
 def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, seed: int = 0) -> None:
@@ -35,9 +35,9 @@ def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, 
             "its layers."
         )
     norms = [_shift_norm(layer, like) for layer in layers]
-    for layer, norm in zip(layers, norms, strict=True):
-        direction = torch.randn(len(layer.yapo_code[name]), generator=generator)
-        write_code(layer, name, direction * (norm / direction.norm()))
+    directions = [torch.randn(len(layer.yapo_code[name]), generator=generator) for layer in layers]
+    lengths = zip(directions, norms, strict=True)
+    write_codes(model, name, layers, [direction * (norm / direction.norm()) for direction, norm in lengths])
 
 
 def _shift_norm(layer: YaPOLayer, adapter_name: str) -> float:

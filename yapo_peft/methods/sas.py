@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tuner.adapters import layers_of, write_code
+from ..tuner.adapters import layers_of, write_codes
 from .contrast import Contrast, FeatureStatistics, statistics_at
 
 
@@ -48,8 +48,7 @@ def fit_sas(model: nn.Module, contrast: Contrast, adapter_name: str | None = Non
                 "the rejected ones, but not of both; lower tau if features are rare, raise it if most are shared."
             )
         codes.append(code)
-    for layer, code in zip(layers, codes, strict=True):
-        write_code(layer, name, code)
+    write_codes(model, name, layers, codes)
 
 
 def sas_code(chosen: FeatureStatistics, rejected: FeatureStatistics, pairs: int, tau: float) -> Tensor:

@@ -16,7 +16,7 @@ from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
 from ..tuner.call import Call
 from ..tuner.layer import lowest_steered
-from .checks import attention_window, same_logits, why_not_shared
+from .checks import LAYER_ERRORS, attention_window, same_logits, why_not_shared
 from .lm_head import answer_logps, needs_labels, packed_log_probs, score_packed, score_rows
 from .packing import PackedBatch, attention_cost, keep_rows, share_prompts
 from .upper_half import UpperHalf
@@ -160,8 +160,7 @@ class SweepScorer:
                 agree = same_logits(self.model(**inputs).logits, whole.logits)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-            # Layers that need states of skipped ones fail in different ways.
+        except LAYER_ERRORS:
             agree = False
         self._is_checked, self._upper = True, upper if agree else None
         return whole

@@ -11,12 +11,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from yapo_peft import ConfigError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft.trainer.config import PUBLISHED
 
 
 @dataclass
@@ -30,6 +32,9 @@ class SteeringArguments:
     sae_path: list[str] | None = None
     multiplier: float = YaPOConfig.multiplier
     positions: str = YaPOConfig.positions
+    published: bool = field(
+        default=False, metadata={"help": "Start from the paper's hyper-parameters instead of the defaults."}
+    )
 
     def config(self) -> YaPOConfig:
         """The config of the adapter.
@@ -39,20 +44,38 @@ class SteeringArguments:
         """
         if not self.layers:
             raise ConfigError("There is no layer to steer: give --layers, or layers in the YAML config.")
-        values: dict[str, Any] = dict(vars(self))
+        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "published"}
         if self.sae_release is not None and len(self.sae_release) == 1:
             values["sae_release"] = self.sae_release[0]
         return YaPOConfig(**values)
 
 
 for _option in fields(SteeringArguments):
-    _option.metadata = YaPOConfig.__dataclass_fields__[_option.name].metadata
+    if _option.name in YaPOConfig.__dataclass_fields__:
+        _option.metadata = YaPOConfig.__dataclass_fields__[_option.name].metadata
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
     """TRL's parser for `trl dpo`, with the options of `YaPOTrainingConfig` and `SteeringArguments`."""
     types = (ScriptArguments, YaPOTrainingConfig, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     return TrlParser(cast(Any, types), prog=prog)
+
+
+def parse(arguments: list[str] | None = None, prog: str | None = None, **options: Any) -> tuple[Any, ...]:
+    """Parses arguments and their YAML config; with `published`, the paper's hyper-parameters are the defaults.
+
+    Args:
+        arguments: The command line; that of this process if None.
+        prog: Name of the command in its help.
+        **options: As for `TrlParser.parse_args_and_config`.
+    """
+    arguments, parser = sys.argv[1:] if arguments is None else arguments, make_parser(prog)
+    # TRL takes the path of the config out of the list that it is given.
+    found = parser.parse_args_and_config(list(arguments), **options)
+    if next(part.published for part in found if isinstance(part, SteeringArguments)):
+        parser.set_defaults(**PUBLISHED)
+        found = parser.parse_args_and_config(list(arguments), **options)
+    return found
 
 
 def main(
@@ -137,4 +160,4 @@ def _require_no_lora(model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    main(*parse(fail_with_unknown_args=False))

@@ -120,6 +120,10 @@ class TRLSeams(DPOTrainer):
         given = {name: value for name, value in inputs.items() if name not in others}
         return {**given, **router, "use_cache": False, "labels": labels, "fused_lm_head": True}
 
+    def _collated(self, examples: list[Any]) -> dict[str, Any]:
+        """A batch of examples of the training set, as the model's calls get it."""
+        return cast(dict[str, Any], self._prepare_inputs(self.data_collator(examples)))
+
     def _trl_loss(self, scores: Any, inputs: dict[str, Any], rows: Tensor | None = None, logs: bool = False) -> Tensor:
         """TRL's loss of a batch that has been scored, with the reference in the batch.
 

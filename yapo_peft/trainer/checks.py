@@ -9,10 +9,26 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import steered_layers
+from .config import YaPOTrainingConfig
+
+
+def require_arguments(args: Any, ref_model: Any = None, **kwargs: Any) -> None:
+    """Raises unless arguments of a trainer are those of a `YaPOTrainer`.
+
+    Raises:
+        ConfigError: `args` is another trainer's.
+        UnsupportedOperationError: There is a reference model.
+    """
+    if args is not None and not isinstance(args, YaPOTrainingConfig):
+        raise ConfigError(f"args is a {type(args).__name__}: YaPOTrainer takes a YaPOTrainingConfig.")
+    if ref_model is not None:
+        raise UnsupportedOperationError("ref_model is not supported: the reference is the same model without steering.")
 
 
 def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
@@ -68,3 +84,14 @@ def _require_no_other(model: nn.Module) -> None:
                 f"{name!r} ({type(module).__name__}) holds another method's trainable adapter, which would be trained "
                 "with the code and change the reference: freeze it with requires_grad_(False), or merge it first."
             )
+
+
+def non_finite_loss(loss: float, state: TrainerState, args: TrainingArguments) -> NonFiniteLossError:
+    """The error of a loss that is not finite; it names the last checkpoint."""
+    output_dir = cast(str, args.output_dir)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    kept = f"The codes before it are in {last!r}." if last else "There is no checkpoint from before it."
+    return NonFiniteLossError(
+        f"The loss is {loss} in step {state.global_step + 1}. {kept} Lower learning_rate (now {args.learning_rate}) or "
+        "train in float32 if the model overflows."
+    )

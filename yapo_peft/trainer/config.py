@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from .._utils import at_least, choice, help_from_docstring
 from ..errors import ConfigError, UnsupportedOperationError
+from ..scoring.cache import CacheOptions
 from .objective import OBJECTIVES
 
 _ONE_SIDED = "it lowers the likelihood of both answers, so its two directions do not oppose each other"
@@ -25,41 +27,52 @@ _TRL_DEFAULTS = {
     "f_divergence_type": "reverse_kl",
 }
 
+# The paper's hyper-parameters, where the defaults differ.
+PUBLISHED: dict[str, Any] = {
+    "direction": "batch",
+    "max_kl": None,
+    "learning_rate_unit": "raw",
+    "learning_rate": 5e-4,
+    "adam_epsilon": 1e-8,
+    "num_train_epochs": 20.0,
+    "warmup_steps": 100,
+}
+
 
 @help_from_docstring
 @dataclass
 class YaPOTrainingConfig(DPOConfig):
-    """TRL's `DPOConfig` with YaPO's published defaults and the options of its bidirectional loss.
+    """TRL's `DPOConfig` with the options of YaPO's bidirectional loss, and defaults that were measured to work.
 
-    All other defaults are those of TRL and transformers: beta 0.1 and AdamW without weight decay, as published, and
-    `max_length` 1024.
+    `YaPOTrainingConfig.published(...)` has the paper's hyper-parameters. All other defaults are those of TRL and
+    transformers: beta 0.1 and AdamW without weight decay, as published, and `max_length` 1024.
 
     Attributes:
-        direction: How the direction `d` in {-1, +1} is drawn: once per "batch", as published, once per "example", or
+        direction: How the direction `d` in {-1, +1} is drawn: once per "example", once per "batch", as published, or
             "both" in each step (twice the forward passes, and no noise from the draw).
         reference: Model that log-probabilities are compared to: the same model "unsteered", as published, or "none",
             which drops the reference terms and is a different objective.
+        max_kl: Bound of the damage: KL(unsteered || steered) of the next token on neutral text, in nats per token, at
+            multipliers +1 and -1. None, as published, for no bound.
         cache_activations: Train and evaluate only the layers above the lowest steered one. Its output, its active
             features and the reference log-probabilities are computed once, stored on disk, and reused by later runs.
         activation_cache_dir: Folder for cached activations; one beside Hugging Face's caches by default.
         activation_cache_dtype: Dtype of cached activations: "float32", "bfloat16" or "float16"; the model's by default.
-        max_features: Maximum number of non-zero entries of the trained codes, over all layers. As published there is
-            no limit: every feature that was ever active gets one.
-        sparsify_start: Fraction of the training steps after which the number of entries decreases, by the same factor
-            in each step.
-        sparsify_end: Fraction of the training steps after which at most `max_features` entries are left.
-        l1: L1 penalty, in nats of the loss per unit of the code: each step shrinks entries by the learning rate times
-            this.
+        max_features: Maximum number of non-zero entries of the trained codes, over all layers. They are chosen before
+            the first step: those that gain most for their damage, half of them for each direction. As published there
+            is no limit: every feature that was ever active gets one.
         loss_type: One or several of TRL's losses, or "reps" (RePS); "sigmoid", as published, by default.
         learning_rate_unit: "activation" scales the learning rate by the typical activation on the first examples (of an
             SAE the mean of a token's active features, of a dense vector the root mean square of a token; the median
             over tokens). "raw" takes it in units of the code, as published.
         learning_rate: Learning rate in units of `learning_rate_unit`. Published is 5e-4 with "raw", which suits some
             SAEs and hardly moves others.
-        num_train_epochs: Number of passes over the training set, as published.
+        adam_epsilon: Epsilon of Adam, in the same units: entries whose gradients are small next to it take small steps.
+            Published is 1e-8.
+        num_train_epochs: Number of passes over the training set; published are 20.
         per_device_train_batch_size: Preference pairs per device and step, as published.
         lr_scheduler_type: Learning-rate schedule, as published.
-        warmup_steps: Number of warmup steps, as published.
+        warmup_steps: Number of warmup steps, or their share of all steps if below 1; published are 100.
         gradient_checkpointing: Older name of `activation_checkpointing`. Off by default, unlike in TRL: no gradient
             reaches the layers below the steered one, so it would save less than in other training.
 
@@ -70,21 +83,20 @@ class YaPOTrainingConfig(DPOConfig):
     Source: arXiv 2601.08441 (objective and hyper-parameters); arXiv 2406.00045 (bidirectional objective).
     """
 
-    direction: str = "batch"
+    direction: str = "example"
     reference: str = "unsteered"
+    max_kl: float | None = 0.1
     cache_activations: bool = False
     activation_cache_dir: str | None = None
     activation_cache_dtype: str | None = None
     max_features: int | None = None
-    sparsify_start: float = 0.2
-    sparsify_end: float = 0.8
-    l1: float = 0.0
     learning_rate_unit: str = "activation"
-    learning_rate: float = 1e-2
-    num_train_epochs: float = 20.0
+    learning_rate: float = 3e-2
+    adam_epsilon: float = 3e-2
+    num_train_epochs: float = 3.0
     per_device_train_batch_size: int = 4
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 100
+    warmup_steps: float = 0.1
     gradient_checkpointing: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
@@ -104,10 +116,31 @@ class YaPOTrainingConfig(DPOConfig):
             self._check_loss(loss_type)
         if set(self.loss_type) & set(OBJECTIVES):
             self.require_plain_loss()
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise ConfigError(f"max_kl={self.max_kl}: must be a positive number of nats per token, or None.")
         self._check_cache()
-        self._check_sparsity()
+        if self.max_features is not None:
+            at_least(2, max_features=self.max_features)
         if self.reference == "none":
             self._check_without_reference()
+
+    @classmethod
+    def published(cls, **options: Any) -> YaPOTrainingConfig:
+        """The paper's hyper-parameters, with other options as given.
+
+        Source: arXiv 2601.08441, table of hyper-parameters.
+        """
+        return cls(**{**PUBLISHED, **options})
+
+    def cache_options(self) -> CacheOptions:
+        """How `cache_activations` computes and keeps activations."""
+        return CacheOptions(
+            folder=self.activation_cache_dir,
+            dtype=self.activation_cache_dtype,
+            batch_size=self.precompute_ref_batch_size or self.per_device_train_batch_size,
+            max_length=self.max_length,
+            truncation_mode=self.truncation_mode,
+        )
 
     def _check_loss(self, loss_type: str) -> None:
         reason = None
@@ -141,17 +174,6 @@ class YaPOTrainingConfig(DPOConfig):
         if self.cache_activations and self.precompute_ref_log_probs:
             raise ConfigError("precompute_ref_log_probs=True is part of cache_activations=True: set only the latter.")
 
-    def _check_sparsity(self) -> None:
-        if self.max_features is not None:
-            at_least(1, max_features=self.max_features)
-        if not 0 <= self.sparsify_start < self.sparsify_end <= 1:
-            raise ConfigError(
-                f"sparsify_start={self.sparsify_start}, sparsify_end={self.sparsify_end}: must be fractions of the "
-                "training, 0 <= start < end <= 1."
-            )
-        if not 0 <= self.l1 < float("inf"):
-            raise ConfigError(f"l1={self.l1}: must be a finite number, at least 0.")
-
     def _check_without_reference(self) -> None:
         if self.precompute_ref_log_probs:
             raise ConfigError("precompute_ref_log_probs=True has nothing to compute with reference='none': drop it.")
@@ -160,3 +182,9 @@ class YaPOTrainingConfig(DPOConfig):
                 f"f_divergence_type={self.f_divergence_type!r} is a distance to the reference, and reference='none' "
                 "has none."
             )
+
+
+def output_dir_of(model: Any) -> str:
+    """The default `output_dir` of a model, or of its name or path."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    return f"{name.rstrip('/').split('/')[-1]}-YaPO"

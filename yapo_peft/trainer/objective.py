@@ -85,6 +85,24 @@ def loss_of_each(objective: Objective, pairs: OrientedPairs) -> Tensor:
 OBJECTIVES: dict[str, Objective] = {"reps": reps}
 
 
+def chosen_objective(given: Objective | None, args: Any) -> Objective | None:
+    """The loss of a run if it is not one of TRL's.
+
+    Args:
+        given: A custom loss.
+        args: The training config.
+
+    Raises:
+        ConfigError: Both are given, or options would change TRL's losses.
+    """
+    chosen = given or OBJECTIVES.get(args.loss_type[0])
+    if given is not None and args.loss_type != ["sigmoid"]:
+        raise ConfigError(f"objective= and loss_type={args.loss_type!r} are both given: keep one of them.")
+    if chosen is not None:
+        args.require_plain_loss()
+    return chosen
+
+
 def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int, rank: int) -> Tensor:
     """Draws the direction `d` in {-1, +1} of each pair of a batch.
 
@@ -106,6 +124,38 @@ def draw_directions(pairs: int, per: str, seed: int, step: int, micro_batch: int
     count = (rank + 1) * pairs if per == "example" else 1
     drawn = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
     return drawn[-pairs:] if per == "example" else drawn.expand(pairs)
+
+
+class Draws:
+    """Draws the directions of each batch of a run, and numbers the batches.
+
+    Args:
+        args: The training config.
+        rank: Index of this process.
+    """
+
+    def __init__(self, args: Any, rank: int) -> None:
+        self._per, self._micro_batches, self._rank = args.direction, args.gradient_accumulation_steps, rank
+        self._seed = args.data_seed if args.data_seed is not None else args.seed
+        self._step, self._micro_batch = -1, 0
+
+    def next(self, pairs: int, step: int) -> list[Tensor]:
+        """The directions of the next batch, `(pairs,)` each -1.0 or +1.0; two of them if each pair gets both.
+
+        Args:
+            pairs: Number of pairs in the batch.
+            step: Number of optimizer steps taken.
+        """
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
+        self._step = step
+        if self._per == "both":
+            return [torch.ones(pairs), -torch.ones(pairs)]
+        return [draw_directions(pairs, self._per, self._seed, step, self._micro_batch, self._rank)]
+
+    @property
+    def batch(self) -> int:
+        """Number of the current global batch in the run."""
+        return self._step * self._micro_batches + self._micro_batch
 
 
 def take_pairs(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

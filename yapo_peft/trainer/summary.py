@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import TrainerState
+from trl import DPOTrainer
 
 from ..adapter_file.card import model_card
 from .config import YaPOTrainingConfig
@@ -15,18 +15,17 @@ _SETTINGS = ("learning_rate", "learning_rate_unit", "beta", "direction", "refere
 _METRICS = ("eval_loss", "eval_accuracy/plus", "eval_accuracy/zero", "eval_accuracy/minus")
 
 
-def training_card(
-    model: nn.Module, args: YaPOTrainingConfig, state: TrainerState, tags: list[str], **options: Any
-) -> ModelCard:
-    """The card of the trained adapter, as of a state of the training.
+def training_card(trainer: DPOTrainer, tags: list[str], dataset: str | None = None) -> ModelCard:
+    """The card of the adapter that a trainer trains, as of now.
 
     Args:
-        model: The model with its adapter.
-        args: The training config.
-        state: The trainer's state.
+        trainer: The trainer.
         tags: Tags in addition to those of `model_card`.
-        **options: As for `model_card`.
+        dataset: Name of the preference dataset.
     """
+    args, state = cast(YaPOTrainingConfig, trainer.args), trainer.state
+    model = cast(nn.Module, trainer.accelerator.unwrap_model(trainer.model))
+    chat = bool(getattr(trainer.processing_class, "chat_template", None))
     settings = {name: getattr(args, name) for name in _SETTINGS} | {
         "loss_type": ", ".join(args.loss_type),
         "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -35,7 +34,8 @@ def training_card(
     }
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     metrics = {name: evaluations[-1][name] for name in _METRICS if name in evaluations[-1]} if evaluations else None
-    card = model_card(model, metrics=metrics, training=settings, **options)
+    about: dict[str, Any] = {"repo_id": trainer.hub_model_id, "dataset": dataset, "chat": chat}
+    card = model_card(model, metrics=metrics, training=settings, **about)
     data = cast(Any, card.data)
     data.tags = list(dict.fromkeys([*data.tags, *tags]))
     return card

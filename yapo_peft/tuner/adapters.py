@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -71,6 +71,17 @@ def write_code(layer: YaPOLayer, adapter_name: str, code: Tensor) -> None:
             "saved adapter into a model in memory."
         )
     own.data.copy_(code)
+
+
+def write_codes(model: nn.Module, adapter_name: str, layers: list[YaPOLayer], codes: Iterable[Tensor]) -> None:
+    """Replaces the codes of an adapter by ones whose damage has not been measured.
+
+    Raises:
+        UnsupportedOperationError: A code is offloaded or sharded.
+    """
+    for layer, code in zip(layers, codes, strict=True):
+        write_code(layer, adapter_name, code)
+    cast(Any, model).peft_config[adapter_name].damage = None
 
 
 def one_sae(layer: YaPOLayer) -> FrozenSAE | None:

@@ -57,6 +57,8 @@ class YaPOConfig(PeftConfig):
         sae_identity: Identity of each SAE. Filled in when the adapter is attached; leave it empty.
         modules_to_save: Names of other modules to train and save with the codes, such as the new head of a classifier;
             PEFT fills it in for task_type="SEQ_CLS".
+        damage: KL(unsteered || steered) of the next token on neutral text at multipliers +1 and -1, "plus" and "minus",
+            in nats per token. Filled in by training with `max_kl` and by `calibrate`; None if it was not measured.
         sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Only their content hash is saved;
             to load the adapter, register the same SAE with `yapo_peft.register_sae`.
         task_type: As in PEFT, but "CAUSAL_LM" by default. A model without a language-model head needs its own, such as
@@ -77,6 +79,7 @@ class YaPOConfig(PeftConfig):
     self_contained: bool = False
     sae_identity: list[dict[str, Any]] | None = None
     modules_to_save: list[str] | None = None
+    damage: dict[str, float] | None = None
     sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
 
     def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:

@@ -1,0 +1,35 @@
+"""`yapo calibrate`: scale an adapter so that multiplier 1 is a stated damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def calibrate(
+    adapter: options.Adapter,
+    out: options.NewFolder,
+    max_kl: Annotated[float, typer.Option(help="Damage at multipliers +1 and -1: KL in nats per token.")] = 0.1,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file to measure it on; default: built in.")
+    ] = None,
+    dtype: options.DType = "auto",
+) -> None:
+    """Scale an adapter so that multipliers +1 and -1 each do a stated damage on neutral text.
+
+    `yapo calibrate my-adapter --max-kl 0.1 --out my-adapter-calibrated`
+    """
+    from yapo_peft import calibrate as calibrated
+    from yapo_peft.adapter_file.saving import save_adapter
+
+    from .loading import load_adapter, load_tokenizer
+
+    dataset = options.paragraphs(text) if text else None
+    model, tokenizer = load_adapter(adapter, dtype), load_tokenizer(adapter)
+    damage = calibrated(model, tokenizer, max_kl, dataset=dataset)
+    typer.echo(f"KL {damage['plus']:.3g} nats per token at multiplier +1, {damage['minus']:.3g} at -1.")
+    typer.echo(f"Saved to {save_adapter(model, out)}.")
