@@ -41,9 +41,13 @@ def test_a_short_study(model, small_model, tmp_path):
     report = tmp_path / "report"
     results = json.loads((report / "results.json").read_text())
     assert {row["method"] for row in results["At equal multiplier"]} == {
-        "base", "YaPO", "YaPO, 64 features", "BiPO", "CAA", "SAS", "random", "prompt",
+        "base", "YaPO", "YaPO, 16 features", "YaPO, pruned to 64", "BiPO", "CAA", "SAS", "random", "prompt",
     }  # fmt: skip
     assert [row["chosen"] for row in results["Chosen settings"] if row["method"] == "YaPO"].count("yes") == 1
+    damage = {row["method"]: row for row in results["Damage by text"]}
+    assert damage["CAA"].keys() == {
+        "behaviour", "method", *(f"{text}, at {sign}1" for text in ("json", "chats", "questions") for sign in "-+")
+    }  # fmt: skip
     for name in ("doses", "matched", "losses"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("enthusiasm/*/*/*/*.json")}

@@ -10,19 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from peft import PeftModel, get_peft_model
-from sources import Behaviour
+from sources import Behaviour, load_texts
 
-from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, sweep
+from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, calibrate, sweep
 from yapo_peft._utils import replacing
 from yapo_peft.data import with_system_prompt
 from yapo_peft.evaluation import Damage, MultipleChoice, Scores
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast, prune
-
-_COARSE = (0.25, 1.0, 4.0)
+from yapo_peft.scoring.neutral import packaged_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,9 @@ class Method:
     Attributes:
         space: "sae" or "dense"; None for a system prompt.
         fit: "caa", "sas", "random" or "prune"; None if it is trained.
-        of: The method whose adapter is pruned, or whose length a random vector takes.
+        of: The method whose adapter is pruned, or whose settings are used.
         features: How many features pruning keeps.
+        published: Whether to train with the paper's hyper-parameters, where none are given.
     """
 
     name: str
@@ -42,6 +41,7 @@ class Method:
     of: str | None = None
     features: int | None = None
     tau: float | None = None
+    published: bool = False
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,7 +59,7 @@ class Method:
         """What its candidates differ in, as the name of a folder."""
         if self.tau is not None:
             return f"tau-{self.tau}"
-        return f"rate-{self.training['learning_rate']}" if self.training else "fixed"
+        return f"rate-{self.training['learning_rate']}" if "learning_rate" in self.training else "fixed"
 
 
 def candidates(name: str, entry: dict[str, Any]) -> list[Method]:
@@ -87,11 +87,8 @@ class Bench:
     """
 
     def __init__(self, config: dict[str, Any], data: Path, out: Path) -> None:
-        self.config, self.out = config, out
-        neutral = config["neutral_text"]
-        self.text = [(data / neutral["file"]).read_text()]
-        self.damage = Damage(neutral["block_size"], neutral["blocks"])
-        self.coarse_damage = Damage(neutral["block_size"], 1)
+        self.config, self.data, self.out = config, data, out
+        self.neutral = packaged_text()[: config.get("neutral_rows")]
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self._loaded: tuple[Any, Any] | None = None
         self._attached: Any = None
@@ -101,7 +98,7 @@ class Bench:
         return self.out / _slug(behaviour) / _slug(method.name) / method.setting / f"seed-{seed}"
 
     def make(self, behaviour: Behaviour, method: Method, seed: int, like: Path | None = None) -> Path:
-        """Fits or trains a cell's adapter, unless it is there; writes beside the target and renames.
+        """Fits or trains a cell's adapter, unless it is there, so that multiplier 1 does the config's damage.
 
         Args:
             behaviour: What to steer towards.
@@ -129,8 +126,10 @@ class Bench:
                 fit_caa(model, contrast)
             else:
                 fit_sas(model, contrast, tau=method.tau)
+        calibrate(model, tokenizer, self.config["max_kl"], dataset=self.neutral)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "log.json", {"method": asdict(method), "log": log})
+        # Beside the target and renamed, so that a run that stops leaves no half of an adapter.
         partial = folder / f"adapter.{os.getpid()}.partial"
         model.save_pretrained(partial)
         partial.rename(folder / "adapter")
@@ -173,11 +172,11 @@ class Bench:
         self, model: Any, tokenizer: Any, behaviour: Behaviour, method: Method, seed: int
     ) -> list[dict[str, Any]]:
         options = {**self.config["training"], **method.training}
-        steps, evaluations = options.pop("steps"), options.pop("evaluations")
+        steps, evaluations = options["max_steps"], options.pop("evaluations")
+        make = YaPOTrainingConfig.published if method.published else YaPOTrainingConfig
         with tempfile.TemporaryDirectory() as folder:
-            args = YaPOTrainingConfig(
+            args = make(
                 output_dir=folder,
-                max_steps=steps,
                 seed=seed,
                 eval_strategy="steps",
                 eval_steps=math.ceil(steps / evaluations),
@@ -191,47 +190,18 @@ class Bench:
                 dataloader_pin_memory=False,
                 **options,
             )
-            trainer = YaPOTrainer(
-                model,
-                args,
-                train_dataset=behaviour.train,
-                eval_dataset=behaviour.validation,
-                processing_class=tokenizer,
-            )
+            data: dict[str, Any] = {"train_dataset": behaviour.train, "eval_dataset": behaviour.validation}
+            if args.max_kl is not None:
+                data["neutral_dataset"] = self.neutral
+            trainer = YaPOTrainer(model, args, processing_class=tokenizer, **data)
             trainer.train()
         return trainer.state.log_history
 
-    def multipliers(self, folder: Path) -> list[float]:
-        """The multipliers at which a cell is measured: -1, 0, 1, and about where it does the damage of the config."""
-        found = {-1.0, 0.0, 1.0}.union(*self._doing_damage(folder).values())
-        return sorted(found)
-
-    def asked_at(self, folder: Path) -> list[float]:
-        """The multipliers at which a cell is asked questions: 1, and about where it does the middle damage."""
-        up = self._doing_damage(folder)["up"]
-        return sorted({1.0, up[len(up) // 2]})
-
-    def _doing_damage(self, folder: Path) -> dict[str, list[float]]:
-        """The multipliers of the damage that the config wants, of the first seed for all seeds, up and down.
-
-        A dense vector can do at a tenth of its multiplier what a code does at twice its own. So the damage is measured
-        coarsely first, and followed along a line between the logarithms, or with the square of the multiplier.
-        """
-        folder = folder.with_name(f"seed-{self.config['seeds'][0]}")
-        file = folder / "multipliers.json"
-        if not file.is_file():
-            model, tokenizer = self.saved(folder)
-            coarse = [sign * size for sign in (-1, 1) for size in _COARSE]
-            scores = sweep(model, self.text, tokenizer, coarse, measure=self.coarse_damage, batch_size=4)
-            kl = scores.summary().set_index("multiplier")["kl"]
-            if not (kl > 0).all():
-                raise SystemExit(f"{folder} does no damage, or breaks the model: KL by multiplier is {dict(kl)}.")
-            found = {}
-            for side, sign in (("up", 1), ("down", -1)):
-                there = np.maximum.accumulate([kl[sign * size] for size in _COARSE])
-                found[side] = [round(sign * _reaching(wanted, there), 4) for wanted in self.config["damage_targets"]]
-            write_json(file, found)
-        return json.loads(file.read_text())
+    def score(self, behaviour: Behaviour, folder: Path) -> float:
+        """The gain on validation pairs from multiplier -1 to +1, in nats."""
+        model, tokenizer = self.saved(folder)
+        margins = sweep(model, behaviour.validation, tokenizer, (-1.0, 1.0), batch_size=16).summary()["margin"]
+        return float(margins[1] - margins[0])
 
     def effect(self, behaviour: Behaviour, folder: Path, method: Method) -> Scores:
         """Preference on the test pairs over all multipliers; of a prompt, with it, without, and with its opposite."""
@@ -245,8 +215,7 @@ class Bench:
             parts = [kept(self.out / _slug(behaviour.name) / "base.json", base)]
             if method.space is not None:
                 model, tokenizer = self.saved(folder)
-                steered = [multiplier for multiplier in self.multipliers(folder) if multiplier]
-                return Scores.concat([*parts, sweep(model, behaviour.test, tokenizer, steered, batch_size=16)])
+                return Scores.concat([*parts, sweep(model, behaviour.test, tokenizer, self._steered, batch_size=16)])
             model, tokenizer = self.attached()
             for sign, prompt in behaviour.prompts.items():
                 scores = sweep(model, with_system_prompt(behaviour.test, prompt), tokenizer, [0.0], batch_size=16)
@@ -256,25 +225,28 @@ class Bench:
         return kept(folder / "preference.json", measure)
 
     def harm(self, folder: Path, method: Method) -> Scores | None:
-        """KL from the base on neutral text over all multipliers; a prompt says nothing of that."""
+        """KL from the base on each kind of text over all multipliers; a prompt says nothing of that."""
         if method.space is None:
             return None
 
         def measure() -> Scores:
             model, tokenizer = self.saved(folder)
-            return sweep(model, self.text, tokenizer, self.multipliers(folder), measure=self.damage, batch_size=4)
+            parts = []
+            for kind, entry in self.config["texts"].items():
+                texts = load_texts(self.data, entry, tokenizer)
+                measure = Damage(entry["block_size"], entry["blocks"])
+                scores = sweep(model, texts, tokenizer, [0.0, *self._steered], measure=measure, batch_size=4)
+                parts.append(scores.labelled(text=kind))
+            return Scores.concat(parts)
 
         return kept(folder / "damage.json", measure)
 
+    @property
+    def _steered(self) -> list[float]:
+        return [sign * float(size) for sign in (-1, 1) for size in self.config["multipliers"]]
+
     def choices(
-        self,
-        file: str,
-        folder: Path,
-        method: Method,
-        questions: Any,
-        chat: bool,
-        base: Path,
-        prompt: str,
+        self, file: str, folder: Path, method: Method, questions: Any, chat: bool, base: Path, prompt: str
     ) -> Scores:
         """Multiple choice by the likelihood of the options' texts, per character; a prompt counts as multiplier 1.
 
@@ -295,7 +267,7 @@ class Bench:
         def measure() -> Scores:
             unsteered = kept(base, lambda: asked(*self.attached(), [0.0]))
             if method.space is not None:
-                return Scores.concat([unsteered, asked(*self.saved(folder), self.asked_at(folder))])
+                return Scores.concat([unsteered, asked(*self.saved(folder), [-1.0, 1.0])])
             return Scores.concat([unsteered, _as_multiplier(1.0, asked(*self.attached(), [0.0], prompt))])
 
         return kept(folder / file, measure)
@@ -304,15 +276,6 @@ class Bench:
 def _as_multiplier(multiplier: float, unsteered: Scores) -> Scores:
     """What was measured behind a system prompt, as if steering had done it."""
     return Scores(unsteered.table.assign(multiplier=multiplier), unsteered.metrics)
-
-
-def _reaching(wanted: float, there: np.ndarray) -> float:
-    """The multiplier of a wanted KL, by the KL at the coarse multipliers."""
-    if wanted <= there[0]:
-        return _COARSE[0] * (wanted / there[0]) ** 0.5
-    if wanted >= there[-1]:
-        return _COARSE[-1] * (wanted / there[-1]) ** 0.5
-    return float(np.exp(np.interp(np.log(wanted), np.log(there), np.log(_COARSE))))
 
 
 def kept(path: Path, measure: Any) -> Scores:

@@ -1,4 +1,4 @@
-"""Tables and pictures of what the study has so far."""
+"""Tables and plots of what the study has so far."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from yapo_peft.evaluation.plots import COLOURS
 
 
 def write_report(study: Any) -> Path:
-    """Writes `report/tables.md`, `results.json` and pictures of the cells that are there; returns the folder."""
+    """Writes `report/tables.md`, `results.json` and plots of the cells that are there; returns the folder."""
     folder = study.out / "report"
     folder.mkdir(exist_ok=True)
-    effect, damage = _together(study, "preference.json"), _together(study, "damage.json")
-    if not effect.metrics or not damage.metrics:
+    effect, by_text = _together(study, "preference.json"), _together(study, "damage.json")
+    if not effect.metrics or not by_text.metrics:
         raise SystemExit(f"{study.out} has no cell that is measured: there is nothing to report.")
+    damage = _over_texts(by_text)
     gains = _gains(effect, damage)
     doses, harm = effect.summary(), damage.summary()[["behaviour", "method", "multiplier", "kl"]]
     tables = {
@@ -30,6 +31,7 @@ def write_report(study: Any) -> Path:
         "Held-out loss during training": _losses(study),
         "At equal multiplier": _at_multiplier(doses, harm),
         "At equal damage": _at_damage(study.config["damage_levels"], *gains),
+        "Damage by text": _by_text(by_text),
         "Knowledge": _knowledge(study),
         "Culture": _culture(study),
     }
@@ -39,7 +41,7 @@ def write_report(study: Any) -> Path:
     text = [f"## {title}\n\n{_markdown(table)}\n" for title, table in tables.items()]
     (folder / "tables.md").write_text("\n".join(text))
     _draw(folder / "doses.png", study, "multiplier", "margin (nats)", _dose_lines(doses))
-    lines = _damage_lines(gains[0], harm, most=1.2 * max(study.config["damage_targets"]))
+    lines = _damage_lines(gains[0], harm, most=1.2 * max(study.config["damage_levels"]))
     _draw(folder / "matched.png", study, "KL from the base, signed (nats per token)", "margin gained (nats)", lines)
     if "Held-out loss during training" in tables:
         _draw(folder / "losses.png", study, "step", "held-out loss (nats)", _loss_lines(study))
@@ -70,6 +72,23 @@ def _together(study: Any, file: str) -> Scores:
     return Scores.concat(found) if found else Scores(pd.DataFrame(), ())
 
 
+def _over_texts(damage: Scores) -> Scores:
+    """The damage over all kinds of text, as chunks of one; the chunks of kinds are as many tokens."""
+    kinds = {kind: place for place, kind in enumerate(damage.table["text"].unique())}
+    example = damage.table["example"] + damage.table["text"].map(kinds) * (damage.table["example"].max() + 1)
+    return Scores(damage.table.assign(example=example).drop(columns="text"), damage.metrics)
+
+
+def _by_text(damage: Scores) -> pd.DataFrame:
+    """The KL at multipliers -1 and +1 on each kind of text, the mean over seeds."""
+    found = damage.summary()
+    found = found[found["multiplier"].isin([-1, 1])]
+    sign = found["multiplier"].map({-1: "at -1", 1: "at +1"})
+    table = found.assign(column=found["text"] + ", " + sign)
+    keys = ["behaviour", "method"]
+    return table.pivot_table(index=keys, columns="column", values="kl", sort=False).reset_index()
+
+
 def _settings(study: Any) -> pd.DataFrame:
     if not (study.out / "tuning.json").is_file():
         return pd.DataFrame()
@@ -78,7 +97,7 @@ def _settings(study: Any) -> pd.DataFrame:
         {
             "method": name,
             "setting": setting.replace("-", " ", 1),
-            "validation": score,
+            "gain on validation pairs": score,
             "chosen": "yes" if setting == getattr(study.methods.get(name), "setting", None) else "",
         }
         for name, scores in tuned.items()
@@ -154,27 +173,27 @@ def _at_damage(levels: list[float], gains: Scores, damage: Scores) -> pd.DataFra
 
 
 def _knowledge(study: Any) -> pd.DataFrame:
-    """Accuracy of the base, and how many points from it at +1 and at the middle damage, with paired intervals."""
+    """How many points of accuracy, and nats of the right answer, are lost at -1 and +1, with paired intervals."""
     rows = []
     for behaviour, method, seed, folder in _cells(study):
         if seed != study.config["seeds"][0] or not (folder / "knowledge.json").is_file():
             continue
         table = Scores.load(folder / "knowledge.json").table
-        table = table.pivot_table(index="example", columns="multiplier", values="accuracy")
-        row = {"behaviour": behaviour, "method": method.name, "base": f"{100 * table[0.0].mean():.1f}"}
-        row["at +1"] = _change(table[1.0] - table[0.0])
-        matched = [multiplier for multiplier in table.columns if multiplier not in (0, 1)]
-        wanted = study.config["damage_targets"]
-        row[f"at a KL of about {wanted[len(wanted) // 2]}"] = _change(table[matched[0]] - table[0.0]) if matched else ""
+        row: dict[str, Any] = {"behaviour": behaviour, "method": method.name}
+        for metric, name, unit in (("accuracy", "points", 100), ("right", "nats", 1)):
+            values = unit * table.pivot_table(index="example", columns="multiplier", values=metric)
+            row |= {f"base, {name}": f"{values[0.0].mean():.3g}"}
+            steered = [multiplier for multiplier in (-1.0, 1.0) if multiplier in values]
+            row |= {f"{name} at {sign:+.0f}": _change(values[sign] - values[0.0]) for sign in steered}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
 
 
 def _change(differences: pd.Series) -> str:
-    """A mean of paired differences in points, and its interval."""
-    table = pd.DataFrame({"multiplier": 1.0, "example": differences.index, "change": 100 * differences.to_numpy()})
+    """A mean of paired differences, and its interval."""
+    table = pd.DataFrame({"multiplier": 1.0, "example": differences.index, "change": differences.to_numpy()})
     row = Scores(table, ("change",)).summary().iloc[0]
-    return f"{row['change']:+.1f} ({row['change_low']:+.1f}, {row['change_high']:+.1f})"
+    return f"{row['change']:+.2g} ({row['change_low']:+.2g}, {row['change_high']:+.2g})"
 
 
 def _culture(study: Any) -> pd.DataFrame:

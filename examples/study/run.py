@@ -28,9 +28,6 @@ from report import write_report
 from sources import Behaviour, load_behaviour, load_culture, load_facts
 from tqdm.auto import tqdm
 
-from yapo_peft import sweep
-from yapo_peft.evaluation import at_matched_damage
-
 HERE = Path(__file__).parent
 _SCORE = "validation.json"
 
@@ -92,36 +89,19 @@ class Study:
                     tuned[name][method.setting] = self.score(behaviour, method, seed)
                     seconds = time.monotonic() - started
                     print(f"{name}, {method.setting}: {tuned[name][method.setting]:.4f}, {seconds:.0f} s", flush=True)
-                found.sort(key=lambda method: tuned[name][method.setting])
+                found.sort(key=lambda method: -tuned[name][method.setting])
             if found:
                 self.methods[name] = found[0]
         if make:
             write_json(self.out / "tuning.json", tuned)
 
     def score(self, behaviour: Behaviour, method: Method, seed: int) -> float:
-        """How bad a setting is on validation pairs: the loss if trained, else minus the effect at equal damage."""
+        """The gain of a setting on validation pairs, at the damage that all methods are calibrated to."""
         folder = self.bench.make(behaviour, method, seed)
         file = folder / _SCORE
         if not file.is_file():
-            if method.is_trained:
-                log = json.loads((folder / "log.json").read_text())["log"]
-                found = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
-            else:
-                found = -self._gain(behaviour, method, folder)
-            write_json(file, found)
+            write_json(file, self.bench.score(behaviour, folder))
         return json.loads(file.read_text())
-
-    def _gain(self, behaviour: Behaviour, method: Method, folder: Path) -> float:
-        """The rise of the margin at the lowest level of damage, up and down together."""
-        damage = self.bench.harm(folder, method)
-        model, tokenizer = self.bench.saved(folder)
-        effect = sweep(model, behaviour.validation, tokenizer, self.bench.multipliers(folder), batch_size=16)
-        level = self.config["damage_levels"][0]
-        ends = [
-            at_matched_damage(effect, damage, [level], metric="margin", negative=negative) for negative in (False, True)
-        ]
-        gain = float(ends[0]["margin"][0] - ends[1]["margin"][0])
-        return gain if gain == gain else -1e9  # too weak to do that damage
 
     def make(self, behaviour: Behaviour, method: Method, seed: int) -> Path:
         """Makes a cell, and before it the one that it is made of."""

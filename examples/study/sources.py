@@ -87,14 +87,38 @@ class Culture:
     questions: dict[str, Dataset]
 
 
+def load_texts(folder: Path, entry: dict[str, Any], tokenizer: Any) -> list[str]:
+    """Neutral texts to measure damage on: running text, conversations, or the questions of general knowledge.
+
+    Args:
+        folder: Folder of the study's data.
+        entry: `file` of running text, or of rows with the columns that `chat` names, as a user's message and its
+            answer; or `facts`.
+        tokenizer: The model's, whose chat template renders conversations.
+    """
+    if "facts" in entry:
+        return [f"{row['question']} {row['options'][row['answer']]}." for row in load_facts(None)]
+    if "chat" not in entry:
+        return [(folder / entry["file"]).read_text()]
+    question, answer = entry["chat"]
+    rows = [json.loads(line) for line in (folder / entry["file"]).read_text().splitlines()]
+    random.Random(0).shuffle(rows)
+    chats = [_messages("user", row[question]) + _messages("assistant", row[answer]) for row in rows[: entry["rows"]]]
+    return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in chats]
+
+
+def _messages(role: str, content: Any) -> list[dict[str, Any]]:
+    return content if isinstance(content, list) else [{"role": role, "content": content}]
+
+
 def distinct_questions(pairs: Dataset) -> Dataset:
     """The first pair of each question, so that splits share none."""
     first = {_question(row): index for index, row in reversed(list(enumerate(pairs)))}
     return pairs.select(sorted(first.values()))
 
 
-def load_facts(count: int) -> Dataset:
-    """Questions of general knowledge with four options: relations of facts.json, and sums."""
+def load_facts(count: int | None) -> Dataset:
+    """Questions of general knowledge with four options, all if None: relations of facts.json, and products."""
     draw = random.Random(0)
     rows = []
     for relation in json.loads((HERE / "facts.json").read_text()).values():

@@ -26,8 +26,8 @@ Normalisation = Literal["none", "tokens", "characters"]
 class MultipleChoice:
     """Reads questions with `question`, `options` and `answer`, as `yapo_peft.data.load_choices` returns them.
 
-    Metrics of a question: `accuracy`, 1 if the right option is the most likely one; `margin`, its score minus that of
-    the best wrong one, in nats. An option's score is the log-probability of its tokens.
+    Metrics of a question: `accuracy`, 1 if the right option is the most likely one; `right`, its score; `margin`, its
+    score minus that of the best wrong one, in nats. An option's score is the log-probability of its tokens.
 
     Attributes:
         form: "letter" lists the options in the question and scores their letters; "text" shows only the question and
@@ -84,7 +84,7 @@ class MultipleChoice:
         scores = logps.masked_fill(batch["tokens"] == 0, -torch.inf)
         right = scores.gather(1, batch["right"][:, None]).squeeze(1)
         best_wrong = scores.scatter(1, batch["right"][:, None], -torch.inf).amax(dim=1)
-        return {"accuracy": share_above_zero(right - best_wrong), "margin": right - best_wrong}
+        return {"accuracy": share_above_zero(right - best_wrong), "right": right, "margin": right - best_wrong}
 
     def _tokenized(self, index: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Question:
         question, options, right = question_of(row)
