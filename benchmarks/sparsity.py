@@ -26,13 +26,16 @@ from published import cached_arguments, pairs_of, report
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, calibrate, sweep
 from yapo_peft.evaluation import Damage
 from yapo_peft.methods import prune
+from yapo_peft.scoring.neutral import packaged_text
 from yapo_peft.trainer.config import PUBLISHED
 
 
-def measure(trainer: YaPOTrainer, held_out: Any, text: list[str], neutral: Damage) -> dict[str, float]:
+def measure(
+    trainer: YaPOTrainer, held_out: Any, text: list[str], neutral: Damage, calibration: list[Any]
+) -> dict[str, float]:
     """Effect, damage and size of the trainer's current code, once calibrated."""
     model, tokenizer = trainer.model, trainer.processing_class
-    calibrate(model, tokenizer)
+    calibrate(model, tokenizer, dataset=calibration)
     margins = sweep(model, held_out, tokenizer, (-1.0, 1.0), batch_size=16).summary()["margin"]
     damage = sweep(model, text, tokenizer, (-1.0, 1.0), measure=neutral, batch_size=4).summary()["kl"]
     code = trainer._layers[0].yapo_code["default"].detach()
@@ -51,6 +54,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     train, held_out = pairs.select(range(options.pairs)), pairs.select(range(len(pairs) - options.held_out, len(pairs)))
     text = [options.text.read_text()] if options.text else held_out_text(held_out)
     neutral = Damage(options.block_size, options.blocks)
+    known = packaged_text()[:4] if options.quick else packaged_text()
     results: dict[str, Any] = {"before training": [], "after training": []}
 
     def trained(features: int | None) -> YaPOTrainer:
@@ -63,19 +67,23 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             max_features=features,
             **{name: getattr(YaPOTrainingConfig, name) for name in PUBLISHED if name != "num_train_epochs"},
         )
-        trainer = YaPOTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+        data = {"train_dataset": train, "eval_dataset": held_out, "neutral_dataset": known}
+        trainer = YaPOTrainer(model, args, processing_class=tokenizer, **data)
         trainer.train()
         return trainer
 
+    def measured(trainer: YaPOTrainer) -> dict[str, float]:
+        return measure(trainer, held_out, text, neutral, known)
+
     full = trained(None)
     code = full._layers[0].yapo_code["default"].detach().clone()
-    results["all features"] = measure(full, held_out, text, neutral)
+    results["all features"] = measured(full)
     print(results["all features"], flush=True)
     for features in options.features:
         full._layers[0].yapo_code["default"].data.copy_(code)
         prune(full.model, features)
-        results["after training"].append(measure(full, held_out, text, neutral))
-        results["before training"].append(measure(trained(features), held_out, text, neutral))
+        results["after training"].append(measured(full))
+        results["before training"].append(measured(trained(features)))
         print(features, results["after training"][-1], results["before training"][-1], flush=True)
     return results
 
