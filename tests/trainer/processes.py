@@ -130,6 +130,7 @@ if __name__ == "__main__":
             results["sharded"] = {str(dtype): shard(dtype) for dtype in (torch.float32, torch.bfloat16)}
             # Last, because it patches what makes models.
             if is_deepspeed_available():
+                results["zero with a budget"] = train("zero budget", {"deepspeed": zero(2), **RUNS["budget"]})
                 for stage in (1, 2, 3):
                     results[f"zero {stage}"] = train(f"zero {stage}", {"deepspeed": zero(stage)})
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -66,6 +66,13 @@ def test_deepspeed_trains_as_one_process(folder, results, stage):
 
 
 @pytest.mark.feature("Many processes", "Evaluation at fixed signs counts each pair once, also where they do not divide")
+@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+def test_deepspeed_takes_the_steps_of_one_process_with_a_budget(results):
+    alone, first = results["trained", "1", "0"]["budget"], results["trained", "2", "0"]["zero with a budget"]
+    losses = [[entry["loss"] for entry in run["log"]] for run in (first, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_evaluation_counts_each_pair_once(results, name):
     alone, together = (results["trained", world, "0"][name]["evaluated"] for world in "12")

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
@@ -53,6 +54,18 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
     if not any(code.requires_grad for code in active):
         raise ConfigError(
             "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."
+        )
+
+
+def require_one_trace() -> None:
+    """Raises under ZeRO-3, which expects the same calls of the model's layers in each pass.
+
+    Raises:
+        UnsupportedOperationError: Passes over neutral text would come between those over pairs.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise UnsupportedOperationError(
+            "max_kl and max_features are not supported with ZeRO-3: set max_kl=None, or use ZeRO-2 or FSDP2."
         )
 
 

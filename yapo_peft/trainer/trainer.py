@@ -26,7 +26,7 @@ from ..tuner.hooks import require_single_hooks
 from ..tuner.layer import lowest_steered
 from ._trl import TRLSeams, no_reference_adapter
 from .budget import DamageBudget, limit_damage
-from .checks import non_finite_loss, require_adapter, require_arguments
+from .checks import non_finite_loss, require_adapter, require_arguments, require_one_trace
 from .config import YaPOTrainingConfig, output_dir_of
 from .data import prepared_pairs, require_preferences
 from .metrics import share_of_tokens_moved, size_of_codes
@@ -135,6 +135,7 @@ class YaPOTrainer(TRLSeams):
             )
         self._text: NeutralText | None = None
         if self.args.max_kl is not None or self.args.max_features is not None:
+            require_one_trace()
             self._text = self._neutral_text(neutral_dataset)
         elif neutral_dataset is not None:
             raise ConfigError("neutral_dataset is only read with max_kl or max_features: set one, or leave it out.")
