@@ -46,7 +46,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=60, help="held-out pairs to score")
     parser.add_argument("--features", type=int, default=64, help="number of SAE features to steer")
+    parser.add_argument("--quick", action="store_true", help="a step on a few pairs, as a smoke test")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.held_out = 1, 2
     console = Console()
 
     console.rule("1. A frozen chat model, and an adapter of one vector")
@@ -116,8 +119,11 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
         bf16=False,
         dataloader_pin_memory=False,
     )
-    train_dataset = preferences(options.set, "train")
-    trainer = YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer)
+    train_dataset, neutral = preferences(options.set, "train"), None
+    if options.quick:
+        train_dataset, neutral = train_dataset.select(range(4)), ["The train left at noon.", "Boil the eggs first."]
+    data = {"train_dataset": train_dataset, "neutral_dataset": neutral}
+    trainer = YaPOTrainer(model, args, processing_class=tokenizer, **data)
     trainer.train()
     trainer.save_state()  # for the losses in a report
 

