@@ -79,7 +79,7 @@ docs: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel
-	@find dist -name '*.whl' -size +300k -exec echo '{} is larger than 300 KB.' \; -exec false {} +
+	@find dist -name '*.whl' -size +500k -exec echo '{} is larger than 500 KB.' \; -exec false {} +
 
 support: $(VENV)/.ready
 	$(BIN)/python tests/support_table.py

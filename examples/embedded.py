@@ -78,6 +78,10 @@ def _convert(package: Path, folder: Path) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
+    except OSError:
+        # Another process was faster.
+        if not folder.is_dir():
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -1,43 +1,16 @@
-"""The budget for the damage of steering: the divergence on neutral text, its bound in training, and calibration."""
+"""The budget for the damage of training: the divergence on neutral text, its bound in training, and bad values."""
 
 import json
 
 import pytest
 import torch
 from cached import MANY
-from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURES, make_model, make_sae, random_code, set_code, trained_codes
+from damage import DENSE, TEXT, code_of, codes_of, make_adapter, slow_damage, slow_divergence
+from tiny import ARCHITECTURES, make_sae, random_code, set_code, trained_codes
 
-from yapo_peft import ConfigError, DatasetError, YaPOConfig, YaPOTrainingConfig, calibrate, steering
-from yapo_peft.methods import prune
+from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig, calibrate
 from yapo_peft.scoring.neutral import NeutralText, neutral_rows, packaged_text
 from yapo_peft.scoring.upper_half import UpperHalf
-
-TEXT = ["w1 w5 w9 w2 w30 w31 w7 w8", "w3 w4 w60 w61 w62 w10", "w90 w80 w70 w11 w12"]
-DENSE = {"space": "dense", "sae": None}
-
-
-def make_adapter(architecture="llama", space="sae", **options):
-    config = {"layers": 2, "space": space, **options}
-    if space == "sae":
-        config["sae"] = make_sae()
-    model = get_peft_model(make_model(architecture), YaPOConfig(**config))
-    set_code(model, random_code(d_sae=len(model.get_parameter(code_of(model))), scale=0.3))
-    return model
-
-
-def code_of(model):
-    return next(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def slow_divergence(model, row, tokenizer, multiplier):
-    """KL(unsteered || steered) by two whole forward passes."""
-    ids = tokenizer(row, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), steering(model, 0.0):
-        before = model(ids).logits[0].log_softmax(-1)
-    with steering(model, multiplier):
-        after = model(ids).logits[0].log_softmax(-1)
-    return (before.exp() * (before - after)).sum(-1).mean()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -118,72 +91,54 @@ def test_budget_works_with_other_losses_and_directions(build, loss):
     assert trainer.state.log_history[1]["kl/plus"] > 0
 
 
-@pytest.mark.feature("Methods", "`calibrate`: multiplier 1 is a stated damage in both directions")
-@pytest.mark.parametrize("space", ["sae", "dense"])
-@pytest.mark.parametrize("size", [0.02, 20.0])
-def test_calibrated_adapters_do_the_stated_damage(tokenizer, space, size):
-    model = make_adapter(space=space)
-    code = model.get_parameter(code_of(model))
-    code.data *= size
-    before = code.detach().clone()
-    found = calibrate(model, tokenizer, 0.005, dataset=TEXT)
-    damage = {}
-    for side, multiplier in (("plus", 1.0), ("minus", -1.0)):
-        rows = [slow_divergence(model, row, tokenizer, multiplier) for row in TEXT]
-        damage[side] = float(torch.stack(rows).mean().detach())
-    assert found == model.peft_config["default"].damage == pytest.approx(damage, rel=1e-3)
-    if space == "sae":
-        assert damage == {"plus": pytest.approx(0.005, rel=0.05), "minus": pytest.approx(0.005, rel=0.05)}
-        assert torch.equal(code.sign(), before.sign())
-    else:
-        assert max(damage.values()) == pytest.approx(0.005, rel=0.05)
-        torch.testing.assert_close(code / code.norm(), before / before.norm())
+@pytest.mark.parametrize("adapter", [{}, DENSE], ids=["sae", "dense"])
+def test_a_code_that_is_still_zero_does_no_damage(build, adapter):
+    trainer = build(max_steps=1, max_kl=0.01, neutral=TEXT, learning_rate=0.0, adapter=adapter)
+    trainer.train()
+    assert trainer.model.peft_config["default"].damage == {"plus": 0.0, "minus": 0.0}
 
 
-def test_damage_is_saved_and_forgotten_when_the_code_changes(tokenizer, tmp_path):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_of_several_adapters_has_its_own_damage(build, tokenizer, frozen):
+    model = make_adapter()
+    config = {} if frozen else {"layers": 3}
+    model.add_adapter("other", YaPOConfig(**{"layers": 2, "sae": make_sae(), **config}))
+    set_code(model, random_code(seed=9, scale=0.3), "other")
+    model.base_model.set_adapter(["default", "other"])
+    default, other = (model.get_parameter(name) for name in codes_of(model))
+    default.requires_grad_(not frozen)
+    before = default.detach().clone()
+    bound = max(slow_damage(model, tokenizer).values()) * (2 if frozen else 0.5)
+    build(model, max_steps=1, max_kl=bound, neutral=TEXT, learning_rate=1e-6).train()
+    assert torch.equal(default, before) == frozen
+    assert max(slow_damage(model, tokenizer).values()) <= bound * 1.02
+    trained = ["other"] if frozen else ["default", "other"]
+    assert [name for name in ("default", "other") if model.peft_config[name].damage is not None] == trained
+    for name in trained:
+        damage = slow_damage(model, tokenizer, adapter_name=name)
+        assert model.peft_config[name].damage == pytest.approx(damage, rel=1e-3)
+    assert other.requires_grad
+
+
+def test_damage_is_forgotten_when_training_starts(build, tokenizer):
     model = make_adapter()
     calibrate(model, tokenizer, 0.005, dataset=TEXT)
-    model.save_pretrained(tmp_path)
-    assert "KL 0.005" in (tmp_path / "README.md").read_text()
-    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
-    assert loaded.peft_config["default"].damage == pytest.approx(model.peft_config["default"].damage)
-    prune(loaded, 3)
-    assert loaded.peft_config["default"].damage is None
+    build(model, max_steps=1).train()
+    assert model.peft_config["default"].damage is None
 
 
-def test_calibration_leaves_other_adapters_out(tokenizer):
+def test_a_bound_that_the_trained_codes_cannot_keep_is_said(build, tokenizer):
     model = make_adapter()
-    alone = calibrate(model, tokenizer, 0.005, dataset=TEXT)
     model.add_adapter("other", YaPOConfig(layers=2, sae=make_sae()))
-    set_code(model, random_code(seed=9), "other")
     model.base_model.set_adapter(["default", "other"])
-    assert calibrate(model, tokenizer, 0.005, dataset=TEXT, adapter_name="default") == pytest.approx(alone, rel=1e-2)
+    model.get_parameter(codes_of(model)[0]).requires_grad_(False)
+    trainer = build(model, max_steps=1, max_kl=1e-5, neutral=TEXT)
+    with pytest.warns(UserWarning, match="which no smaller scale of the trained codes brings down"):
+        trainer.train()
+    assert model.get_parameter(codes_of(model)[1]).any()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"max_kl": 0.0}, ConfigError, r"max_kl=0\.0: must be a positive number"),
-        ({"adapter_name": "other"}, ConfigError, "adapter_name='other'"),
-        ({"dataset": []}, DatasetError, "The neutral text is empty"),
-        ({"dataset": "w1 w2"}, DatasetError, "The neutral text is a str: pass a list of texts"),
-        ({"dataset": [{"prompt": "w1"}]}, DatasetError, "must be a text, or have 'text' or 'messages'"),
-        ({"dataset": ["w1 w2", "w1"]}, DatasetError, "Row 1 of the neutral text has fewer than two tokens"),
-    ],
-)
-def test_calibrate_rejects_bad_arguments(tokenizer, arguments, error, message):
-    model = make_adapter()
-    with pytest.raises(error, match=message):
-        calibrate(model, tokenizer, **{"dataset": TEXT, **arguments})
-
-
-def test_calibrate_rejects_a_zero_code(tokenizer):
-    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
-    with pytest.raises(ConfigError, match="Adapter 'default' is zero"):
-        calibrate(model, tokenizer, dataset=TEXT)
-
-
-@pytest.mark.parametrize("max_kl", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("max_kl", [0.0, -1.0, float("inf"), float("nan"), True, "0.1"])
 def test_config_rejects_bad_bounds(max_kl, tmp_path):
     with pytest.raises(ConfigError, match=r"max_kl=.*: must be a positive number of nats per token"):
         YaPOTrainingConfig(output_dir=str(tmp_path), max_kl=max_kl, use_cpu=True)

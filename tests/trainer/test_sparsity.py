@@ -122,6 +122,27 @@ def test_resumed_training_keeps_the_features_bit_for_bit(build, tmp_path):
     assert resumed.state.stateful_callbacks["DamageBudget"] == whole.state.stateful_callbacks["DamageBudget"]
 
 
+@pytest.mark.parametrize(("first", "second"), [(None, 6), (6, None), (6, 8)])
+def test_another_number_of_features_does_not_resume(build, tmp_path, first, second):
+    options = {"train_dataset": MANY, "max_steps": 2, "save_steps": 1}
+    build(**options, max_features=first, neutral=None if first is None else TEXT).train()
+    resumed = build(out="resumed", **options, max_features=second, neutral=None if second is None else TEXT)
+    with pytest.raises(ConfigError, match=f"max_features={second}, and the checkpoint .* max_features={first}:"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("rows", [TEXT, TEXT[:1], TEXT[:1] * 8], ids=["few", "one", "equal"])
+def test_training_starts_within_the_bound(build, architecture, rows):
+    trainer = build(architecture, max_steps=1, learning_rate=1e-9, max_features=6, max_kl=0.05, neutral=rows)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # Two of the rows that the mean over all of them is bounded for.
+    assert 0 < max(log["kl/plus"], log["kl/minus"]) < 0.05 * len(set(rows)) * 1.02
+    assert log["code/nonzero"] == 6
+    assert max(trainer.model.peft_config["default"].damage.values()) > 0.005
+
+
 def test_training_goes_on_with_the_features_of_a_sparse_code(build):
     code = torch.zeros(D_SAE)
     code[[3, 50]] = torch.tensor([0.5, -0.5])

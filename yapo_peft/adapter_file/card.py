@@ -63,8 +63,8 @@ def model_card(
         ConfigError: The model has no such adapter.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapter", None)
-    name = adapter_name or (active if isinstance(active, str) else next(iter(configs), ""))
+    active = getattr(model, "active_adapters", None)
+    name = adapter_name or (active[0] if isinstance(active, list) and active else next(iter(configs), ""))
     config = configs.get(name)
     if getattr(config, "peft_type", None) != "YAPO":
         raise ConfigError(f"{type(model).__name__} has no YaPO adapter {name!r}.")

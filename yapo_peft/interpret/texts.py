@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least
 from ..errors import ConfigError, DatasetError
+from ..scoring.checks import context_length
 from ..scoring.pairs import common_prefix, padding_of, prompt_ids
 from ..tuner import YaPOLayer, steering
 from ..tuner.hooks import block_outputs, forward_hooks
@@ -71,14 +72,9 @@ def require_texts(texts: Any) -> None:
         raise DatasetError(f"texts is a {type(texts).__name__}, not a list or a dataset: {_SHAPES}{rows}.")
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Returns the maximum number of tokens of an input; None if the model's config has none."""
-    return getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def require_length(model: nn.Module, tokens: int, what: str) -> None:
     """Raises `ConfigError` if the model's context is too short."""
-    longest = context_length(model)
+    longest = context_length(base_of(model))
     if longest is not None and tokens > longest:
         raise ConfigError(f"{what} has {tokens} tokens, but the model takes at most {longest}: shorten it.")
 
@@ -96,7 +92,7 @@ def text_batches(
     """
     at_least(1, batch_size=batch_size, max_length=max_length)
     require_texts(texts)
-    max_length = min(max_length, context_length(model) or max_length)
+    max_length = min(max_length, context_length(base_of(model)) or max_length)
     tokens = (tokens_of(text, tokenizer)[:max_length] for text in texts)
     return iter(lambda: list(islice(tokens, batch_size)), [])
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,15 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import evaluating
 from ..errors import ConfigError
-from ..tuner.adapters import adapter_of, require_enabled, write_code
+from ..tuner.adapters import adapter_of, record_damage, require_enabled, write_code, write_codes
 from ..tuner.layer import YaPOLayer
 from .checks import LAYER_ERRORS
 from .neutral import NeutralText, neutral_rows
 
 # Rows of neutral text that are read, and how many run at once.
 _ROWS, _BATCH = 64, 4
-# How close a scale has to come, and how often it is corrected at most.
-_TOLERANCE, _ROUNDS = 0.01, 12
+# How close a divergence has to come, and how far off it is an error.
+_TOLERANCE, _MISSED = 0.01, 0.1
+# How often both directions are scaled in turn at most: each hardly changes the other.
+_ROUNDS = 4
+# How many scales are tried, and the ratio of two scales between which no others are.
+_STEPS, _NARROWEST = 40, 1.0001
 
 
 def calibrate(
@@ -48,22 +56,32 @@ def calibrate(
         The divergences at multipliers +1 and -1, "plus" and "minus", in nats per token.
 
     Raises:
-        ConfigError: There is no such adapter, it has no entries, or `max_kl` is not positive.
+        ConfigError: There is no such adapter, it has no entries, `max_kl` is not positive, or no scale has that
+            divergence; the codes are then as before.
         DatasetError: The neutral text is empty, or lacks its columns.
     """
-    if isinstance(max_kl, bool) or not 0 < max_kl < float("inf"):
-        raise ConfigError(f"max_kl={max_kl!r}: must be a positive number of nats per token.")
+    require_bound(max_kl)
     name, config, layers = adapter_of(model, adapter_name)
     require_enabled(model)
-    codes = [layer.code(name).detach().clone() for layer in layers]
-    if not any(bool(code.any()) for code in codes):
+    codes = [(layer, name) for layer in layers]
+    before = [layer.code(name).detach().clone() for layer in layers]
+    if not any(bool(code.any()) for code in before):
         raise ConfigError(f"Adapter {name!r} is zero and does not steer at any scale: train or fit it first.")
     device = next(p.device for p in model.parameters() if not p.is_meta)
     rows = neutral_rows(dataset, tokenizer)[:_ROWS]
     text = NeutralText(model, rows, device, None, adapter_name=name)
     with evaluating(model):
-        config.damage = scaled_to(layers, name, _fastest(text, layers[0].index), max_kl)
-    return config.damage
+        found = scaled_to(codes, _fastest(text, layers[0].index), max_kl)
+    reached = list(found.values())
+    if config.space == "dense" or not all(has_entries(before, sign) for sign in (1, -1)):
+        reached = [max(reached)]
+    if not all(abs(kl / max_kl - 1) <= _MISSED for kl in reached):
+        write_codes(model, name, layers, before)
+        raise ConfigError(
+            f"max_kl={max_kl}: no scale of adapter {name!r} has that divergence; the nearest is {found['plus']:.3g} "
+            f"nats per token at multiplier +1 and {found['minus']:.3g} at -1: choose another bound, or another text."
+        )
+    return record_damage(model, name, layers, found)
 
 
 @torch.no_grad()
@@ -80,14 +98,19 @@ def _fastest(text: NeutralText, lowest: int) -> NeutralText:
     return fast if torch.allclose(found, expected, rtol=1e-2, atol=1e-5) else text
 
 
+def require_bound(max_kl: Any) -> None:
+    """Raises `ConfigError` unless a bound of the divergence is a positive number."""
+    if isinstance(max_kl, bool) or not isinstance(max_kl, Real) or not 0 < float(max_kl) < float("inf"):
+        raise ConfigError(f"max_kl={max_kl!r}: must be a positive number of nats per token, such as 0.1.")
+
+
 def scaled_to(
-    layers: list[YaPOLayer], name: str, text: NeutralText, max_kl: float, at_most: bool = False
+    codes: list[tuple[YaPOLayer, str]], text: NeutralText, max_kl: float, at_most: bool = False
 ) -> dict[str, float]:
-    """Scales the codes of an adapter in place until both directions have a divergence.
+    """Scales codes in place until both directions have a divergence, or are as near to it from below as they get.
 
     Args:
-        layers: The adapter's layers.
-        name: The adapter.
+        codes: The layer and the adapter of each code.
         text: The neutral text.
         max_kl: The divergence, in nats per token.
         at_most: Whether codes that have less stay as they are.
@@ -95,43 +118,93 @@ def scaled_to(
     Returns:
         The divergences at multipliers +1 and -1, "plus" and "minus".
     """
-    is_sparse = layers[0].yapo_sae[name] is not None
+    before = [layer.code(name).detach().clone() for layer, name in codes]
+    is_sparse = all(layer.yapo_sae[name] is not None for layer, name in codes)
+    scales = {1: 1.0, -1: 1.0}
+
+    def write(scales: dict[int, float]) -> None:
+        for (layer, name), code in zip(codes, before, strict=True):
+            write_code(layer, name, torch.where(code > 0, scales[1] * code, scales[-1] * code))
+
+    def of_one(sign: int, scale: float) -> float:
+        write({**scales, sign: scale})
+        return _mean_divergence(text, sign, progress)
+
+    def of_both(scale: float) -> float:
+        write({sign: scale * own for sign, own in scales.items()})
+        return max(measured(text, progress).values())
+
+    def scale_both(at_most: bool) -> None:
+        scale = _scale(of_both, 1.0, max_kl, at_most)
+        scales.update({sign: scale * own for sign, own in scales.items()})
+
+    signs = [sign for sign in scales if has_entries(before, sign)]
     with tqdm(total=None, desc="Calibrating", unit="row") as progress:
-        found = measured(text, progress)
-        for _ in range(_ROUNDS):
-            factors = [_factor(divergence, max_kl) for divergence in found.values()]
-            if not is_sparse:
-                factors = [min(factors)] * 2
-            if at_most:
-                factors = [min(factor, 1.0) for factor in factors]
-            codes = [layer.code(name).detach() for layer in layers]
-            sides = [any(bool((sign * code > 0).any()) for code in codes) for sign in (1, -1)]
-            left = [abs(factor - 1) for factor, there in zip(factors, sides, strict=True) if there or not is_sparse]
-            if max(left) <= _TOLERANCE:
-                break
-            for layer, code in zip(layers, codes, strict=True):
-                write_code(layer, name, torch.where(code > 0, factors[0] * code, factors[1] * code))
-            found = measured(text, progress)
-    return found
+        try:
+            if signs and not at_most:
+                scale_both(at_most=False)
+            # An entry acts in one direction, and a little in the other, in which it cuts features.
+            for _ in range(_ROUNDS if is_sparse else 0):
+                last = dict(scales)
+                for sign in signs:
+                    scales[sign] = _scale(partial(of_one, sign), scales[sign], max_kl, at_most)
+                if all(abs(scales[sign] / last[sign] - 1) <= _TOLERANCE / 4 for sign in scales):
+                    break
+            if signs:
+                scale_both(at_most=True)
+            write(scales)
+            return measured(text, progress)
+        except BaseException:
+            write({1: 1.0, -1: 1.0})
+            raise
+
+
+def _scale(divergence: Callable[[float], float], start: float, wanted: float, at_most: bool) -> float:
+    """The scale that has a divergence, or the largest known one below it; the first one if there is none below.
+
+    Secants on logarithms, on which divergences are nearly straight, within an interval that also halves.
+    """
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
+    scale = start
+    for step in range(_STEPS):
+        value = divergence(scale)
+        if abs(value / wanted - 1) <= _TOLERANCE or (at_most and step == 0 and value < wanted):
+            return scale
+        if value < wanted:
+            low = (scale, value)
+        else:  # also if it overflows and is not a number
+            high = (scale, value)
+        if low is None or high is None:
+            # Small divergences grow with the square of the scale.
+            factor = (wanted / max(value, 1e-12)) ** 0.5 if value == value else 0.25
+            nearest = 2.0 if step > 2 else 1.1
+            scale *= min(max(factor, nearest), 10.0) if high is None else max(min(factor, 1 / nearest), 0.1)
+            continue
+        if high[0] / low[0] < _NARROWEST:
+            break
+        is_smooth = math.isfinite(high[1]) and low[1] > 0 and step % 3 > 0
+        share = math.log(wanted / low[1]) / math.log(high[1] / low[1]) if is_smooth else 0.5
+        scale = low[0] * (high[0] / low[0]) ** min(max(share, 0.05), 0.95)
+    return start if low is None else low[0]
+
+
+def has_entries(codes: list[Tensor], sign: int) -> bool:
+    """Whether codes have entries of a sign."""
+    return any(bool((sign * code > 0).any()) for code in codes)
+
+
+def measured(text: NeutralText, progress: Any = None) -> dict[str, float]:
+    """The divergences at multipliers +1 and -1, "plus" and "minus", in nats per token, the mean over rows."""
+    return {side: _mean_divergence(text, sign, progress) for side, sign in (("plus", 1), ("minus", -1))}
 
 
 @torch.no_grad()
-def measured(text: NeutralText, progress: Any = None) -> dict[str, float]:
-    """The divergences at multipliers +1 and -1, "plus" and "minus", in nats per token, the mean over rows."""
-    found: dict[str, float] = {}
-    for side, multiplier in (("plus", 1.0), ("minus", -1.0)):
-        parts: list[Tensor] = []
-        for start in range(0, len(text), _BATCH):
-            rows = range(start, min(start + _BATCH, len(text)))
-            parts.append(text.divergence(text.model, rows, torch.full((len(rows),), multiplier)))
-            if progress is not None:
-                progress.update(len(rows))
-        found[side] = float(torch.cat(parts).mean())
-    return found
-
-
-def _factor(divergence: float, wanted: float) -> float:
-    """What a code is multiplied by, as the divergence grows with about the square of a small multiplier."""
-    if divergence != divergence:
-        return 0.25  # it overflows
-    return min(max((wanted / max(divergence, 1e-12)) ** 0.5, 0.1), 10.0)
+def _mean_divergence(text: NeutralText, multiplier: float, progress: Any) -> float:
+    parts: list[Tensor] = []
+    for start in range(0, len(text), _BATCH):
+        rows = range(start, min(start + _BATCH, len(text)))
+        parts.append(text.divergence(text.model, rows, torch.full((len(rows),), float(multiplier))))
+        if progress is not None:
+            progress.update(len(rows))
+    return float(torch.cat(parts).mean())

@@ -52,6 +52,11 @@ def attention_window(base: Any) -> float:
     return min((window for window in windows if window), default=float("inf"))
 
 
+def context_length(base: Any) -> int | None:
+    """The maximum number of tokens of a causal language model's input; None if its config has none."""
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
 def why_not_shared(
     base: Any,
     score: Callable[[PackedBatch], Tensor],

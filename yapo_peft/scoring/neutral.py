@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DatasetError
 from ..tuner import steering
 from ..tuner.hooks import forward_hooks
+from .checks import context_length
 from .lm_head import head_on, needs_labels
 from .upper_half import UpperHalf
 
@@ -109,7 +110,7 @@ class NeutralText:
 
     Args:
         model: The PEFT model.
-        rows: Token ids of each row.
+        rows: Token ids of each row; those longer than the model's context are cut.
         device: Where batches go.
         upper: The upper half of the model, to run only that; None to run the whole model.
         keep: Whether to keep anything; not where processes must call the model in step.
@@ -125,8 +126,9 @@ class NeutralText:
         keep: bool = True,
         adapter_name: str | None = None,
     ) -> None:
-        self.model, self._rows, self._device = model, rows, device
+        self.model, self._device = model, device
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._rows = [ids[: context_length(self._base)] for ids in rows]
         self._upper, self._keep, self._adapter_name = upper, keep, adapter_name
         self._known: dict[int, _Known] = {}
         # An output of the model's body, without its tensors.
@@ -137,10 +139,11 @@ class NeutralText:
         upper = UpperHalf(self._base, lowest)
         return NeutralText(self.model, self._rows, self._device, upper, adapter_name=self._adapter_name)
 
-    def start(self, rows: int) -> NeutralText:
-        """The first rows; what is known of them is shared."""
+    def start(self, rows: int, adapter_name: str | None = None) -> NeutralText:
+        """The first rows, steered by the given adapter if there is one; what is known of them is shared."""
         start = copy(self)
         start._rows = self._rows[:rows]
+        start._adapter_name = adapter_name or self._adapter_name
         return start
 
     def __len__(self) -> int:

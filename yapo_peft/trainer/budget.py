@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,12 +11,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from trl import DPOTrainer
 
 from .._utils import evaluating
-from ..scoring.calibration import scaled_to
-from ..scoring.neutral import NeutralText
+from ..errors import ConfigError
+from ..scoring.calibration import measured, scaled_to
+from ..scoring.neutral import NeutralText, neutral_rows
+from ..scoring.upper_half import UpperHalf
 from ..tuner import YaPOLayer
-from ..tuner.adapters import write_codes
+from ..tuner.adapters import record_damage, write_code
+from ..tuner.layer import lowest_steered
+from .checks import require_one_trace
+from .config import YaPOTrainingConfig
 from .units import trained_codes
 
 # The key of the weights in a trainer's state, and their first value.
@@ -24,6 +31,35 @@ _NAME, _FIRST = "DamageBudget", 0.3
 _RATE = 0.2
 # Rows of the text on which the damage of a trained code is measured.
 _ROWS = 32
+
+
+def neutral_text(trainer: DPOTrainer, layers: list[YaPOLayer], dataset: Any, upper_only: bool) -> NeutralText | None:
+    """The text that a trainer measures damage on; None if it does not.
+
+    Args:
+        trainer: The trainer.
+        layers: The steered layers.
+        dataset: The text; the package's own if None.
+        upper_only: Whether to run only the layers above the lowest steered one.
+
+    Raises:
+        ConfigError: A text is given, and nothing reads it.
+        DatasetError: The text is empty, or lacks its columns.
+        UnsupportedOperationError: DeepSpeed's ZeRO-3 is used, which does not allow other passes within a step.
+    """
+    args = cast(YaPOTrainingConfig, trainer.args)
+    if args.max_kl is None and args.max_features is None:
+        if dataset is not None:
+            raise ConfigError("neutral_dataset is only read with max_kl or max_features: set one, or leave it out.")
+        return None
+    require_one_trace()
+    tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    lowest = lowest_steered(layers) if upper_only else None
+    model: Any = trainer.model
+    upper = None if lowest is None else UpperHalf(model.get_base_model(), lowest.index)
+    # Sharded weights are gathered in each call, so all processes must make the same calls.
+    keep = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return NeutralText(model, neutral_rows(dataset, tokenizer), trainer.accelerator.device, upper, keep)
 
 
 class DamageBudget:
@@ -63,13 +99,33 @@ class DamageBudget:
 
 
 def limit_damage(layers: list[YaPOLayer], text: NeutralText, max_kl: float) -> None:
-    """Scales trained codes whose divergence exceeds the bound, and records the divergences in the adapters' configs."""
+    """Scales trained codes whose divergence exceeds the bound, and records each adapter's in its config.
+
+    If other adapters are active too, it is the sum of all that is bounded.
+    """
     trained = trained_codes(layers)
-    for name in {name for _, name in trained}:
-        own = [layer for layer, other in trained if other == name]
-        with evaluating(text.model):
-            damage = scaled_to(own, name, text.start(_ROWS), max_kl, at_most=True)
-        # Processes differ by rounding; all take the codes of the first.
-        codes = broadcast_object_list([[layer.yapo_code[name].detach() for layer in own]])[0]
-        write_codes(text.model, name, own, codes)
-        text.model.peft_config[name].damage = broadcast_object_list([damage])[0]
+    with evaluating(text.model):
+        damage = limited(trained, text, max_kl)
+        if not max(damage.values()) <= max_kl * 1.1:
+            warnings.warn(
+                f"max_kl={max_kl}: the divergence is {damage['plus']:.3g} nats per token at multiplier +1 and "
+                f"{damage['minus']:.3g} at -1, which no smaller scale of the trained codes brings down: are other "
+                "adapters active, or does the text hardly depend on the codes?",
+                stacklevel=2,
+            )
+        active = {name for layer in layers for name in layer.active_adapters if name in layer.yapo_code}
+        for name in dict.fromkeys(name for _, name in trained):
+            own = damage if active == {name} else measured(text.start(_ROWS, name))
+            steered = [layer for layer in layers if name in layer.yapo_code]
+            record_damage(text.model, name, steered, broadcast_object_list([own])[0])
+
+
+def limited(codes: list[tuple[YaPOLayer, str]], text: NeutralText, max_kl: float) -> dict[str, float]:
+    """Scales codes in place, the same in all processes, until their divergence is within the bound; returns it."""
+    found = scaled_to(codes, text.start(_ROWS), max_kl, at_most=True)
+    # Processes differ by rounding; all take the codes of the first.
+    first: list[Any] = [[layer.code(name).detach() for layer, name in codes], found]
+    broadcast_object_list(first)
+    for (layer, name), code in zip(codes, first[0], strict=True):
+        write_code(layer, name, code)
+    return first[1]

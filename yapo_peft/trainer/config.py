@@ -11,6 +11,7 @@ from trl import DPOConfig
 from .._utils import at_least, choice, help_from_docstring
 from ..errors import ConfigError, UnsupportedOperationError
 from ..scoring.cache import CacheOptions
+from ..scoring.calibration import require_bound
 from .objective import OBJECTIVES
 
 _ONE_SIDED = "it lowers the likelihood of both answers, so its two directions do not oppose each other"
@@ -116,8 +117,8 @@ class YaPOTrainingConfig(DPOConfig):
             self._check_loss(loss_type)
         if set(self.loss_type) & set(OBJECTIVES):
             self.require_plain_loss()
-        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
-            raise ConfigError(f"max_kl={self.max_kl}: must be a positive number of nats per token, or None.")
+        if self.max_kl is not None:
+            require_bound(self.max_kl)
         self._check_cache()
         if self.max_features is not None:
             at_least(2, max_features=self.max_features)

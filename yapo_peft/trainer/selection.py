@@ -8,18 +8,19 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._utils import mixed_seed
+from .._utils import evaluating, mixed_seed
 from ..sae import FrozenSAE
 from ..scoring.neutral import NeutralText
 from ..steering.learning import ActiveFeatures
 from ..steering.selection import select_features
 from ..tuner import YaPOLayer
+from ..tuner.adapters import write_code
 from ..tuner.hooks import block_outputs, changed_outputs
 from ..tuner.positions import tokens_to_steer
+from .budget import limited
 from .config import YaPOTrainingConfig
 from .units import trained_codes
 
@@ -29,18 +30,23 @@ _EXAMPLES = 256
 _ROWS, _BATCH = 128, 2
 # Divergence at which codes start without a bound, in nats per token.
 _START = 0.1
+# How much the estimate of the damage is shrunk at least: few or equal rows seem to have no error.
+_SHARE = 0.01
 # Rows of the decoder that are held at once.
 _CHUNK = 16384
 
 
-def sparse_codes(
+def start_on_features(
     steered: list[YaPOLayer],
-    text: NeutralText,
+    text: NeutralText | None,
     dataset: Iterable[Any],
     losses: Callable[[list[Any], AbstractContextManager[None]], list[Tensor]],
     args: YaPOTrainingConfig,
-) -> list[Tensor]:
-    """Codes of `max_features` entries that lower the loss most for their damage, by a linear model at the zero code.
+) -> None:
+    """Gives codes the `max_features` entries that lower the loss most for their damage, by a linear model at zero.
+
+    The codes, the same in all processes, are within the bound of the damage. Features that are not active on any of the
+    examples get no entry.
 
     Args:
         steered: The steered layers.
@@ -48,11 +54,8 @@ def sparse_codes(
         dataset: The training set, of which the first examples are read.
         losses: Computes the losses of examples at multipliers +1 and -1, while only a context steers.
         args: The training config.
-
-    Returns:
-        The code of each trained adapter at each layer, `(d_sae,)`, the same in all processes; features that are not
-        active on any of the examples stay at 0.
     """
+    assert text is not None
     text.model.train()
     layers = trained_codes(steered)
     examples, size = list(islice(dataset, _EXAMPLES)), args.per_device_train_batch_size
@@ -74,8 +77,12 @@ def sparse_codes(
             hidden = outputs[layer.index].detach()
             seen[ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature] = True
     metric = damage_metric(layers, widths, text, args.seed)
-    codes = chosen_codes(decoders, gains, metric, active, cast(int, args.max_features), args.max_kl or _START)
-    return broadcast_object_list([codes])[0]
+    bound = args.max_kl or _START
+    codes = chosen_codes(decoders, gains, metric, active, cast(int, args.max_features), bound)
+    for (layer, name), code in zip(layers, codes, strict=True):
+        write_code(layer, name, code)
+    with evaluating(text.model):
+        limited(layers, text, bound)
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def _shrunk(samples: Tensor) -> Tensor:
     distance = (moment - scale * identity).square().sum()
     # The sum over samples of the squared distance of `x x^T` from the moment.
     noise = (samples.square().sum(dim=1).square().sum() - n * moment.square().sum()) / n**2
-    share = float((noise / distance).clamp(0, 1)) if distance > 0 else 1.0
+    share = float((noise / distance).clamp(_SHARE, 1)) if distance > 0 else 1.0
     return (1 - share) * moment + share * scale * identity
 
 

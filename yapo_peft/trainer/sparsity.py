@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOTrainer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner import YaPOLayer
-from ..tuner.adapters import write_code
 from .units import trained_codes
 
 # The key of the features' indices in a trainer's state.
@@ -26,25 +24,38 @@ class KeepSupport(TrainerCallback):
 
     Args:
         layers: The steered layers.
-        choose: Computes the codes to start from, one per trained code.
+        max_features: The maximum number of entries; None for any, which only checks that a checkpoint had none either.
+        start: Gives zero codes their entries.
     """
 
-    def __init__(self, layers: list[YaPOLayer], choose: Callable[[], list[Tensor]]) -> None:
-        self._layers, self._choose = layers, choose
+    def __init__(self, layers: list[YaPOLayer], max_features: int | None, start: Callable[[], None]) -> None:
+        self._layers, self._max_features, self._start = layers, max_features, start
         self._handles: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Chooses the features, and masks the gradients of all others."""
-        codes = [(layer, name, layer.yapo_code[name]) for layer, name in trained_codes(self._layers)]
+        """Chooses the features, and masks the gradients of all others.
+
+        Raises:
+            ConfigError: The checkpoint was trained with another `max_features`.
+        """
         kept = cast(dict[str, Any], state.stateful_callbacks)
+        was = kept.get(_NAME, {}).get("max_features")
+        if state.global_step > 0 and was != self._max_features:
+            raise ConfigError(
+                f"max_features={self._max_features}, and the checkpoint was trained with max_features={was}: resume "
+                "with that, or start a new run."
+            )
+        if self._max_features is None:
+            return
+        codes = [layer.yapo_code[name] for layer, name in trained_codes(self._layers)]
         if _NAME not in kept:
-            if not any(bool(code.any()) for _, _, code in codes):
-                for (layer, name, _), start in zip(codes, self._choose(), strict=True):
-                    write_code(layer, name, start)
-            kept[_NAME] = [code.detach().nonzero().squeeze(-1).tolist() for _, _, code in codes]
-        for (_, _, code), support in zip(codes, kept[_NAME], strict=True):
+            if not any(bool(code.any()) for code in codes):
+                self._start()
+            support = [code.detach().nonzero().squeeze(-1).tolist() for code in codes]
+            kept[_NAME] = {"max_features": self._max_features, "features": support}
+        for code, support in zip(codes, kept[_NAME]["features"], strict=True):
             outside = torch.ones_like(code, dtype=torch.bool)
             outside[support] = False
             self._handles.append(code.register_hook(lambda gradient, mask=outside: gradient.masked_fill(mask, 0)))

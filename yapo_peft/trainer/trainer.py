@@ -13,20 +13,16 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from .._utils import whole
-from ..errors import ConfigError
 from ..scoring.cache import ActivationCache
-from ..scoring.neutral import NeutralText, neutral_rows
 from ..scoring.scorer import Scorer, WholeModel
 from ..scoring.store import COLUMNS, CollateWithRows
-from ..scoring.upper_half import UpperHalf
 from ..tuner import steering
 from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
 from ..tuner.hooks import require_single_hooks
-from ..tuner.layer import lowest_steered
 from ._trl import TRLSeams, no_reference_adapter
-from .budget import DamageBudget, limit_damage
-from .checks import non_finite_loss, require_adapter, require_arguments, require_one_trace
+from .budget import DamageBudget, limit_damage, neutral_text
+from .checks import non_finite_loss, require_adapter, require_arguments
 from .config import YaPOTrainingConfig, output_dir_of
 from .data import prepared_pairs, require_preferences
 from .metrics import share_of_tokens_moved, size_of_codes
@@ -39,10 +35,10 @@ from .objective import (
     pair_order,
     preference_margin,
 )
-from .selection import sparse_codes
+from .selection import start_on_features
 from .sparsity import KeepSupport, require_sparsifiable
 from .summary import training_card
-from .units import Units, gradients_in_units, in_units, measure_units
+from .units import Units, gradients_in_units, in_units, measure_units, trained_codes
 
 _SIGN_NAMES = {1.0: "plus", -1.0: "minus"}
 
@@ -64,7 +60,7 @@ class YaPOTrainer(TRLSeams):
 
     Args:
         model: A model, or the name or path of one, together with `peft_config`; or a `PeftModel` with a YaPO adapter.
-        args: The training config; the published defaults if None.
+        args: The training config; its defaults if None.
         peft_config: Config of the adapter to attach.
         objective: A custom loss instead of `args.loss_type`: a function from `OrientedPairs` to losses, `(pairs,)`.
         neutral_dataset: Text for `args.max_kl`: strings, or rows with a column `text` or `messages`; the package's own
@@ -133,28 +129,17 @@ class YaPOTrainer(TRLSeams):
                 f"Every step runs all {len(decoder_blocks(self._base_model)[1])} layers, with and without steering. "
                 f"With cache_activations=True, layers 0 to {self._layers[0].index} and the reference run only once."
             )
-        self._text: NeutralText | None = None
-        if self.args.max_kl is not None or self.args.max_features is not None:
-            require_one_trace()
-            self._text = self._neutral_text(neutral_dataset)
-        elif neutral_dataset is not None:
-            raise ConfigError("neutral_dataset is only read with max_kl or max_features: set one, or leave it out.")
-        self._budget = DamageBudget(self._text, self.args.max_kl) if self._text and self.args.max_kl else None
         if self.args.max_features is not None:
             require_sparsifiable(self, self._layers, self.args.max_features)
-            given = (self._layers, self._text, self.train_dataset, self._losses_of_shifts, self.args)
-            self.add_callback(KeepSupport(self._layers, partial(sparse_codes, *given)))
-
-    def _neutral_text(self, dataset: Any) -> NeutralText:
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-        lowest = None if self._cache is None else lowest_steered(self._layers)
-        upper = None if lowest is None else UpperHalf(self._base_model, lowest.index)
-        # Sharded weights are gathered in each call, so all processes must make the same calls.
-        keep = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        return NeutralText(self.model, neutral_rows(dataset, tokenizer), self.accelerator.device, upper, keep)
+        self._text = neutral_text(self, self._layers, neutral_dataset, upper_only=self._cache is not None)
+        self._budget = DamageBudget(self._text, self.args.max_kl) if self._text and self.args.max_kl else None
+        given = (self._layers, self._text, self.train_dataset, self._losses_of_shifts, self.args)
+        self.add_callback(KeepSupport(self._layers, self.args.max_features, partial(start_on_features, *given)))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; with `max_kl`, scales codes at the end that exceed it, and records their damage."""
+        for _, name in trained_codes(self._layers):
+            cast(Any, self.model).peft_config[name].damage = None
         output = super().train(*args, **kwargs)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self._text is not None and self.args.max_kl is not None and not is_sharded:

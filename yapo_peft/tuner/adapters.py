@@ -15,7 +15,7 @@ from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from ..steering.formula import Multiplier
 from .call import as_rows
-from .config import YaPOConfig
+from .config import YaPOConfig, digest_of
 from .hooks import require_single_hooks
 from .layer import YaPOLayer
 
@@ -30,14 +30,19 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[str, YaPOCon
     """Returns the name, the config and the layers, from the bottom up, of an adapter; the active one if None.
 
     Raises:
-        ConfigError: The model has no such adapter.
+        ConfigError: The model has no such adapter, or several are active and none is named.
     """
     configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
-    name = adapter_name if adapter_name is not None else getattr(model, "active_adapter", None)
-    if adapter_name is None and not isinstance(name, str):  # a model of transformers
-        name = next((layer.active_adapters[0] for layer in steered_layers(model) if layer.active_adapters), None)
-    config = configs.get(name) if isinstance(name, str) else None
-    if not isinstance(name, str) or not isinstance(config, YaPOConfig):
+    name = adapter_name
+    if name is None:
+        # PEFT's own record of it does not follow the tuner's `set_adapter`.
+        layers = steered_layers(model)
+        active = {name for layer in layers for name in layer.active_adapters if name in layer.yapo_code}
+        if len(active) > 1:
+            raise ConfigError(f"The adapters {', '.join(sorted(active))} are active: give adapter_name, one of them.")
+        name = next(iter(active), None)
+    config = configs.get(name) if name is not None else None
+    if name is None or not isinstance(config, YaPOConfig):
         known = ", ".join(repr(key) for key, value in configs.items() if isinstance(value, YaPOConfig)) or "none"
         raise ConfigError(f"adapter_name={name!r}: name a YaPO adapter of the model, which has {known}.")
     return name, config, [layer for layer in steered_layers(model) if name in layer.yapo_code]
@@ -47,7 +52,7 @@ def layers_of(model: nn.Module, adapter_name: str | None, space: str, method: st
     """Returns the name and the layers of an adapter that a method can fit; the active one if None.
 
     Raises:
-        ConfigError: The model has no such adapter, or it its space is not the one that the method needs.
+        ConfigError: The model has no such adapter, or its space is not the one that the method needs.
     """
     name, config, layers = adapter_of(model, adapter_name)
     if config.space != space:
@@ -82,6 +87,15 @@ def write_codes(model: nn.Module, adapter_name: str, layers: list[YaPOLayer], co
     for layer, code in zip(layers, codes, strict=True):
         write_code(layer, adapter_name, code)
     cast(Any, model).peft_config[adapter_name].damage = None
+
+
+def record_damage(
+    model: nn.Module, adapter_name: str, layers: Iterable[YaPOLayer], damage: dict[str, float]
+) -> dict[str, float]:
+    """Records the damage of an adapter's codes in its config, and returns it."""
+    config = cast(Any, model).peft_config[adapter_name]
+    config.damage, config.damage_of = damage, digest_of(layer.code(adapter_name) for layer in layers)
+    return damage
 
 
 def one_sae(layer: YaPOLayer) -> FrozenSAE | None:

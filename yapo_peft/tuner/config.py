@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import InitVar, dataclass
 from enum import Enum
 from functools import partial
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType, TaskType
+from torch import Tensor
 
-from .._utils import choice, finite, help_from_docstring
+from .._utils import choice, finite, hash_tensors, help_from_docstring
 from ..adapter_file.card import save_card
 from ..adapter_file.reading import require_whole
 from ..errors import ConfigError, UnsupportedOperationError
@@ -59,6 +61,7 @@ class YaPOConfig(PeftConfig):
             PEFT fills it in for task_type="SEQ_CLS".
         damage: KL(unsteered || steered) of the next token on neutral text at multipliers +1 and -1, "plus" and "minus",
             in nats per token. Filled in by training with `max_kl` and by `calibrate`; None if it was not measured.
+        damage_of: Digest of the codes that `damage` was measured on; saving and loading drop the damage of others.
         sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Only their content hash is saved;
             to load the adapter, register the same SAE with `yapo_peft.register_sae`.
         task_type: As in PEFT, but "CAUSAL_LM" by default. A model without a language-model head needs its own, such as
@@ -80,6 +83,7 @@ class YaPOConfig(PeftConfig):
     sae_identity: list[dict[str, Any]] | None = None
     modules_to_save: list[str] | None = None
     damage: dict[str, float] | None = None
+    damage_of: str | None = None
     sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
 
     def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:
@@ -154,6 +158,11 @@ class YaPOConfig(PeftConfig):
             return SAEPart(SAEIdentity.from_dict(recorded), partial(load_sae, **source))
         return load_sae(**source)
 
+    def forget_damage_of_others(self, codes: Iterable[Tensor]) -> None:
+        """Drops the recorded damage, unless it was measured on these codes, one per layer from the bottom up."""
+        if self.damage is not None and self.damage_of != digest_of(codes):
+            self.damage = self.damage_of = None
+
     @property
     def was_attached(self) -> bool:
         """Whether an adapter with this config has been attached to a model."""
@@ -202,6 +211,12 @@ class YaPOConfig(PeftConfig):
                 f"{given[0]}={getattr(self, given[0])!r} has no meaning with space='dense', which steers without an "
                 "SAE: leave it out, or use space='sae'."
             )
+
+
+def digest_of(codes: Iterable[Tensor]) -> str:
+    """SHA-256 over the entries of codes, in float32, and where they are."""
+    entries = [(code.detach().float(), code.detach().nonzero().squeeze(-1)) for code in codes]
+    return hash_tensors("", [("", part) for code, indices in entries for part in (indices, code[indices])])
 
 
 def _is_index(value: object) -> bool:

@@ -84,6 +84,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.replaced_biases: list[tuple[Any, nn.Parameter | None]] = []
         self._folded: dict[str, FoldedSteering] = {}
+        self._frozen: list[str] = []
         # In a list, because the decoder layer is the parent of this module, not its child.
         self._parent = [block]
         self._hook = block.register_forward_hook(self._steer_output, prepend=True)
@@ -212,10 +213,17 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_names
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's; disabling unmerges."""
+        """As PEFT's; disabling unmerges, and enabling leaves frozen what was frozen before."""
         if not enabled and self.merged:
             self.unmerge()
+        if not enabled and not self.disable_adapters:
+            active = set(self.active_adapters) & set(self.yapo_code)
+            self._frozen = [name for name in active if not self.yapo_code[name].requires_grad]
         super().enable_adapters(enabled)
+        if enabled:
+            for name in set(self._frozen) & set(self.yapo_code):
+                self.yapo_code[name].requires_grad_(False)
+            self._frozen = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Only the tuner of another method calls this: `YaPOModel` merges all layers together."""

@@ -263,7 +263,7 @@ class YaPOModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return from_file(model, adapter_name, state_dict)
+        return from_file(model, cast(YaPOConfig, config), adapter_name, state_dict)
 
 
 def _require_head(model: nn.Module, config: PeftConfig) -> None:

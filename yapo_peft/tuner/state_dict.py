@@ -26,6 +26,8 @@ def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: d
             layer = layers[name.partition(".yapo_code.")[0]]
             codes[name] = layer.code(adapter_name) if code.is_meta else code
             saes[name] = layer.yapo_sae[adapter_name]
+    by_layer = sorted(codes, key=lambda name: layers[name.partition(".yapo_code.")[0]].index)
+    config.forget_damage_of_others(codes[name] for name in by_layer)
     packed = pack_codes(codes, {name: sae and sae.identity for name, sae in saes.items()})
     if config.self_contained:
         for name, sae in saes.items():
@@ -33,7 +35,7 @@ def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: d
     return packed
 
 
-def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_file(model: nn.Module, config: YaPOConfig, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Unpacks the tensors of an adapter's file, and returns them by their names in a model.
 
     Raises:
@@ -50,6 +52,7 @@ def from_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -
     }
     saes = {layer.index: layer.yapo_sae[adapter_name] for layer in layers.values()}
     codes = unpack_codes(packed, {index: sae and sae.identity for index, sae in saes.items()}, hidden_size(model))
+    config.forget_damage_of_others(codes[index] for index in sorted(codes))
     for index, sae in saes.items():
         if isinstance(sae, SAEPart):
             sae.fill(*unpack_part(index, packed, sae.identity))
