@@ -22,6 +22,9 @@ from yapo_peft.evaluation import Damage, MultipleChoice, Scores
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast, prune
 from yapo_peft.scoring.neutral import packaged_text
 
+# Rows of neutral text that adapters are calibrated on.
+_CALIBRATION_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Method:
@@ -126,7 +129,7 @@ class Bench:
                 fit_caa(model, contrast)
             else:
                 fit_sas(model, contrast, tau=method.tau)
-        calibrate(model, tokenizer, self.config["max_kl"], dataset=self.neutral)
+        calibrate(model, tokenizer, self.config["max_kl"], dataset=self.neutral[:_CALIBRATION_ROWS])
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "log.json", {"method": asdict(method), "log": log})
         # Beside the target and renamed, so that a run that stops leaves no half of an adapter.
@@ -151,7 +154,8 @@ class Bench:
         """The model, without what was attached to it before."""
         name = self.config["model"]
         if self._loaded is None and name == "embedded":
-            self._loaded = load_model_and_tokenizer()
+            model, tokenizer = load_model_and_tokenizer()
+            self._loaded = model.to(getattr(torch, self.config.get("dtype", "float32"))), tokenizer
         elif self._loaded is None:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 

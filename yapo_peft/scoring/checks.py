@@ -17,7 +17,7 @@ from .packing import PackedBatch, share_prompts
 
 # Log-probabilities count as equal up to this distance, in nats: the mean over answers' tokens, or the maximum over a
 # vocabulary.
-SAME, SAME_IN_16_BITS = 1e-3, 5e-2
+SAME, SAME_IN_16_BITS = 1e-3, 1e-1
 # What is raised when layers need states of skipped ones, which fail in different ways.
 LAYER_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 # Tokens whose log-probabilities over the vocabulary are held at once.
