@@ -76,19 +76,23 @@ class Unembedding:
 
 def _final_norm(model: nn.Module, base: Any) -> nn.Module | None:
     """The module whose output is the decoder's, found by running one token; None if that is the last layer."""
-    decoder = base.get_decoder()
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
     outputs: list[tuple[nn.Module, Any]] = []
 
     def keep(module: nn.Module, output: Any) -> None:
         outputs.append((module, output))
 
     candidates = [
-        module for module in decoder.modules() if not isinstance(module, nn.ModuleList) and module is not decoder
+        module
+        for module in decoder.modules()
+        if not isinstance(module, nn.ModuleList) and module is not decoder and module is not head
     ]
     keeping = forward_hooks((module, partial(keep, module)) for module in candidates)
     ids = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
     with torch.no_grad(), evaluating(model), steering(model, 0.0), keeping:
         states = decoder(input_ids=ids, use_cache=False)[0]
+    if decoder is base:  # Llama 4 and others have no decoder of their own, and return logits
+        states = next(output for _, output in reversed(outputs) if isinstance(output, Tensor))
     for module, output in reversed(outputs):
         if isinstance(output, Tensor) and output.shape == states.shape and torch.equal(output, states):
             return None if any(True for _ in module.children()) else module

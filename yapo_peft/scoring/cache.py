@@ -22,7 +22,7 @@ from ..tuner import YaPOLayer
 from ..tuner.adapters import one_sae
 from ..tuner.layer import is_steering, lowest_steered
 from .checks import distance, require_constant, require_no_noise, same, why_not_shared
-from .lm_head import score_packed
+from .lm_head import AnswerHead
 from .packing import PackedBatch, attention_cost, keep_rows, share_prompts, survey
 from .scorer import CachedPairs
 from .store import COLUMNS, Activations, ActivationStore, cache_folder, fingerprint_of
@@ -64,6 +64,7 @@ class ActivationCache:
 
     Args:
         model: The model with its adapter.
+        head: Its head.
         layers: Its steered layers, in order.
         accelerator: The run's.
         collate: The run's collator.
@@ -77,6 +78,7 @@ class ActivationCache:
     def __init__(
         self,
         model: nn.Module,
+        head: AnswerHead,
         layers: list[YaPOLayer],
         accelerator: Accelerator,
         collate: Callable[..., Any],
@@ -85,7 +87,7 @@ class ActivationCache:
     ) -> None:
         assert isinstance(model, PeftModel)
         require_constant(model)
-        self._model, self._accelerator, self._collate = model, accelerator, collate
+        self._model, self._head, self._accelerator, self._collate = model, head, accelerator, collate
         self._training_mode, self._options = training_mode, options
         self._base: Any = model.get_base_model()
         self._layers, self._layer = layers, cast(YaPOLayer, lowest_steered(layers))
@@ -209,7 +211,7 @@ class ActivationCache:
         unsteered = torch.zeros(batch.scored.shape, device=hidden.device)
         unsteered = unsteered.masked_scatter(batch.scored, stored.reference[batch.target_flat])
         features = self._features(stored, hidden, batch)
-        return CachedPairs(model, self._upper, self._layer.call, batch, hidden, features, unsteered)
+        return CachedPairs(model, self._head, self._upper, self._layer.call, batch, hidden, features, unsteered)
 
     def _features(self, stored: Activations, hidden: Tensor, batch: PackedBatch) -> ActiveFeatures:
         """The stored features of a packed batch's tokens; none if the adapter is dense."""
@@ -277,7 +279,7 @@ class ActivationCache:
         return share_prompts(inputs, self._attention_cost, directions) if shared else keep_rows(inputs)
 
     def _score(self, batch: PackedBatch) -> Tensor:
-        return score_packed(self._base, self._model, batch).log_probs
+        return self._head.packed(self._model, batch).log_probs
 
     def _encode(self, hidden: Tensor) -> ActiveFeatures:
         if self._sae is None:

@@ -19,7 +19,7 @@ from ..errors import DatasetError
 from ..tuner import steering
 from ..tuner.hooks import forward_hooks
 from .checks import context_length
-from .lm_head import head_on, needs_labels
+from .lm_head import head_on, logits_at, needs_labels
 from .upper_half import UpperHalf
 
 # Tokens of a row that are read.
@@ -212,11 +212,8 @@ class NeutralText:
             hidden = pad_sequence([cast(Tensor, row.hidden) for row in batch.known], batch_first=True)
             below = self._upper.given(hidden.to(self._device))
         with below:
-            if needs_labels(self._base):
-                labels = batch.inputs["input_ids"]
-                return call(**batch.inputs, use_cache=False, labels=labels).logits.flatten(0, 1)[batch.predictors]
-            with head_on(self._base, batch.predictors):
-                return call(**batch.inputs, use_cache=False).logits[0]
+            labels = {"labels": batch.inputs["input_ids"]} if needs_labels(self._base) else {}
+            return logits_at(self._base, call, batch.inputs | labels, batch.predictors).logits
 
     @torch.no_grad()
     def _of(self, row: int) -> _Known:
@@ -227,8 +224,9 @@ class NeutralText:
         below = self._upper.observed(hidden) if self._upper is not None else nullcontext()
 
         def find(output: Any) -> None:
-            finals.append(output["last_hidden_state"].detach())
-            self._form = type(output)(**dict.fromkeys(output))
+            if "last_hidden_state" in output:
+                finals.append(output["last_hidden_state"].detach())
+                self._form = type(output)(**dict.fromkeys(output))
 
         ids = torch.tensor([self._rows[row]], device=self._device)
         one = torch.zeros(1, dtype=torch.long)

@@ -17,7 +17,7 @@ from ..tuner.blocks import decoder_blocks
 from ..tuner.call import Call
 from ..tuner.layer import lowest_steered
 from .checks import LAYER_ERRORS, attention_window, same_logits, why_not_shared
-from .lm_head import answer_logps, needs_labels, packed_log_probs, score_packed, score_rows
+from .lm_head import AnswerHead, answer_logps, needs_labels, packed_log_probs
 from .packing import PackedBatch, attention_cost, keep_rows, share_prompts
 from .upper_half import UpperHalf
 
@@ -28,16 +28,16 @@ class WholeModel:
 
     Attributes:
         model: The model as it is called in training.
-        base: The causal language model in it.
+        head: Its head.
     """
 
     model: Callable[..., Any]
-    base: nn.Module
+    head: AnswerHead
 
     def __call__(self, **kwargs: Any) -> Any:
         """Scores a batch as TRL's fused head does, but only at the answers' tokens."""
         del kwargs["fused_lm_head"]
-        return score_rows(self.base, self.model, kwargs)
+        return self.head.rows(self.model, kwargs)
 
     @property
     def reference(self) -> Callable[..., Any]:
@@ -59,6 +59,7 @@ class CachedPairs:
 
     Attributes:
         model: The model as it is called in training.
+        head: Its head.
         upper: Its upper half.
         call: The call that its steered layers share.
         batch: The pairs, packed.
@@ -68,6 +69,7 @@ class CachedPairs:
     """
 
     model: Callable[..., Any]
+    head: AnswerHead
     upper: UpperHalf
     call: Call
     batch: PackedBatch
@@ -78,7 +80,7 @@ class CachedPairs:
     def __call__(self, **kwargs: Any) -> Any:
         """Scores the batch; the arguments are those of `WholeModel`, and are known already."""
         with self.upper.given(self.hidden), self.call.knowing(self.features):
-            return score_packed(self.upper.model, self.model, self.batch)
+            return self.head.packed(self.model, self.batch)
 
     @property
     def reference(self) -> Callable[..., Any]:

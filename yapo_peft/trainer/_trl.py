@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from .._utils import evaluating
 from ..errors import UnsupportedOperationError
+from ..scoring.lm_head import AnswerHead
 from .checks import require_same_adapters
 from .objective import take_pairs
 
@@ -123,6 +128,31 @@ class TRLSeams(DPOTrainer):
     def _collated(self, examples: list[Any]) -> dict[str, Any]:
         """A batch of examples of the training set, as the model's calls get it."""
         return cast(dict[str, Any], self._prepare_inputs(self.data_collator(examples)))
+
+    def _answer_head(self, base: Any) -> AnswerHead:
+        """The head that scores answers: TRL's, unless the first example's log-probabilities are not the model's.
+
+        Under ZeRO-3, which does not allow other passes, it is TRL's.
+        """
+        held_out = self.eval_dataset
+        dataset: Any = self.train_dataset or (next(iter(held_out.values())) if isinstance(held_out, dict) else held_out)
+        if dataset is None or is_deepspeed_zero3_enabled():
+            return AnswerHead(base)
+        head = AnswerHead(base)
+        # Before training, FSDP can leave all processes but the first without weights.
+        if self.accelerator.is_main_process:
+            inputs = self._model_inputs(self._collated(list(islice(dataset, 1))))
+            device = next(p.device for p in base.parameters() if not p.is_meta)
+            inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            with evaluating(self.model), torch.no_grad():
+                head = AnswerHead.of(base, self.model, {n: v for n, v in inputs.items() if n != "fused_lm_head"})
+        is_fused = broadcast_object_list([head.is_fused])[0]
+        if not is_fused:
+            self.accelerator.print(
+                f"TRL's fused head does not give the log-probabilities of {type(base).__name__}: the model's own runs, "
+                "which keeps the logits of all answers' tokens in memory."
+            )
+        return AnswerHead(base, is_fused)
 
     def _trl_loss(self, scores: Any, inputs: dict[str, Any], rows: Tensor | None = None, logs: bool = False) -> Tensor:
         """TRL's loss of a batch that has been scored, with the reference in the batch.

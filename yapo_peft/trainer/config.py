@@ -74,6 +74,8 @@ class YaPOTrainingConfig(DPOConfig):
         per_device_train_batch_size: Preference pairs per device and step, as published.
         lr_scheduler_type: Learning-rate schedule, as published.
         warmup_steps: Number of warmup steps, or their share of all steps if below 1; published are 100.
+        router_aux_loss_coef: Weight of a mixture of experts' load-balancing loss: 0 by default, unlike in TRL, because
+            the router is frozen.
         gradient_checkpointing: Older name of `activation_checkpointing`. Off by default, unlike in TRL: no gradient
             reaches the layers below the steered one, so it would save less than in other training.
 
@@ -98,6 +100,7 @@ class YaPOTrainingConfig(DPOConfig):
     per_device_train_batch_size: int = 4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
+    router_aux_loss_coef: float | None = 0.0
     gradient_checkpointing: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:

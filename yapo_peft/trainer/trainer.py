@@ -116,12 +116,16 @@ class YaPOTrainer(TRLSeams):
         self._units: Units | None = None
         if self.args.learning_rate_unit == "activation" and self.optimizer is None:
             self._units = measure_units(self, self._base_model, self._layers)
-        self._cache: ActivationCache | None = None
         if self.args.cache_activations:
             self._require_cacheable()
+        self._head = self._answer_head(self._base_model)
+        self._cache: ActivationCache | None = None
+        if self.args.cache_activations:
             options, mode = self.args.cache_options(), self._without_checkpointing
             collate = self.data_collator
-            self._cache = ActivationCache(self.model, self._layers, self.accelerator, collate, mode, options)
+            self._cache = ActivationCache(
+                self.model, self._head, self._layers, self.accelerator, collate, mode, options
+            )
             self.train_dataset, self.eval_dataset = self._cache.add_all(self.train_dataset, self.eval_dataset)
             self.data_collator = CollateWithRows(self.data_collator)
         else:
@@ -268,7 +272,7 @@ class YaPOTrainer(TRLSeams):
 
     def _scorer(self, model: nn.Module, inputs: dict[str, Any], directions: Tensor) -> Scorer:
         cached = None if self._cache is None else self._cache.pairs(model, inputs, directions)
-        return cached or WholeModel(model, self._base_model)
+        return cached or WholeModel(model, self._head)
 
     def _with_reference(self, scorer: Scorer, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the reference log-probabilities of its answers, or zeros without a reference."""
