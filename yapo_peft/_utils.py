@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Generator, Iterable
@@ -36,6 +35,7 @@ def help_from_docstring(cls: type[Config]) -> type[Config]:
     return cls
 
 
+_LARGEST = torch.finfo(torch.float32).max
 # The size up to which `hash_model` always reads a tensor whole, and what it samples of larger ones, in entries.
 _WHOLE, _START = 1 << 20, 1 << 12
 
@@ -55,10 +55,17 @@ def at_least(minimum: int, **values: object) -> None:
 
 
 def finite(**values: object) -> None:
-    """Raises `ConfigError` unless each value is a finite number."""
+    """Raises `ConfigError` unless each value is a number that is finite in float32."""
     for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool) or not _fits_float32(value):
             raise ConfigError(f"{name}={value!r}: must be a finite number, such as 1.0 or -0.5.")
+
+
+def _fits_float32(value: Real) -> bool:
+    try:
+        return abs(float(value)) <= _LARGEST
+    except OverflowError:  # a whole number
+        return False
 
 
 @contextmanager

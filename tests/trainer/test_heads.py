@@ -83,7 +83,7 @@ def test_sweeps_give_the_margins_of_whole_passes(name, pairs, tokenizer):
         assert found == pytest.approx(slow_margins(model, pairs, tokenizer, multiplier), abs=1e-3)
 
 
-@pytest.mark.feature("transformers", "Models without a body of their own (OPT, Llama 4), or with capped logits: all scores")
+@pytest.mark.feature("transformers", "Models without a body of their own (OPT, Llama 4), or with capped logits")
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_trainers_give_the_margins_of_whole_passes(name, cached, build, pairs, tokenizer, tmp_path):

@@ -121,7 +121,7 @@ def steering(
     """Steers with another multiplier within a `with` block, and restores the previous state afterwards.
 
     Contexts can be nested. Which parameters are trainable does not change. The multiplier is part of the model's state,
-    so threads that share a model cannot steer it differently at the same time.
+    so threads and tasks that share a model cannot steer it differently at the same time: the second one gets an error.
 
     Args:
         model: A `PeftModel`, or a transformers model with a YaPO adapter.
@@ -130,25 +130,37 @@ def steering(
 
     Raises:
         ConfigError: The model has no such adapter, or the multiplier is not finite.
+        UnsupportedOperationError: Another thread or task steers the model.
     """
     layers = _layers_with(model, adapter_name)
     multiplier = _checked(multiplier)
     if torch.is_grad_enabled():
         for layer in layers:
             require_single_hooks(layer.block)
-    before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
-    try:
-        for layer in layers:
-            if adapter_name is not None:
-                layer.activate([adapter_name])
-            for name in layer.active_adapters:
-                if name in layer.multiplier:
-                    layer.multiplier[name] = multiplier
-        yield
-    finally:
-        for layer, active, multipliers in before:
-            layer.activate(active)
-            layer.multiplier.update({name: value for name, value in multipliers.items() if name in layer.multiplier})
+    claims = layers[0].call.claims
+    with claims.claim("multiplier") as claim:
+        claim.before = [(layer, layer.active_adapters, dict(layer.multiplier)) for layer in layers]
+        try:
+            for layer in layers:
+                if adapter_name is not None:
+                    layer.activate([adapter_name])
+                for name in layer.active_adapters:
+                    if name in layer.multiplier:
+                        layer.multiplier[name] = multiplier
+            yield
+        finally:
+            later = claims.later(claim)
+            if later is not None:
+                # It was entered within this one and has not ended: it restores what was before both.
+                later.before = claim.before
+            else:
+                _restore(claim.before)
+
+
+def _restore(before: list[tuple[YaPOLayer, list[str], dict[str, Multiplier]]]) -> None:
+    for layer, active, multipliers in before:
+        layer.activate(active)
+        layer.multiplier.update({name: value for name, value in multipliers.items() if name in layer.multiplier})
 
 
 def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], adapter_name: str | None = None) -> None:

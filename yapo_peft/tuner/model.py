@@ -125,6 +125,21 @@ class YaPOModel(BaseTuner):
         with call.generating(args, kwargs, self.model.generation_config, multipliers):
             return cast(Any, self.model).generate(*args, **kwargs)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's.
+
+        Raises:
+            ConfigError: Others would become active within `steering`, which activates those of before again.
+        """
+        call = self._call()
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if call is not None and call.claims.is_steered() and names != list(self.active_adapters):
+            raise ConfigError(
+                f"set_adapter({adapter_name!r}) within steering(): the multiplier is that of {self.active_adapters}. "
+                "Leave the block first, or name the adapter with steering(model, multiplier, adapter_name)."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate_batch`, which packs prompts into one row, so that all are steered alike.
 

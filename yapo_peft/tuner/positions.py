@@ -47,7 +47,7 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
     if call.uncounted:
         raise UnsupportedOperationError(
             f"positions={positions!r} cannot tell prompts and answers apart where several sequences are packed into a "
-            "row (generate_batch) or the model keeps a state instead of a cache (Mamba): use an adapter of "
+            "row (generate_batch) or the model keeps a state instead of a cache (Mamba, RWKV): use an adapter of "
             "positions='all', or generate with use_cache=False."
         )
     index = call.past_length + torch.arange(seq, device=hidden.device)
