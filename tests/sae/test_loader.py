@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from tiny import make_sae
@@ -16,6 +18,30 @@ def test_load_sae_reloads_overwritten_folder(tmp_path):
     first = load_sae(path=str(tmp_path))
     make_sae("standard", seed=52).save_model(tmp_path)
     assert load_sae(path=str(tmp_path)).identity.content_hash != first.identity.content_hash
+
+
+def test_an_overwritten_file_does_not_change_a_loaded_sae(tmp_path):
+    make_sae("standard", seed=53).save_model(tmp_path)
+    loaded = load_sae(path=str(tmp_path))
+    before = loaded._native.W_dec.clone()
+    file = tmp_path / "sae_weights.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(b"\0" * (file.stat().st_size // 2))
+    assert torch.equal(loaded._native.W_dec, before)
+
+
+def test_the_scale_of_an_sae_in_training_is_folded(tmp_path):
+    sae = make_sae("standard", seed=54, normalize_activations="expected_average_only_in")
+    sae.b_enc.data.fill_(-0.5)
+    sae.save_model(tmp_path)
+    with pytest.raises(UnsupportedSAEError, match=r"or keep activation_scaler\.json"):
+        load_sae(path=str(tmp_path))
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.05}))
+    h = torch.randn(9, sae.cfg.d_in) * 20
+    weights = load_sae(path=str(tmp_path)).weights(torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(weights.encode(h)[0], sae.encode(h * 0.05))
+    torch.testing.assert_close(weights.W_dec, sae.W_dec.data / 0.05)
 
 
 def test_saes_with_same_content_share_one_object(sae_folder):

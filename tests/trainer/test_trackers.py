@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from tiny import trained_codes
+from peft import get_peft_model
+from tiny import make_model, make_sae, trained_codes
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from yapo_peft import YaPOConfig
 from yapo_peft.tuner.adapters import steered_layers
 
 
@@ -86,12 +88,12 @@ class Script(TrainerCallback):
         assert self.metric in metrics
         metrics[self.metric] = self.values[state.global_step - 1]
         (layer,) = steered_layers(model)
-        self.codes[state.global_step] = layer.yapo_code["default"].detach().clone()
+        self.codes[state.global_step] = layer.yapo_code[layer.active_adapters[0]].detach().clone()
 
 
-def evaluated_every_step(build, pairs, script, *callbacks):
+def evaluated_every_step(build, pairs, script, *callbacks, model="llama"):
     return build(
-        init={"eval_dataset": pairs, "callbacks": [script, *callbacks]}, max_steps=len(script.values),
+        model, init={"eval_dataset": pairs, "callbacks": [script, *callbacks]}, max_steps=len(script.values),
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
         metric_for_best_model=script.metric,
     )  # fmt: skip
@@ -106,6 +108,17 @@ def test_best_adapter_is_loaded_at_the_end(build, pairs, metric, best):
     assert trainer.state.best_global_step == best
     assert torch.equal(trained_codes(trainer)[0], script.codes[best])
     assert not torch.equal(script.codes[4], script.codes[best])
+
+
+def test_best_adapter_of_another_name_is_loaded_at_the_end(build, pairs):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()), adapter_name="polite")
+    script = Script("eval_loss", [0.5, 0.7, 0.2, 0.6])
+    trainer = evaluated_every_step(build, pairs, script, model=model)
+    trainer.train()
+    assert trainer.state.best_global_step == 3
+    (layer,) = steered_layers(model)
+    assert torch.equal(layer.yapo_code["polite"].detach(), script.codes[3])
+    assert layer.yapo_code["polite"].requires_grad
 
 
 @pytest.mark.feature("transformers", "`EarlyStoppingCallback` on `eval_loss` or `eval_accuracy/*`")

@@ -23,6 +23,7 @@ METHODS = {
     (DPOTrainer, "_prepare_dataset"): ("dataset processing_class args dataset_name", "checks pairs and their tokens"),
     (DPOTrainer, "_set_signature_columns_if_needed"): ("", "keeps the columns of the cache and of the samplers"),
     (Trainer, "_load_from_checkpoint"): ("resume_from_checkpoint model", "checks a checkpoint before it is loaded"),
+    (Trainer, "_load_best_model"): ("", "loads the best adapter, whatever its name"),
     (Trainer, "_save"): ("output_dir state_dict", "saves the card with each model"),
     (DPOTrainer, "_save_checkpoint"): ("model trial", "saves the codes before a loss that is not finite"),
     (Trainer, "_clip_grad_norm"): ("model", "clips gradients in units of activations"),

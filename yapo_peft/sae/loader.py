@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ _UNSUPPORTED = {
 _NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 _FILES = ("cfg.json", "sae_weights.safetensors")
+# What sae-lens saves beside the weights of an SAE whose training has not ended: the factor its input is scaled by.
+_SCALER = "activation_scaler.json"
 
 _by_source: dict[tuple[str, ...], weakref.ref[FrozenSAE]] = {}
 _by_hash: weakref.WeakValueDictionary[str, FrozenSAE] = weakref.WeakValueDictionary()
@@ -75,7 +78,8 @@ def load_sae(
     if frozen is None:
         with torch.inference_mode(False):
             if source[0] == "path":
-                frozen = _freeze(_from_folder(source[1]), None, None)
+                # sae-lens maps the file into memory, where whoever writes to it would change the weights.
+                frozen = _freeze(_from_folder(source[1]), None, None, copy=True)
             else:
                 frozen = _freeze(_from_release(source[1], source[2]), release, sae_id)
         _by_source[source] = weakref.ref(frozen)
@@ -139,7 +143,7 @@ def neuronpedia_id(release: str | None, sae_id: str | None) -> str | None:
 
 def _stamp(folder: Path) -> str:
     """A string that changes when another SAE is saved to the folder."""
-    files = [folder / name for name in _FILES]
+    files = [folder / name for name in (*_FILES, _SCALER)]
     return "".join(f"{s.st_mtime_ns}:{s.st_size};" for s in (file.stat() for file in files if file.is_file()))
 
 
@@ -153,7 +157,12 @@ def _from_folder(path: str) -> SAE[Any]:
         )
     from sae_lens import SAE
 
-    return SAE.load_from_disk(folder, device="cpu")
+    sae = SAE.load_from_disk(folder, device="cpu")
+    if sae.cfg.normalize_activations == "expected_average_only_in" and (folder / _SCALER).is_file():
+        factor = json.loads((folder / _SCALER).read_text())["scaling_factor"]
+        if factor is not None:
+            sae.fold_activation_norm_scaling_factor(factor)
+    return sae
 
 
 def _from_release(release: str, sae_id: str) -> SAE[Any]:
@@ -217,7 +226,7 @@ def _extract(sae: SAE[Any]) -> tuple[SAEWeights, str]:
         magnitude_scale=state["r_mag"].exp() if activation == "gated" else None,
         magnitude_bias=state["b_mag"] if activation == "gated" else None,
         k=int(cfg["k"]) if activation == "topk" else None,
-        normalization=cfg["normalize_activations"] if cfg["normalize_activations"] in _NORMALIZATIONS else "none",
+        normalization=cfg["normalize_activations"],
     )
     return weights, architecture
 
@@ -228,11 +237,11 @@ def _require_supported(architecture: str, cfg: dict[str, Any]) -> None:
         raise UnsupportedSAEError(
             f"SAE architecture {architecture!r} is not supported: {reason}. Supported: {', '.join(_ACTIVATIONS)}."
         )
-    # sae-lens folds this one's scaling factor into the weights when it loads or finishes an SAE.
-    if cfg["normalize_activations"] not in (*_NORMALIZATIONS, "expected_average_only_in"):
+    if cfg["normalize_activations"] not in _NORMALIZATIONS:
         raise UnsupportedSAEError(
             f"The SAE's normalize_activations={cfg['normalize_activations']!r} is not supported: fold it into the "
-            "weights first, as sae-lens does at the end of training."
+            "weights first, as sae-lens does at the end of training (sae.fold_activation_norm_scaling_factor), or keep "
+            f"{_SCALER}, which sae-lens saves during training, beside them."
         )
     if cfg.get("reshape_activations", "none") != "none":
         raise UnsupportedSAEError(

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
@@ -86,6 +87,17 @@ class TRLSeams(DPOTrainer):
         """The seam for checks of a checkpoint: only here is the path of the last one known."""
         require_same_adapters(self.model, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Transformers looks for the adapter in the checkpoint itself, where PEFT only saves one called "default"."""
+        folder = Path(cast(str, self.state.best_model_checkpoint))
+        names = [name for name in cast(Any, self.model).peft_config if (folder / name / CONFIG_NAME).is_file()]
+        if not names or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        for name in names:
+            weights = load_peft_weights(str(folder / name), device="cpu")
+            set_peft_model_state_dict(self.model, weights, adapter_name=name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The seam for the card: called by each process that writes a model, for checkpoints too."""
