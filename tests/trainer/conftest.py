@@ -25,7 +25,8 @@ def build(tmp_path, pairs, tokenizer):
         if code is not None:
             set_code(model, code)
         init = {"neutral_dataset": neutral} | (init or {})
-        return YaPOTrainer(model, args, train_dataset=train_dataset, processing_class=tokenizer, **init)
+        init = {"processing_class": tokenizer} | init
+        return YaPOTrainer(model, args, train_dataset=train_dataset, **init)
 
     return make
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least, evaluating, hash_model, mixed_seed, replacing
 from ..errors import ConfigError, DatasetError
 from ..scoring.generation import answer
-from ..scoring.pairs import prompt_ids
+from ..scoring.pairs import prompt_ids, rendering
 from .sources import require_columns
 
 
@@ -76,7 +76,8 @@ def generate_rejected(
         raise DatasetError("The dataset is empty: there are no prompts to answer.")
     _require_texts(dataset)
     state, folder = PartialState(), Path(output_dir)
-    prompts = [prompt_ids(prompt, tokenizer) for prompt in dataset["prompt"]]
+    rows = (dict(row) for row in dataset)
+    prompts = [prompt_ids(row["prompt"], tokenizer, **rendering(row)) for row in rows]
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **generation}
     if state.is_main_process:
         made_of = {"prompts": _hash_prompts(prompts), "model": _hash_model(model), "shard_size": shard_size}

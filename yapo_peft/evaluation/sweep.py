@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least, evaluating, mixed_seed
 from ..errors import ConfigError, DatasetError
 from ..scoring.generation import answer
-from ..scoring.pairs import prompt_ids
+from ..scoring.pairs import prompt_ids, rendering
 from ..scoring.scorer import SweepScorer
 from ..tuner import steering
 from ..tuner.adapters import require_enabled
@@ -153,7 +153,8 @@ def _sweep_answers(
     seed: int,
     generation: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    prompts = [prompt_ids(prompt, tokenizer) for prompt in measure.prompts(dataset)]
+    asked = zip(measure.prompts(dataset), dataset, strict=True)
+    prompts = [prompt_ids(prompt, tokenizer, **rendering(dict(row))) for prompt, row in asked]
     if not prompts:
         raise DatasetError("The dataset is empty: it has no prompts.")
     taken = [name for name in ("max_length", "num_return_sequences", "num_beams") if name in generation]

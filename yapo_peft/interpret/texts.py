@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least
 from ..errors import ConfigError, DatasetError
 from ..scoring.checks import context_length
-from ..scoring.pairs import common_prefix, padding_of, prompt_ids
+from ..scoring.pairs import common_prefix, padding_of, prompt_ids, rendering
 from ..tuner import YaPOLayer, steering
 from ..tuner.hooks import block_outputs, forward_hooks
 
@@ -38,12 +38,14 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         DatasetError: `text` is none of these.
     """
+    options: dict[str, Any] = {}
     if isinstance(text, dict):
+        options = rendering(cast(dict[str, Any], text))
         text = content_of_row(cast(dict[str, Any], text))
     if isinstance(text, str):
         return cast(list[int], tokenizer(text)["input_ids"])
     if isinstance(text, list) and text and isinstance(text[0], dict):
-        rendered = cast(str, tokenizer.apply_chat_template(cast(Any, text), tokenize=False))
+        rendered = cast(str, tokenizer.apply_chat_template(cast(Any, text), tokenize=False, **options))
         return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
     raise DatasetError(f"{text!r} is not a text: {_SHAPES}.")
 
@@ -52,7 +54,7 @@ def answer_start(text: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) 
     """The index of the answer's first token, for a row with a prompt and an answer; None for other texts."""
     if not isinstance(text, dict) or not text.get("prompt") or any(text.get(name) for name in ("text", "messages")):
         return None
-    return common_prefix(prompt_ids(text["prompt"], tokenizer), ids)
+    return common_prefix(prompt_ids(text["prompt"], tokenizer, **rendering(text)), ids)
 
 
 def content_of_row(row: dict[str, Any]) -> Any:

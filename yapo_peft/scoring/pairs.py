@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -64,22 +65,58 @@ def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens
             f"A pair has no {missing}, or it is empty; its columns are {sorted(row)}. Pairs need 'prompt', 'chosen' "
             "and 'rejected'."
         )
-    prompt = prompt_ids(row["prompt"], tokenizer)
-    chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False)
-    rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False)
+    for name in ("chosen", "rejected"):
+        require_answer(row[name], name, "A pair")
+    options = rendering(row)
+    prompt = prompt_ids(row["prompt"], tokenizer, **options)
+    chosen = _ids(row["prompt"] + row["chosen"], tokenizer, is_prompt=False, **options)
+    rejected = _ids(row["prompt"] + row["rejected"], tokenizer, is_prompt=False, **options)
     shared = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     return prompt[:shared], chosen[shared:], rejected[shared:]
 
 
-def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt: a text as it is, or messages rendered by the chat template with a generation prompt."""
-    return _ids(prompt, tokenizer, is_prompt=True)
+def require_answer(answer: Any, name: str, where: str) -> None:
+    """Raises `DatasetError` if an answer, a text or messages, says nothing: it would have no token to learn from."""
+    last = answer[-1] if isinstance(answer, list) and answer else answer
+    if isinstance(last, Mapping):
+        last = last.get("content") or last.get("tool_calls")
+    if not last:
+        raise DatasetError(f"{where} has {name}={answer!r}, which is empty: leave the pair out.")
 
 
-def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool) -> list[int]:
+def rendering(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns of a row say about its rendering by a chat template, as TRL reads them.
+
+    Raises:
+        DatasetError: The row has images.
+    """
+    images = next((name for name in ("images", "image") if row.get(name)), None)
+    if images is not None:
+        raise DatasetError(
+            f"A row has {images!r}, and only text is read here, unlike in training: drop the column to leave them out."
+        )
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    """Ids of a prompt: a text as it is, or messages rendered by the chat template with a generation prompt.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: The model's tokenizer.
+        **options: For the template, as of `rendering`.
+    """
+    return _ids(prompt, tokenizer, is_prompt=True, **options)
+
+
+def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool, **options: Any) -> list[int]:
     if isinstance(text, str):
-        return tokenizer(text if is_prompt else text + str(tokenizer.eos_token or ""))["input_ids"]
-    rendered = cast(str, tokenizer.apply_chat_template(text, add_generation_prompt=is_prompt, tokenize=False))
+        end = str(tokenizer.eos_token or "")
+        return tokenizer(text if is_prompt or text.endswith(end) else text + end)["input_ids"]
+    options = {"add_generation_prompt": is_prompt, **options}
+    rendered = cast(str, tokenizer.apply_chat_template(text, tokenize=False, **options))
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 

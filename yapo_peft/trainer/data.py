@@ -11,6 +11,7 @@ from trl import DPOConfig
 
 from ..errors import DatasetError
 from ..scoring.packing import TOKENIZED
+from ..scoring.pairs import require_answer
 
 _PREFERENCE = {"chosen", "rejected"}
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -53,6 +54,8 @@ def _require_texts(row: dict[str, Any], where: str) -> None:
     for column, value in row.items():
         if not isinstance(value, str | list) or value == []:
             raise DatasetError(f"{where} has {column}={value!r}: must be a text or a non-empty list of messages.")
+        if column != "prompt":
+            require_answer(value, column, where)
     kinds = {column: "a text" if isinstance(value, str) else "messages" for column, value in row.items()}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{column} as {kind}" for column, kind in kinds.items())

@@ -1,0 +1,75 @@
+"""One rendering of a row: training, sweeps, fits, readings and rejected answers see the same tokens."""
+
+from copy import deepcopy
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from yapo_peft import DatasetError
+from yapo_peft.interpret.texts import tokens_of
+from yapo_peft.scoring.pairs import pair_batches, prompt_ids, rendering
+
+
+def message(role, text, **fields):
+    return [{"role": role, "content": text, **fields}]
+
+
+CHAT = {
+    "prompt": message("user", "w1"),
+    "chosen": message("assistant", "w5 w6"),
+    "rejected": message("assistant", "w7"),
+}
+TOOLS = [{"type": "function", "function": {"name": "w99", "description": "", "parameters": {}}}]
+ROWS = {
+    "texts": {"prompt": "w1 ", "chosen": "w5 w6", "rejected": "w7"},
+    "texts that end": {"prompt": "w1 ", "chosen": "w5 <eos>", "rejected": "w7 <eos>"},
+    "messages": CHAT,
+    "system": {**CHAT, "prompt": message("system", "w9") + CHAT["prompt"]},
+    "tools": {**CHAT, "tools": TOOLS},
+    "tools as JSON": {**CHAT, "tools": '[{"type": "function", "function": {"name": "w98"}}]'},
+    "options of the template": {**CHAT, "chat_template_kwargs": {"mood": "w97"}},
+}
+
+
+@pytest.fixture
+def templated(tokenizer) -> PreTrainedTokenizerFast:
+    tools = "{% for tool in tools or [] %}{{ tool['function']['name'] + ' ' }}{% endfor %}"
+    own = deepcopy(tokenizer)
+    own.chat_template = tools + "{{ (mood or '') + ' ' }}" + tokenizer.chat_template
+    return own
+
+
+@pytest.mark.feature("Data", "Columns `tools` and `chat_template_kwargs`, in training and everywhere else")
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_has_the_same_tokens_everywhere(build, templated, name):
+    row = ROWS[name]
+    trained = build(train_dataset=Dataset.from_list([row]), init={"processing_class": templated}).train_dataset[0]
+    (batch,) = pair_batches([row], templated, 1)
+    for index, answer in enumerate(("chosen", "rejected")):
+        expected = trained["prompt_ids"] + trained[f"{answer}_ids"]
+        read = batch["input_ids"][index][batch["attention_mask"][index].bool()].tolist()
+        assert read == expected
+        assert int(batch["answer_mask"][index].sum()) == len(trained[f"{answer}_ids"])
+    prompt = prompt_ids(row["prompt"], templated, **rendering(row))
+    assert prompt[: len(trained["prompt_ids"])] == trained["prompt_ids"]
+    if not isinstance(row["prompt"], str):
+        assert tokens_of(row, templated) == trained["prompt_ids"] + trained["chosen_ids"]
+    expected = {"tools": "w99", "tools as JSON": "w98", "options of the template": "w97"}.get(name)
+    assert expected is None or expected in templated.decode(prompt)
+
+
+@pytest.mark.parametrize("read", [lambda row, t: pair_batches([row], t, 1), lambda row, t: tokens_of(row, t)])
+def test_images_are_not_ignored(tokenizer, read):
+    with pytest.raises(DatasetError, match="A row has 'images', and only text is read here"):
+        read({**CHAT, "images": [object()]}, tokenizer)
+
+
+@pytest.mark.parametrize("empty", ["", [], message("assistant", ""), message("assistant", None)], ids=repr)
+def test_empty_answers_are_refused_in_training_and_elsewhere(build, tokenizer, empty):
+    texts = {"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}
+    row = {**(texts if isinstance(empty, str) else CHAT), "rejected": empty}
+    with pytest.raises(DatasetError, match="rejected"):
+        pair_batches([row], tokenizer, 1)
+    with pytest.raises(DatasetError, match="rejected"):
+        build(train_dataset=Dataset.from_list([row]))
