@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from yapo_peft import DatasetError
+from yapo_peft.data import load_pairs, with_system_prompt
 from yapo_peft.interpret.texts import tokens_of
 from yapo_peft.scoring.pairs import pair_batches, prompt_ids, rendering
 
@@ -73,3 +74,47 @@ def test_empty_answers_are_refused_in_training_and_elsewhere(build, tokenizer, e
         pair_batches([row], tokenizer, 1)
     with pytest.raises(DatasetError, match="rejected"):
         build(train_dataset=Dataset.from_list([row]))
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "w8"}}}]
+
+
+def parts(role, text):
+    return message(role, [{"type": "text", "text": text}])
+
+
+def load(**columns):
+    return load_pairs(Dataset.from_list([{**CHAT, **columns}]))[0]
+
+
+def test_messages_keep_all_of_their_fields():
+    asked = [*message("user", "w1"), *message("assistant", "", tool_calls=CALL), *message("tool", "w7", name="weather")]
+    prompt = load(prompt=asked)["prompt"]
+    assert prompt[1]["tool_calls"][0]["function"] == CALL[0]["function"]
+    assert prompt[2]["name"] == "weather"
+    chosen = load(chosen=message("assistant", None, tool_calls=CALL))["chosen"]
+    assert chosen[0]["tool_calls"][0]["function"]["name"] == "weather"
+    # A conversation is cut to its answer, the calls before it included.
+    whole = [*asked, *message("assistant", "w5", tool_calls=None)]
+    assert [said["content"] for said in load(prompt=asked, chosen=whole)["chosen"]] == ["w5"]
+
+
+def test_columns_that_trl_reads_are_kept():
+    row = load(tools=TOOLS, chat_template_kwargs={"mood": "w9"}, other=1)
+    assert row.keys() == {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs"}
+
+
+@pytest.mark.parametrize("as_user", [False, True])
+def test_content_of_parts_stays_parts(as_user):
+    row = {name: parts(said[0]["role"], said[0]["content"]) for name, said in CHAT.items()}
+    pairs = load_pairs(Dataset.from_list([row]))
+    assert pairs[0] == row
+    prompt = with_system_prompt(pairs, "Be kind.", as_user=as_user)[0]["prompt"]
+    assert prompt[0]["content"][0]["text"] == "Be kind."
+    assert [part["text"] for part in prompt[-1]["content"]][-1] == "w1"
+    assert len(prompt) == (1 if as_user else 2)
+
+
+def test_empty_parts_are_no_answer():
+    with pytest.raises(DatasetError, match="1 without a prompt or an answer"):
+        load(rejected=parts("assistant", " "), prompt=parts("user", "w1"), chosen=parts("assistant", "w2"))

@@ -9,9 +9,12 @@ from typing import Any
 from datasets import Dataset
 
 from ..errors import ConfigError, DatasetError
+from ..scoring.pairs import text_of
 from .sources import load_rows, require_columns, require_free
 
 PAIR = ("prompt", "chosen", "rejected")
+# Columns beside the pair's that TRL's tokenization reads.
+_READ_BY_TRL = ("tools", "chat_template_kwargs", "images", "image")
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
 
@@ -36,7 +39,7 @@ def load_pairs(
         chosen: Column with the preferred answers; a conversation that starts with the prompt is cut to what follows it.
         rejected: Column with the other answers; None if there are none yet, to create them with `generate_rejected`.
         chat: Whether to convert texts to user and assistant messages, for chat models.
-        keep: Other columns to keep.
+        keep: Other columns to keep, besides those that TRL reads: `tools`, `chat_template_kwargs` and `images`.
         split: As for `load_rows`.
         **options: For `datasets.load_dataset`.
 
@@ -56,8 +59,9 @@ def load_pairs(
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     columns = {ours: theirs for ours, theirs in names.items() if theirs is not None}
     require_columns(rows, [*columns.values(), *(keep or [])])
+    keep = [*(keep or []), *(name for name in _READ_BY_TRL if name in rows.column_names and name not in (keep or []))]
     if prompt is None and rejected is not None:
-        rows = _with_prompts(rows.select_columns([chosen, rejected, *(keep or [])]), chosen, rejected)
+        rows = _with_prompts(rows.select_columns([chosen, rejected, *keep]), chosen, rejected)
         columns = {name: name for name in PAIR}
     pairs: list[dict[str, Any]] = []
     empty: list[int] = []
@@ -72,7 +76,7 @@ def load_pairs(
         elif cells["chosen"] == cells.get("rejected"):
             same.append(index)
         else:
-            pairs.append({**cells, **{name: row[name] for name in keep or []}})
+            pairs.append({**cells, **{name: row[name] for name in keep}})
     _report_left_out(len(rows), len(pairs), {"without a prompt or an answer": empty, "with equal answers": same})
     return Dataset.from_list(pairs)
 
@@ -95,12 +99,15 @@ def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = 
         prompt = row["prompt"]
         if isinstance(prompt, str):
             return {"prompt": f"{system_prompt}\n\n{prompt}"}
+        content = prompt[0]["content"] if prompt else ""
         if prompt and prompt[0]["role"] == "system":
-            raise DatasetError(f"A prompt has a system message already: {prompt[0]['content']!r}; remove it.")
-        if as_user:
-            first = {**prompt[0], "content": f"{system_prompt}\n\n{prompt[0]['content']}"}
-            return {"prompt": [first, *prompt[1:]]}
-        return {"prompt": [{"role": "system", "content": system_prompt}, *prompt]}
+            raise DatasetError(f"A prompt has a system message already: {content!r}; remove it.")
+        # A column of parts holds no texts.
+        own: Any = [{"type": "text", "text": system_prompt}] if isinstance(content, list) else system_prompt
+        if not as_user:
+            return {"prompt": [{"role": "system", "content": own}, *prompt]}
+        joined = own + content if isinstance(content, list) else f"{system_prompt}\n\n{content}"
+        return {"prompt": [{**prompt[0], "content": joined}, *prompt[1:]]}
 
     return dataset.map(add, desc="Adding the system prompt")
 
@@ -119,8 +126,7 @@ def _without_prompts(cells: dict[str, Any], index: int) -> dict[str, Any]:
     prompt, found = cells["prompt"], dict(cells)
     for name in ("chosen", "rejected"):
         answer = found.get(name) or []
-        start = [(message["role"], message["content"].strip()) for message in answer[: len(prompt)]]
-        if prompt and start == [(message["role"], message["content"].strip()) for message in prompt]:
+        if prompt and list(map(_said, answer[: len(prompt)])) == list(map(_said, prompt)):
             found[name] = answer[len(prompt) :]
         elif answer and answer[0]["role"] in ("user", "system"):
             raise DatasetError(
@@ -135,8 +141,7 @@ def _cell(value: Any, column: str, index: int, chat: bool) -> Any:
     if value is None or isinstance(value, str):
         text = (value or "").strip() if chat else value or ""
         return [{"role": _ROLES[column], "content": text}] if chat else text
-    is_messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
-    if not is_messages:
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
         raise DatasetError(
             f"Row {index} has {column}={value!r}: must be a text, or a list of messages with 'role' and 'content'."
         )
@@ -144,12 +149,17 @@ def _cell(value: Any, column: str, index: int, chat: bool) -> Any:
         raise DatasetError(
             f"Row {index} has messages in {column!r}, but chat=False is for plain texts: pass chat=True."
         )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return value
+
+
+def _said(message: dict[str, Any]) -> tuple[str, str, Any]:
+    return message["role"], text_of(message).strip(), message.get("tool_calls") or None
 
 
 def _has_text(cell: Any) -> bool:
-    texts = [cell] if isinstance(cell, str) else [message["content"] for message in cell]
-    return any(text and text.strip() for text in texts)
+    if isinstance(cell, str):
+        return bool(cell.strip())
+    return any(text or calls for _, text, calls in map(_said, cell))
 
 
 def _report_left_out(rows: int, pairs: int, reasons: dict[str, list[int]]) -> None:

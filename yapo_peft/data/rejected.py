@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least, evaluating, hash_model, mixed_seed, replacing
 from ..errors import ConfigError, DatasetError
 from ..scoring.generation import answer
-from ..scoring.pairs import prompt_ids, rendering
+from ..scoring.pairs import prompt_ids, rendering, text_of
 from .sources import require_columns
 
 
@@ -158,7 +158,7 @@ def _pairs(dataset: Dataset, answers: list[dict[str, Any]], state: PartialState)
 
 def _normalized(answer: Any) -> str:
     """An answer's text, normalised in case and whitespace."""
-    text = answer if isinstance(answer, str) else " ".join(message["content"] for message in answer)
+    text = answer if isinstance(answer, str) else " ".join(map(text_of, answer))
     return " ".join(text.split()).casefold()
 
 
@@ -217,6 +217,6 @@ def _require_texts(dataset: Dataset) -> None:
     """Raises `DatasetError` unless all prompts and chosen answers are texts or messages."""
     for index, row in enumerate(cast(Iterable[dict[str, Any]], dataset.select_columns(["prompt", "chosen"]))):
         for column, cell in row.items():
-            texts = [cell] if not isinstance(cell, list) else [message.get("content") for message in cell]
-            if not texts or not all(isinstance(text, str) for text in texts):
+            is_messages = isinstance(cell, list) and cell and all(isinstance(message, dict) for message in cell)
+            if not isinstance(cell, str) and not is_messages:
                 raise DatasetError(f"Row {index} has {column}={cell!r}: must be a text or messages.")

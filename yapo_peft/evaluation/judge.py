@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._utils import at_least
 from ..errors import ConfigError
+from ..scoring.pairs import text_of
 from .damage import prompts_of
 
 if TYPE_CHECKING:
@@ -241,5 +242,5 @@ def _as_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return text_of(prompt[0])
+    return "\n".join(f"{message['role']}: {text_of(message)}" for message in prompt)

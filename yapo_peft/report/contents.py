@@ -19,6 +19,7 @@ from ..evaluation.plots import require_dose_response
 from ..interpret import Attribution, attribute, contexts, explain
 from ..interpret.checks import require_multiplier
 from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
+from ..scoring.pairs import text_of
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of, require_enabled
 
@@ -173,7 +174,7 @@ def _by_layer(table: pd.DataFrame) -> dict[int, list[int]]:
 def _running(row: Any) -> str:
     """The running text of a row."""
     parts = row if isinstance(row, str) else content_of_row(row)
-    return parts if isinstance(parts, str) else " ".join(str(message["content"]) for message in parts)
+    return parts if isinstance(parts, str) else " ".join(map(text_of, parts))
 
 
 def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Damage:
@@ -189,7 +190,7 @@ def _answers(model: nn.Module, pairs: list[dict[str, Any]], multiplier: float, *
     scores = sweep(model, pairs, multipliers=(-multiplier, 0.0, multiplier), measure=Repetition(), **options)
     table = scores.table.sort_values("example", kind="stable")
     prompts = [pairs[example]["prompt"] for example in table["example"]]
-    said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    said = [prompt if isinstance(prompt, str) else text_of(prompt[-1]) for prompt in prompts]
     return cast(Any, table.assign(prompt=said)[["prompt", "multiplier", "answer"]]).to_dict("records")
 
 

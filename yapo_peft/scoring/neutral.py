@@ -20,6 +20,7 @@ from ..tuner import steering
 from ..tuner.hooks import forward_hooks
 from .checks import context_length
 from .lm_head import head_on, logits_at, needs_labels
+from .pairs import text_of
 from .upper_half import UpperHalf
 
 # Tokens of a row that are read.
@@ -64,7 +65,7 @@ def _tokenize(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if tokenizer.chat_template:
             rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
             return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
-        row = "\n\n".join(message["content"] for message in messages)
+        row = "\n\n".join(map(text_of, messages))
     text = row.get("text") if isinstance(row, Mapping) else row
     if not isinstance(text, str):
         raise DatasetError(f"A row of the neutral text is {row!r}: must be a text, or have 'text' or 'messages'.")

@@ -75,6 +75,14 @@ def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens
     return prompt[:shared], chosen[shared:], rejected[shared:]
 
 
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content may be None or a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if isinstance(part, Mapping) and part.get("text"))
+    return content or ""
+
+
 def require_answer(answer: Any, name: str, where: str) -> None:
     """Raises `DatasetError` if an answer, a text or messages, says nothing: it would have no token to learn from."""
     last = answer[-1] if isinstance(answer, list) and answer else answer
