@@ -17,7 +17,10 @@ from yapo_peft import (
     YaPOConfig,
     YaPOTrainer,
     YaPOTrainingConfig,
+    sweep,
 )
+from yapo_peft.evaluation import Repetition
+from yapo_peft.methods import measure_contrast
 from yapo_peft.tuner.adapters import steered_layers
 
 
@@ -213,3 +216,21 @@ def test_metrics_that_should_fall_are_better_when_they_are_lower(tmp_path, metri
     assert YaPOTrainingConfig(**options).greater_is_better is False
     assert YaPOTrainingConfig(**options, greater_is_better=True).greater_is_better is True
     assert YaPOTrainingConfig(**options | {"metric_for_best_model": "accuracy/plus"}).greater_is_better is True
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model, rows, tokenizer, build: sweep(model, rows, tokenizer, [1.0]),
+        lambda model, rows, tokenizer, build: measure_contrast(model, rows, tokenizer),
+        lambda model, rows, tokenizer, build: build(model, train_dataset=Dataset.from_list(rows)),
+        lambda model, rows, tokenizer, build: build(model).evaluate(Dataset.from_list(rows)),
+        lambda model, rows, tokenizer, build: sweep(model, rows, tokenizer, [1.0], measure=Repetition()),
+    ],
+    ids=["sweep", "measure_contrast", "training", "evaluation", "answers"],
+)
+def test_rows_longer_than_the_context_are_named_before_any_work(build, tokenizer, pairs, read):
+    model = get_peft_model(make_model("gpt2"), YaPOConfig(layers=2, space="dense"))
+    rows = [{**pairs[0], "prompt": [{"role": "user", "content": " ".join(["w1"] * 200)}]}]
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, but the model takes at most 128: shorten it"):
+        read(model, rows, tokenizer, build)

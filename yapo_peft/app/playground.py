@@ -22,7 +22,8 @@ from .._utils import evaluating
 from ..adapter_file.saving import save_adapter
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
-from ..interpret.texts import device_and_dtype, padded, require_length, unsteered_outputs
+from ..interpret.texts import base_of, device_and_dtype, padded, unsteered_outputs
+from ..scoring.checks import require_length
 from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
@@ -186,7 +187,7 @@ class Playground:
         chat = getattr(self.tokenizer, "chat_template", None)
         ids = prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)
         what = f"The prompt of {len(ids)} tokens with max_new_tokens={max_new_tokens}"
-        require_length(self.model, len(ids) + max_new_tokens, what)
+        require_length(base_of(self.model), len(ids) + max_new_tokens, what)
         return ids
 
     @torch.no_grad()

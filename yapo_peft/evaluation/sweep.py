@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, evaluating, mixed_seed
 from ..errors import ConfigError, DatasetError
+from ..scoring.checks import longest, require_length
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids, rendering
 from ..scoring.scorer import SweepScorer
@@ -126,6 +127,7 @@ def _sweep_likelihoods(
     device = next(p.device for p in model.parameters() if not p.is_meta)
     with steering(model, 1.0, adapter_name):
         scorer = SweepScorer(model, len(multipliers))
+    require_length(scorer.base, longest(batches), "A row")
     rows: list[dict[str, float]] = []
     with tqdm(total=len(multipliers) * len(batches), desc="Measuring", unit="batch") as progress:
         for batch in batches:
@@ -162,11 +164,13 @@ def _sweep_answers(
         raise ConfigError(
             f"{taken[0]}={generation[taken[0]]!r}: not supported, each prompt gets one answer of up to max_new_tokens."
         )
+    options = {"max_new_tokens": 64, "do_sample": False, **generation}
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    require_length(base, max(map(len, prompts)) + options["max_new_tokens"], "A prompt with its answer")
     # All multipliers of a prompt in one batch, if they fit.
     size = batch_size // len(multipliers) * len(multipliers) or batch_size
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     work = [(index, multiplier) for index in order for multiplier in multipliers]
-    options = {"max_new_tokens": 64, "do_sample": False, **generation}
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(work), desc="Answering", unit="answer") as progress:
         for start in range(0, len(work), size):

@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least, evaluating
 from ..errors import ConfigError
 from ..evaluation.preference import Preference
+from ..scoring.checks import longest, require_length
 from ..scoring.scorer import SweepScorer
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of, require_enabled
 from ..tuner.hooks import changed_outputs
 from .checks import require_multiplier
 from .parts import Parts
-from .texts import device_and_dtype, require_length, tokenizer_of
+from .texts import base_of, device_and_dtype, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def attribute(
         raise ConfigError(f"All entries of adapter {name!r} are zero: train it, or name another adapter.")
     tokenizer = tokenizer_of(model, tokenizer)
     batches = Preference().batches(dataset, tokenizer, batch_size)
-    require_length(model, max(batch["input_ids"].shape[1] for batch in batches), "A pair")
+    require_length(base_of(model), longest(batches), "A pair")
     device, dtype = device_and_dtype(model)
     with torch.inference_mode(False), evaluating(model):
         parts = [part for layer in layers if len(part := Parts.of(layer, name, device, dtype))]

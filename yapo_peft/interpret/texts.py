@@ -74,13 +74,6 @@ def require_texts(texts: Any) -> None:
         raise DatasetError(f"texts is a {type(texts).__name__}, not a list or a dataset: {_SHAPES}{rows}.")
 
 
-def require_length(model: nn.Module, tokens: int, what: str) -> None:
-    """Raises `ConfigError` if the model's context is too short."""
-    longest = context_length(base_of(model))
-    if longest is not None and tokens > longest:
-        raise ConfigError(f"{what} has {tokens} tokens, but the model takes at most {longest}: shorten it.")
-
-
 def text_batches(
     texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int, model: nn.Module
 ) -> Iterator[list[list[int]]]:

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, evaluating
 from ..errors import ConfigError
+from ..scoring.checks import require_length
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of
 from ..tuner.blocks import hidden_states
 from ..tuner.hooks import forward_hooks
 from .parts import Parts
-from .texts import answer_start, device_and_dtype, padded, require_length, tokenizer_of, tokens_of
+from .texts import answer_start, base_of, device_and_dtype, padded, tokenizer_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def token_effects(
     ids = tokens_of(prompt, tokenizer)
     if not ids:
         raise ConfigError("The prompt is empty: pass at least one token.")
-    require_length(model, len(ids), "The prompt")
+    require_length(base_of(model), len(ids), "The prompt")
     texts = [cast(str, tokenizer.decode([token])) for token in ids]
     found: dict[int, dict[str, Any]] = {}
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import choice, evaluating
 from ..errors import ConfigError
 from ..sae import FrozenSAE
+from ..scoring.checks import longest, require_length
 from ..scoring.pairs import pair_batches
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer, steering
@@ -103,6 +104,7 @@ def measure_contrast(
             f"{type(model).__name__} has no YaPO adapter: attach those to fit with get_peft_model and add_adapter."
         )
     batches = pair_batches(dataset, tokenizer, batch_size)
+    require_length(model.get_base_model(), longest(batches), "A pair")
     contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # Skips the head, because the logits are not needed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..errors import UnsupportedOperationError
+from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner.layer import is_code
 from .packing import PackedBatch, share_prompts
 
@@ -55,6 +55,18 @@ def attention_window(base: Any) -> float:
 def context_length(base: Any) -> int | None:
     """The maximum number of tokens of a causal language model's input; None if its config has none."""
     return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_length(base: Any, tokens: int, what: str) -> None:
+    """Raises `ConfigError` if a causal language model's context is too short."""
+    longest = context_length(base)
+    if longest is not None and tokens > longest:
+        raise ConfigError(f"{what} has {tokens} tokens, but the model takes at most {longest}: shorten it.")
+
+
+def longest(batches: Iterable[dict[str, Tensor]]) -> int:
+    """The length of the longest row of batches, in tokens."""
+    return max((batch["input_ids"].shape[1] for batch in batches), default=0)
 
 
 def why_not_shared(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from ..errors import DatasetError
+from ..scoring.checks import require_length
 from ..scoring.packing import TOKENIZED
 from ..scoring.pairs import require_answer
 
@@ -97,6 +98,24 @@ def prepared_pairs(dataset: Any, name: str, args: DPOConfig, tokenize: Callable[
             stacklevel=2,
         )
     return _with_lengths(tokenized, args)
+
+
+def require_context(dataset: Any, name: str, args: DPOConfig, base: Any) -> None:
+    """Raises unless a causal language model can read all pairs of a tokenized dataset.
+
+    Nothing is checked of streams, of images, and before the model is known (None).
+
+    Raises:
+        ConfigError: A pair, cut to `max_length`, is longer than the model's context.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            require_context(part, f"{name}[{key!r}]", args, base)
+    elif base is not None and isinstance(dataset, Dataset) and set(TOKENIZED) <= set(dataset.column_names):
+        rows = cast(Iterable[Any], dataset.select_columns(list(TOKENIZED)))
+        tokens = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+        what = f"A pair of {name}, cut to max_length={args.max_length},"
+        require_length(base, min(tokens, args.max_length or tokens), what)
 
 
 def _with_lengths(dataset: Any, args: DPOConfig) -> Any:

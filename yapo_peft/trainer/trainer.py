@@ -24,7 +24,7 @@ from ._trl import TRLSeams, no_reference_adapter
 from .budget import DamageBudget, limit_damage, neutral_text
 from .checks import non_finite_loss, require_adapter, require_arguments
 from .config import YaPOTrainingConfig, output_dir_of
-from .data import prepared_pairs, require_preferences
+from .data import prepared_pairs, require_context, require_preferences
 from .metrics import share_of_tokens_moved, size_of_codes
 from .objective import (
     Draws,
@@ -105,12 +105,14 @@ class YaPOTrainer(TRLSeams):
                 peft_config=peft_config,
                 **kwargs,
             )
+        self._base_model: Any = cast(Any, self.model).get_base_model()
+        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            require_context(dataset, name, self.args, self._base_model)
         self._objective = chosen_objective(objective, self.args)
         if self._objective is not None:
             self._replace_loss()
         self._draws = Draws(self.args, self.accelerator.process_index)
         self._layers = steered_layers(self.model)
-        self._base_model: Any = cast(Any, self.model).get_base_model()
         for layer in self._layers:
             layer.track_moved = True
         self._units: Units | None = None
@@ -178,7 +180,9 @@ class YaPOTrainer(TRLSeams):
     def _prepared(self, dataset: Any, name: str, args: Any, tokenize: Callable[[], Any]) -> Any:
         if not any(dataset is checked for checked in self._checked):
             require_preferences(dataset, name)
-        return prepared_pairs(dataset, name, args, tokenize)
+        prepared = prepared_pairs(dataset, name, args, tokenize)
+        require_context(prepared, f"the {name} dataset", args, vars(self).get("_base_model"))
+        return prepared
 
     def _extra_columns(self) -> list[str]:
         return [*COLUMNS, self.args.length_column_name]
