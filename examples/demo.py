@@ -22,6 +22,7 @@ from rich.table import Table
 from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, plot_dose_response, sweep
 from yapo_peft.evaluation import Damage
 from yapo_peft.interpret import contexts, explain
+from yapo_peft.scoring.neutral import packaged_text
 
 PROMPTS = {
     "enthusiasm": [
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--set", default="enthusiasm", choices=SETS, help="embedded preference set")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the adapter and the plot")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30, help="training steps of 4 pairs")
     parser.add_argument("--held-out", type=int, default=60, help="held-out pairs to score")
     parser.add_argument("--features", type=int, default=64, help="number of SAE features to steer")
     parser.add_argument("--quick", action="store_true", help="a step on a few pairs, as a smoke test")
@@ -58,7 +59,7 @@ def main() -> None:
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
 
-    console.rule(f"2. Training on {len(preferences(options.set, 'train'))} pairs of the set '{options.set}'")
+    console.rule(f"2. Training on {4 * options.steps} pairs of the set '{options.set}'")
     started = time.monotonic()
     train(model, tokenizer, options)
     console.print(f"Trained in {time.monotonic() - started:.0f} seconds.")
@@ -119,9 +120,10 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
         bf16=False,
         dataloader_pin_memory=False,
     )
-    train_dataset, neutral = preferences(options.set, "train"), None
+    train_dataset, neutral = preferences(options.set, "train"), packaged_text()[:64]
+    train_dataset = train_dataset.select(range(min(4 * options.steps, len(train_dataset))))
     if options.quick:
-        train_dataset, neutral = train_dataset.select(range(4)), ["The train left at noon.", "Boil the eggs first."]
+        neutral = neutral[:2]
     data = {"train_dataset": train_dataset, "neutral_dataset": neutral}
     trainer = YaPOTrainer(model, args, processing_class=tokenizer, **data)
     trainer.train()

@@ -173,3 +173,30 @@ def test_frozen_adapters_keep_their_codes(build):
 def test_bad_values_are_rejected(build, options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "reps"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_one_pass_gives_the_gradients_of_both_directions(build, cached, loss, tmp_path, monkeypatch):
+    cache = {"cache_activations": True, "activation_cache_dir": str(tmp_path)} if cached else {}
+    trainer = build(max_features=4, neutral=TEXT, loss_type=loss, **cache)
+    passes, gradient = [], torch.autograd.grad
+
+    def counted(outputs, inputs, *args, **kwargs):
+        passes.append(isinstance(inputs, list))
+        return gradient(outputs, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    layers = [(steered_layers(trainer.model)[0], "default")]
+    examples = [trainer.train_dataset[index] for index in range(4)]
+
+    def gradients():
+        shift = torch.zeros(1, 1, D_MODEL, requires_grad=True)
+        return trainer._gradients_of_shifts(examples, [shift], shifted(layers, [shift]))
+
+    found = gradients()
+    assert sum(passes) == (2 if loss == "reps" else 1)
+    monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: False)
+    for one, both in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(one, both, rtol=1e-4, atol=1e-7)
+        assert both.abs().max() > 1e-4

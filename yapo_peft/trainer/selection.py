@@ -40,7 +40,7 @@ def start_on_features(
     steered: list[YaPOLayer],
     text: NeutralText | None,
     dataset: Iterable[Any],
-    losses: Callable[[list[Any], AbstractContextManager[None]], list[Tensor]],
+    gradients: Callable[[list[Any], list[Tensor], AbstractContextManager[None]], list[Tensor]],
     args: YaPOTrainingConfig,
 ) -> None:
     """Gives codes the `max_features` entries that lower the loss most for their damage, by a linear model at zero.
@@ -52,7 +52,8 @@ def start_on_features(
         steered: The steered layers.
         text: The neutral text that damage is measured on.
         dataset: The training set, of which the first examples are read.
-        losses: Computes the losses of examples at multipliers +1 and -1, while only a context steers.
+        gradients: Computes the gradients of the losses of examples at multipliers +1 and -1 with respect to shifts,
+            `(d,)` each, while only a context steers.
         args: The training config.
     """
     assert text is not None
@@ -69,10 +70,9 @@ def start_on_features(
         batch = examples[start : start + size]
         shifts = [torch.zeros(1, 1, width, device=device, requires_grad=True) for width in widths]
         with block_outputs(layer for layer, _ in layers) as outputs:
-            found = losses(batch, shifted(layers, shifts))
-        for gain, loss in zip(gains, found, strict=True):
-            parts = torch.autograd.grad(loss, shifts, retain_graph=loss is not found[-1])
-            gain -= len(batch) * torch.cat(parts, dim=-1).flatten()
+            found = gradients(batch, shifts, shifted(layers, shifts))
+        for gain, gradient in zip(gains, found, strict=True):
+            gain -= len(batch) * gradient
         for (layer, _), sae, seen in zip(layers, saes, active, strict=True):
             hidden = outputs[layer.index].detach()
             seen[ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature] = True
@@ -83,6 +83,26 @@ def start_on_features(
         write_code(layer, name, code)
     with evaluating(text.model):
         limited(layers, text, bound)
+
+
+def gradients_of_both(losses: list[Tensor], log_probs: Tensor, shifts: list[Tensor]) -> list[Tensor]:
+    """Gradients of both directions' losses with respect to shifts, `(d,)` each.
+
+    Where a loss depends on the difference to the reference only, as most do, one is the other's negative at the zero
+    code, and the model is passed through once.
+
+    Args:
+        losses: The losses at +1 and -1.
+        log_probs: The log-probabilities that they were computed from.
+        shifts: The shifts that those depend on, `(..., d_model)` each.
+    """
+    plus, minus = (torch.autograd.grad(loss, log_probs, retain_graph=True)[0] for loss in losses)
+    are_opposite = torch.allclose(plus, -minus, rtol=1e-3, atol=1e-6 * float(plus.abs().max()))
+    found: list[Tensor] = []
+    for gradient in (plus,) if are_opposite else (plus, minus):
+        parts = torch.autograd.grad(log_probs, shifts, gradient, retain_graph=True)
+        found.append(torch.cat(parts, dim=-1).flatten())
+    return [found[0], -found[0]] if are_opposite else found
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from .objective import (
     pair_order,
     preference_margin,
 )
-from .selection import start_on_features
+from .selection import gradients_of_both, start_on_features
 from .sparsity import KeepSupport, require_sparsifiable
 from .summary import training_card
 from .units import Units, gradients_in_units, in_units, measure_units, trained_codes
@@ -123,11 +123,8 @@ class YaPOTrainer(TRLSeams):
         self._head = self._answer_head(self._base_model)
         self._cache: ActivationCache | None = None
         if self.args.cache_activations:
-            options, mode = self.args.cache_options(), self._without_checkpointing
-            collate = self.data_collator
-            self._cache = ActivationCache(
-                self.model, self._head, self._layers, self.accelerator, collate, mode, options
-            )
+            given = self.model, self._head, self._layers, self.accelerator, self.data_collator
+            self._cache = ActivationCache(*given, self._without_checkpointing, self.args.cache_options())
             self.train_dataset, self.eval_dataset = self._cache.add_all(self.train_dataset, self.eval_dataset)
             self.data_collator = CollateWithRows(self.data_collator)
         else:
@@ -139,7 +136,7 @@ class YaPOTrainer(TRLSeams):
             require_sparsifiable(self, self._layers, self.args.max_features)
         self._text = neutral_text(self, self._layers, neutral_dataset, upper_only=self._cache is not None)
         self._budget = DamageBudget(self._text, self.args.max_kl) if self._text and self.args.max_kl else None
-        given = (self._layers, self._text, self.train_dataset, self._losses_of_shifts, self.args)
+        given = (self._layers, self._text, self.train_dataset, self._gradients_of_shifts, self.args)
         self.add_callback(KeepSupport(self._layers, self.args.max_features, partial(start_on_features, *given)))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -264,15 +261,16 @@ class YaPOTrainer(TRLSeams):
         # One pair at a time: a mean over them does not depend on how they were batched.
         return torch.stack([self._trl_loss(scores, inputs, rows) for rows in order.view(2, -1).T])
 
-    def _losses_of_shifts(self, examples: list[Any], shifted: AbstractContextManager[None]) -> list[Tensor]:
-        """The losses at +1 and -1 of examples that nothing steers but the given context."""
+    def _gradients_of_shifts(self, examples: list[Any], shifts: list[Tensor], shifted: Any) -> list[Tensor]:
+        """Gradients, `(d,)`, of the losses at +1 and -1 of examples that only the context steers, by its shifts."""
         inputs = self._collated(examples)
         plus = torch.ones(len(examples))
         scorer = self._scorer(self.model, inputs, plus)
         inputs = self._with_reference(scorer, {n: v for n, v in inputs.items() if n not in COLUMNS})
         with steering(cast(nn.Module, self.accelerator.unwrap_model(self.model)), 0.0), shifted:
             scores = scorer(**self._model_inputs(inputs))
-        return [self._losses(scores, inputs, pair_order(sign * plus)).mean() for sign in _SIGN_NAMES]
+        losses = [self._losses(scores, inputs, pair_order(sign * plus)).mean() for sign in _SIGN_NAMES]
+        return gradients_of_both(losses, scores.log_probs, shifts)
 
     def _scorer(self, model: nn.Module, inputs: dict[str, Any], directions: Tensor) -> Scorer:
         cached = None if self._cache is None else self._cache.pairs(model, inputs, directions)
