@@ -29,7 +29,7 @@ from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from published import Published, cached_arguments, pairs_of, random_sae, report
 
 from yapo_peft import YaPOConfig, YaPOTrainer
-from yapo_peft.scoring import scorer as scoring
+from yapo_peft.scoring.lm_head import AnswerHead
 
 SIDES = ("published", "ours", "dense")
 
@@ -56,7 +56,7 @@ class Sides(TrainerCallback):
 
         trainer.training_step = training_step
         cache.pairs = self._timed("read and pack", cache.pairs)
-        scoring.score_packed = self._timed("forward", scoring.score_packed)
+        AnswerHead.packed = self._timed("forward", AnswerHead.packed)
         accelerator.backward = self._timed("backward", accelerator.backward)
 
     def _timed(self, phase: str, function: Any) -> Any:

@@ -120,7 +120,7 @@ def train(model, tokenizer, options: argparse.Namespace) -> None:
         bf16=False,
         dataloader_pin_memory=False,
     )
-    train_dataset, neutral = preferences(options.set, "train"), packaged_text()[:64]
+    train_dataset, neutral = preferences(options.set, "train"), packaged_text()[:48]
     train_dataset = train_dataset.select(range(min(4 * options.steps, len(train_dataset))))
     if options.quick:
         neutral = neutral[:2]

@@ -23,7 +23,7 @@ _SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -44,7 +44,7 @@ def make_model(
         config = Gemma3TextConfig(**shape, query_pre_attn_scalar=8, sliding_window=16)
     else:
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=D_MODEL, n_layer=depth, n_head=4, n_positions=128,
+            vocab_size=VOCABULARY, n_embd=D_MODEL, n_layer=depth, n_head=4, n_positions=256,
             bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -136,7 +136,7 @@ def test_invalid_prompts_and_dials_raise(playground):
     with pytest.raises(ConfigError, match="prompt is empty"):
         next(playground.answers("  ", Dials()))
     with pytest.raises(
-        ConfigError, match="prompt of 204 tokens with max_new_tokens=80 has 284 tokens, but the model takes at most 128"
+        ConfigError, match="prompt of 204 tokens with max_new_tokens=80 has 284 tokens, but the model takes at most 256"
     ):
         next(playground.answers("w1 " * 199, Dials()))
     with pytest.raises(ConfigError, match="adapter_name='three'"):

@@ -146,8 +146,8 @@ def test_errors_name_bad_arguments(pairs, tokenizer):
         attribute(model, pairs, tokenizer, multiplier=float("inf"))
     with pytest.raises(ConfigError, match="adapter_name='other'"):
         attribute(model, pairs, tokenizer, adapter_name="other")
-    with pytest.raises(ConfigError, match="A pair has 207 tokens, but the model takes at most 128"):
-        attribute(model, [{"prompt": "w1 " * 200, "chosen": "w2 " * 6, "rejected": "w3"}], tokenizer)
+    with pytest.raises(ConfigError, match="A pair has 307 tokens, but the model takes at most 256"):
+        attribute(model, [{"prompt": "w1 " * 300, "chosen": "w2 " * 6, "rejected": "w3"}], tokenizer)
     with pytest.raises(DatasetError, match=r"A pair is 'prompt'.*\.to_dict\('records'\)"):
         attribute(model, pairs.to_pandas(), tokenizer)
     with pytest.raises(DatasetError, match="The dataset is None"):

@@ -88,8 +88,8 @@ def test_token_effects_of_dense_vector_at_last_token(tokenizer):
     assert (moved.iloc[:-1] == 0).all()
     with pytest.raises(ConfigError, match="prompt is empty"):
         token_effects(model, "", tokenizer)
-    with pytest.raises(ConfigError, match="has 200 tokens, but the model takes at most 128"):
-        token_effects(model, "w1 " * 200, tokenizer)
+    with pytest.raises(ConfigError, match="has 300 tokens, but the model takes at most 256"):
+        token_effects(model, "w1 " * 300, tokenizer)
     with pytest.raises(ConfigError, match=r"top=1.5: must be a whole number, at least 0"):
         token_effects(model, "w1", tokenizer, top=1.5)
     with pytest.raises(DatasetError, match="3 is not a text"):

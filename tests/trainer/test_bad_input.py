@@ -231,6 +231,6 @@ def test_metrics_that_should_fall_are_better_when_they_are_lower(tmp_path, metri
 )
 def test_rows_longer_than_the_context_are_named_before_any_work(build, tokenizer, pairs, read):
     model = get_peft_model(make_model("gpt2"), YaPOConfig(layers=2, space="dense"))
-    rows = [{**pairs[0], "prompt": [{"role": "user", "content": " ".join(["w1"] * 200)}]}]
-    with pytest.raises(ConfigError, match=r"has \d+ tokens, but the model takes at most 128: shorten it"):
+    rows = [{**pairs[0], "prompt": [{"role": "user", "content": " ".join(["w1"] * 300)}]}]
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, but the model takes at most 256: shorten it"):
         read(model, rows, tokenizer, build)
