@@ -24,8 +24,7 @@ def build(tmp_path, pairs, tokenizer):
             model = get_peft_model(make_model(model), YaPOConfig(**config))
         if code is not None:
             set_code(model, code)
-        init = {"neutral_dataset": neutral} | (init or {})
-        init = {"processing_class": tokenizer} | init
+        init = {"neutral_dataset": neutral, "processing_class": tokenizer} | (init or {})
         return YaPOTrainer(model, args, train_dataset=train_dataset, **init)
 
     return make

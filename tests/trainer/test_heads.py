@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from damage import TEXT
+from damage import TEXT, code_of
 from peft import get_peft_model
 from tiny import random_code, set_code
 from transformers import (
@@ -94,13 +94,10 @@ def test_trainers_give_the_margins_of_whole_passes(name, cached, build, pairs, t
     cache = {"cache_activations": True, "activation_cache_dir": str(tmp_path / "activations")} if cached else {}
     trainer = build(model, max_kl=0.5, neutral=TEXT, max_steps=2, **cache, init={"eval_dataset": pairs})
     assert trainer.evaluate()["eval_margin/plus"] == pytest.approx(expected, abs=2e-3)
-    before = model.get_parameter("base_model.model." + trained(model)).detach().clone()
+    code = model.get_parameter(code_of(model))
+    before = code.detach().clone()
     trainer.train()
-    assert not torch.equal(model.get_parameter("base_model.model." + trained(model)), before)
-
-
-def trained(model):
-    return next(name for name, _ in model.get_base_model().named_parameters() if ".yapo_code." in name)
+    assert not torch.equal(code, before)
 
 
 def test_own_heads_give_all_of_the_metrics_of_trl(build, pairs, monkeypatch):

@@ -22,12 +22,13 @@ from .._utils import evaluating
 from ..adapter_file.saving import save_adapter
 from ..errors import AdapterFileError, ConfigError
 from ..interpret import explain
-from ..interpret.texts import base_of, device_and_dtype, padded, unsteered_outputs
+from ..interpret.texts import device_and_dtype, padded, unsteered_outputs
 from ..scoring.checks import require_length
 from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
 from ..tuner.adapters import adapter_of, steered_layers, write_code
+from ..tuner.blocks import base_of
 from .streaming import RowStreamer, StopWhenSet
 
 _CODE = "adapter_model.safetensors"

@@ -76,8 +76,7 @@ def generate_rejected(
         raise DatasetError("The dataset is empty: there are no prompts to answer.")
     _require_texts(dataset)
     state, folder = PartialState(), Path(output_dir)
-    rows = (dict(row) for row in dataset)
-    prompts = [prompt_ids(row["prompt"], tokenizer, **rendering(row)) for row in rows]
+    prompts = [prompt_ids(row["prompt"], tokenizer, **rendering(row)) for row in map(dict, dataset)]
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **generation}
     if state.is_main_process:
         made_of = {"prompts": _hash_prompts(prompts), "model": _hash_model(model), "shard_size": shard_size}

@@ -19,6 +19,7 @@ from ..scoring.pairs import prompt_ids, rendering
 from ..scoring.scorer import SweepScorer
 from ..tuner import steering
 from ..tuner.adapters import require_enabled
+from ..tuner.blocks import base_of
 from .preference import Preference
 from .scores import Scores, distinct
 
@@ -165,8 +166,7 @@ def _sweep_answers(
             f"{taken[0]}={generation[taken[0]]!r}: not supported, each prompt gets one answer of up to max_new_tokens."
         )
     options = {"max_new_tokens": 64, "do_sample": False, **generation}
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    require_length(base, max(map(len, prompts)) + options["max_new_tokens"], "A prompt with its answer")
+    require_length(base_of(model), max(map(len, prompts)) + options["max_new_tokens"], "A prompt with its answer")
     # All multipliers of a prompt in one batch, if they fit.
     size = batch_size // len(multipliers) * len(multipliers) or batch_size
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import choice, replacing
 from ..errors import ConfigError, UnsupportedOperationError
-from ..interpret.texts import base_of
 from ..tuner.adapters import adapter_of
+from ..tuner.blocks import base_of
 from .constant import ConstantSteering, constant_steering
 
 Format = Literal["gguf", "lm-eval", "neuronpedia", "safetensors", "vec"]

@@ -22,10 +22,11 @@ from ..scoring.checks import longest, require_length
 from ..scoring.scorer import SweepScorer
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of, require_enabled
+from ..tuner.blocks import base_of
 from ..tuner.hooks import changed_outputs
 from .checks import require_multiplier
 from .parts import Parts
-from .texts import base_of, device_and_dtype, tokenizer_of
+from .texts import device_and_dtype, tokenizer_of
 
 
 @dataclass(frozen=True)

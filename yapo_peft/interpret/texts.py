@@ -18,6 +18,7 @@ from ..errors import ConfigError, DatasetError
 from ..scoring.checks import context_length
 from ..scoring.pairs import common_prefix, padding_of, prompt_ids, rendering
 from ..tuner import YaPOLayer, steering
+from ..tuner.blocks import base_of
 from ..tuner.hooks import block_outputs, forward_hooks
 
 _SHAPES = "pass texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
@@ -115,11 +116,6 @@ def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[st
     with steering(model, 0.0), block_outputs(layers) as outputs, stopping, suppress(_StopForward):
         base.base_model(**inputs, use_cache=False)
     return outputs
-
-
-def base_of(model: nn.Module) -> Any:
-    """Returns the causal language model that PEFT wraps."""
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -16,10 +16,10 @@ from ..errors import ConfigError
 from ..scoring.checks import require_length
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of
-from ..tuner.blocks import hidden_states
+from ..tuner.blocks import base_of, hidden_states
 from ..tuner.hooks import forward_hooks
 from .parts import Parts
-from .texts import answer_start, base_of, device_and_dtype, padded, tokenizer_of, tokens_of
+from .texts import answer_start, device_and_dtype, padded, tokenizer_of, tokens_of
 
 
 @dataclass(frozen=True)

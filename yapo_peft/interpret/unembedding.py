@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import evaluating
 from ..errors import UnsupportedOperationError
 from ..tuner import steering
+from ..tuner.blocks import base_of
 from ..tuner.hooks import forward_hooks
-from .texts import base_of
 
 # Maximum number of directions per call of the head, to limit memory.
 _ROWS = 64

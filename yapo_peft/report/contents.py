@@ -18,10 +18,11 @@ from ..evaluation import Damage, MultipleChoice, Preference, Repetition, Scores,
 from ..evaluation.plots import require_dose_response
 from ..interpret import Attribution, attribute, contexts, explain
 from ..interpret.checks import require_multiplier
-from ..interpret.texts import base_of, content_of_row, require_texts, tokenizer_of
+from ..interpret.texts import content_of_row, require_texts, tokenizer_of
 from ..scoring.pairs import text_of
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of, require_enabled
+from ..tuner.blocks import base_of
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 

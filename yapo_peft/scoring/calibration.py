@@ -57,8 +57,8 @@ def calibrate(
         The divergences at multipliers +1 and -1, "plus" and "minus", in nats per token.
 
     Raises:
-        ConfigError: There is no such adapter, it has no entries, `max_kl` is not positive, or no scale has that
-            divergence; the codes are then as before.
+        ConfigError: The adapter does not exist or is zero, `max_kl` is not positive, or no scale reaches it. The codes
+            are left unchanged.
         DatasetError: The neutral text is empty, or lacks its columns.
     """
     require_bound(max_kl)
@@ -142,7 +142,7 @@ def scaled_to(
         scale = _scale(of_both, 1.0, max_kl, at_most)
         scales.update({sign: scale * own for sign, own in scales.items()})
 
-    signs = [sign for sign in scales if has_entries(before, sign)]
+    signs = [sign for sign in scales if any(bool((sign * code > 0).any()) for code in before)]
     with tqdm(total=None, desc="Calibrating", unit="row") as progress:
         try:
             if signs and not at_most:
@@ -191,11 +191,6 @@ def _scale(divergence: Callable[[float], float], start: float, wanted: float, at
         share = math.log(wanted / low[1]) / math.log(high[1] / low[1]) if is_smooth else 0.5
         scale = low[0] * (high[0] / low[0]) ** min(max(share, 0.05), 0.95)
     return start if low is None else low[0]
-
-
-def has_entries(codes: list[Tensor], sign: int) -> bool:
-    """Whether codes have entries of a sign."""
-    return any(bool((sign * code > 0).any()) for code in codes)
 
 
 def measured(text: NeutralText) -> dict[str, float]:

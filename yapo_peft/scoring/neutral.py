@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatasetError
 from ..tuner import steering
+from ..tuner.blocks import base_of
 from ..tuner.hooks import forward_hooks
 from .checks import context_length
 from .lm_head import head_on, logits_at, needs_labels
@@ -128,7 +129,7 @@ class NeutralText:
         adapter_name: str | None = None,
     ) -> None:
         self.model, self._device = model, device
-        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = base_of(model)
         self._rows = [ids[: context_length(self._base)] for ids in rows]
         self._upper, self._keep, self._adapter_name = upper, keep, adapter_name
         self._known: dict[int, _Known] = {}

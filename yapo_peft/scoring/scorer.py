@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..steering.learning import ActiveFeatures
 from ..tuner import steering
 from ..tuner.adapters import steered_layers
-from ..tuner.blocks import decoder_blocks
+from ..tuner.blocks import base_of, decoder_blocks
 from ..tuner.call import Call
 from ..tuner.layer import lowest_steered
 from .checks import LAYER_ERRORS, attention_window, same_logits, why_not_shared
@@ -113,7 +113,7 @@ class SweepScorer:
 
     def __init__(self, model: nn.Module, calls: int) -> None:
         self.model = model
-        self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        self.base = base_of(model)
         lowest = lowest_steered(steered_layers(model))
         keeps = calls > 1 and lowest is not None and lowest.index > 0
         self._upper = UpperHalf(self.base, lowest.index) if keeps and lowest is not None else None

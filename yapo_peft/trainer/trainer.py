@@ -142,7 +142,7 @@ class YaPOTrainer(TRLSeams):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; with `max_kl`, scales codes at the end that exceed it, and records their damage."""
         for _, name in trained_codes(self._layers):
-            cast(Any, self.model).peft_config[name].damage = None
+            cast(Any, self.model).peft_config[name].forget_damage()
         output = super().train(*args, **kwargs)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self._text is not None and self.args.max_kl is not None and not is_sharded:

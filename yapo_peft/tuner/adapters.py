@@ -86,7 +86,7 @@ def write_codes(model: nn.Module, adapter_name: str, layers: list[YaPOLayer], co
     """
     for layer, code in zip(layers, codes, strict=True):
         write_code(layer, adapter_name, code)
-    cast(Any, model).peft_config[adapter_name].damage = None
+    cast(Any, model).peft_config[adapter_name].forget_damage()
 
 
 def record_damage(

@@ -1,12 +1,17 @@
-"""Finds the layers of a decoder, whatever its architecture calls them."""
+"""Finds the model that PEFT wraps, and the layers of its decoder, whatever its architecture calls them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+
+
+def base_of(model: nn.Module) -> Any:
+    """Returns the causal language model that PEFT wraps."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

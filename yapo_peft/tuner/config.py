@@ -158,10 +158,14 @@ class YaPOConfig(PeftConfig):
             return SAEPart(SAEIdentity.from_dict(recorded), partial(load_sae, **source))
         return load_sae(**source)
 
+    def forget_damage(self) -> None:
+        """Drops the recorded damage."""
+        self.damage = self.damage_of = None
+
     def forget_damage_of_others(self, codes: Iterable[Tensor]) -> None:
         """Drops the recorded damage, unless it was measured on these codes, one per layer from the bottom up."""
         if self.damage is not None and self.damage_of != digest_of(codes):
-            self.damage = self.damage_of = None
+            self.forget_damage()
 
     @property
     def was_attached(self) -> bool:

@@ -212,7 +212,7 @@ class YaPOModel(BaseTuner):
         layers = [layer for layer in steered_layers(self.model) if adapters[0] in layer.yapo_code]
         codes = [[layer.effective_code(name) for name in adapters] for layer in layers]
         combined = [combine_codes(own, weights, combination_type, density, majority_sign_method) for own in codes]
-        self.peft_config[adapter_name] = replace(configs[0], multiplier=1.0, damage=None)
+        self.peft_config[adapter_name] = replace(configs[0], multiplier=1.0, damage=None, damage_of=None)
         self.inject_adapter(self.model, adapter_name)
         for layer, code in zip(layers, combined, strict=True):
             layer.yapo_code[adapter_name].data.copy_(code)
