@@ -14,6 +14,7 @@ from peft.utils import infer_device
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
+from yapo_peft.adapter_file.reading import SavedAdapter
 from yapo_peft.data import load_pairs
 from yapo_peft.tuner.adapters import adapter_of
 
@@ -38,13 +39,17 @@ def load_model(name: str, dtype: str = "auto") -> Any:
         dtype: dtype of the model, such as "bfloat16"; "auto" is as saved.
 
     Raises:
+        AdapterFileError: The adapter is damaged.
         ConfigError: There is no such dtype.
         OSError: There is no such model or adapter.
     """
     named = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise ConfigError(f"dtype={dtype!r}: must be 'auto' or a floating-point dtype of torch, such as 'bfloat16'.")
-    loader = AutoModelForCausalLM if _adapter_config(name) is None else AutoPeftModelForCausalLM
+    config = _adapter_config(name)
+    if isinstance(config, YaPOConfig):
+        SavedAdapter(name)  # says what is wrong with a damaged one before the model is loaded
+    loader = AutoModelForCausalLM if config is None else AutoPeftModelForCausalLM
     # Each process of `accelerate launch` has its own device.
     device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()
     model: Any = loader.from_pretrained(name, dtype=dtype)
@@ -98,7 +103,7 @@ def _adapter_config(name: str) -> PeftConfig | None:
         return PeftConfig.from_pretrained(name)
     except YaPOError:
         raise
-    except ValueError as error:  # PEFT raises it if there is no adapter
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # the first also if there is no adapter
         if (Path(name) / "adapter_config.json").is_file():
             raise AdapterFileError(f"{name}/adapter_config.json cannot be read: {error}") from error
         return None

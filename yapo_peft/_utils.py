@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import inspect
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Collection, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +39,8 @@ def help_from_docstring(cls: type[Config]) -> type[Config]:
 
 
 _LARGEST = torch.finfo(torch.float32).max
+# Seconds after which a partial file is taken for the leftover of a process that was killed.
+_STALE = 24 * 3600
 # The size up to which `hash_model` always reads a tensor whole, and what it samples of larger ones, in entries.
 _WHOLE, _START = 1 << 20, 1 << 12
 
@@ -57,26 +62,41 @@ def at_least(minimum: int, **values: object) -> None:
 def finite(**values: object) -> None:
     """Raises `ConfigError` unless each value is a number that is finite in float32."""
     for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not _fits_float32(value):
+        if not is_finite(value):
             raise ConfigError(f"{name}={value!r}: must be a finite number, such as 1.0 or -0.5.")
 
 
-def _fits_float32(value: Real) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether a value is a number that is finite in float32."""
     try:
-        return abs(float(value)) <= _LARGEST
+        return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= _LARGEST
     except OverflowError:  # a whole number
         return False
 
 
 @contextmanager
 def replacing(file: Path) -> Generator[Path]:
-    """Yields a temporary path beside a file, which replaces the file if the block raises nothing."""
+    """Yields a temporary path beside a file, which replaces the file if the block raises nothing.
+
+    The content is on the disk before it gets the file's name, so that a crash of the machine leaves the old or the new.
+    """
+    remove_leftovers(file.parent, f"{glob.escape(file.name)}.*.partial")
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str = "*.partial") -> None:
+    """Removes what killed processes left: partial files and folders that nobody has written to for a day."""
+    for partial in folder.glob(pattern):
+        with suppress(OSError):  # another process was faster
+            if partial.stat().st_mtime < time.time() - _STALE:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 @contextmanager

@@ -142,4 +142,4 @@ def test_features_can_be_dialled_inspected_and_saved(browser, address, playgroun
     assert torch.equal(layer.yapo_code["one"].data, random_code(0.4))
     page.locator("#source textarea, #source input").fill("nobody/nothing")
     page.locator("#load").click()
-    page.get_by_text("neither a folder nor a reachable repository").first.wait_for()
+    page.get_by_text("No adapter can be read from").first.wait_for()

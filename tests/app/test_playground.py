@@ -186,19 +186,19 @@ def test_load_accepts_only_safetensors_of_this_method_and_model(playground, mode
     torch.save({}, target / "adapter_model.bin")
     content = file.read_bytes()
     file.unlink()
-    with pytest.raises(AdapterFileError, match="other formats can execute code"):
+    with pytest.raises(AdapterFileError, match="pickled files can execute code"):
         playground.load(str(target))
     file.write_bytes(content[:100])
-    with pytest.raises((AdapterFileError, ConfigError)):
+    with pytest.raises(AdapterFileError, match="truncated"):
         playground.load(str(target))
     assert playground.adapters == ["one", "two"]
     get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ConfigError, match="adapter of another method"):
+    with pytest.raises(AdapterFileError, match="method LORA, not of YaPO"):
         playground.load(str(tmp_path / "lora"))
     for blank in ("", "  "):
         with pytest.raises(ConfigError, match="Enter the folder"):
             playground.load(blank)
-    with pytest.raises(ConfigError, match="neither a folder nor a reachable repository"):
+    with pytest.raises(AdapterFileError, match="No adapter can be read from 'nobody/nothing'"):
         playground.load("nobody/nothing")
     other = playground.save("one", Dials(), "other")
     config = json.loads((other / "adapter_config.json").read_text())

@@ -76,8 +76,24 @@ def test_damaged_activations_are_detected(train, tmp_path, tensor):
     start, end = json.loads(content[8 : 8 + header])[tensor]["data_offsets"]
     content[8 + header + (start + end) // 2] ^= 0x41
     file.write_bytes(content)
-    with pytest.raises(ActivationCacheError, match=r"its content does not match its hash.*Delete it"):
+    with pytest.raises(ActivationCacheError, match=r"its content, or its place, does not match its hash.*Delete it"):
         train(True, max_steps=1)
+
+
+@pytest.mark.parametrize("taken_from", ["the same cache", "another model's"])
+def test_a_part_does_not_stand_in_for_another(train, tmp_path, monkeypatch, taken_from):
+    # Rows of one length, so that only what they hold differs between parts.
+    monkeypatch.setattr(activations, "_TOKENS", 1)
+    rows = {"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5 w6"}
+    options = {"train_dataset": Dataset.from_list([rows, {**rows, "chosen": " w7 w8"}]), "init": {}, "max_steps": 1}
+    train(True, model="gpt2", **options)
+    (other,) = (tmp_path / "activations").iterdir()
+    train(True, **options)
+    (own,) = (folder for folder in (tmp_path / "activations").iterdir() if folder != other)
+    source = own if taken_from == "the same cache" else other
+    shutil.copy(source / "part-00001.safetensors", own / "part-00000.safetensors")
+    with pytest.raises(ActivationCacheError, match=r"its place, does not match its hash"):
+        train(True, **options)
 
 
 CHANGES = {
@@ -127,7 +143,7 @@ def test_activations_of_another_model_are_rejected(train, tmp_path):
     (part,) = parts_of(tmp_path)
     tensors = load_file(part)
     tensors["hidden"] = tensors["hidden"].flip(0).contiguous()
-    save_file(tensors, part, metadata={"sha256": hash_tensors("", sorted(tensors.items()))})
+    save_file(tensors, part, metadata={"sha256": hash_tensors(f"{part.parent.name}/0", sorted(tensors.items()))})
     with pytest.raises(ActivationCacheError, match="Delete that folder"):
         train(True, init={})
     part.write_bytes(part.read_bytes()[:100])

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._utils import whole
+from .._utils import hash_tensors, whole
 from ..errors import AdapterFileError, SAEMismatchError
 from ..sae.identity import SAEIdentity
 
-_INDICES, _VALUES, _SAE = ".indices", ".values", ".sae"
-_PACKED = re.compile(r"(?P<code>.*\.(?P<layer>\d+)\.yapo\.yapo_code)(?P<part>\.indices|\.values|\.sae|\.part_\w+)")
+_INDICES, _VALUES, _SAE, _DIGEST = ".indices", ".values", ".sae", ".digest"
+_OF_SPACE = {"sae": (_INDICES, _VALUES, _SAE, _DIGEST), "dense": (_VALUES, _DIGEST)}
+_PACKED = re.compile(
+    r"(?P<code>.*\.(?P<layer>\d{1,9})\.yapo\.yapo_code)(?P<part>\.indices|\.values|\.sae|\.digest|\.part_\w+)"
+)
 
 
 def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) -> dict[str, Tensor]:
@@ -24,19 +27,24 @@ def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) ->
         saes: The SAE of each code, None for dense ones.
 
     Returns:
-        For each sparse code, `<name>.indices` (int32, ascending), `<name>.values` (float32) and `<name>.sae` (uint8,
-        the hash of the SAE, in case the config beside the file is replaced); for dense ones only the values.
+        For each sparse code, `<name>.indices` (int32, ascending), `<name>.values` (float32), `<name>.sae` (uint8, the
+        hash of the SAE, in case the config beside the file is replaced) and `<name>.digest` (uint8, a hash of these
+        three); for dense ones only the values and the digest.
+
+    Raises:
+        AdapterFileError: A code holds NaN or infinity.
     """
     packed = {}
     for name, code in codes.items():
-        code, sae = whole(code), saes[name]
-        if sae is None:
-            packed[name + _VALUES] = code.to(torch.float32)
-            continue
-        indices = code.nonzero().squeeze(-1)
-        packed[name + _INDICES] = indices.to(torch.int32)
-        packed[name + _VALUES] = code[indices].to(torch.float32)
-        packed[name + _SAE] = _hash(sae)
+        code, sae = whole(code).to(torch.float32), saes[name]
+        if not code.isfinite().all():
+            raise AdapterFileError(f"{name!r} holds values that are NaN or infinite, so it cannot be saved.")
+        parts = {_VALUES: code}
+        if sae is not None:
+            indices = code.nonzero().squeeze(-1)
+            parts = {_INDICES: indices.to(torch.int32), _VALUES: code[indices], _SAE: _as_bytes(sae.content_hash)}
+        parts[_DIGEST] = _digest(parts)
+        packed |= {name + part: tensor for part, tensor in parts.items()}
     return packed
 
 
@@ -52,7 +60,7 @@ def unpack_codes(packed: dict[str, Tensor], saes: Mapping[int, SAEIdentity | Non
         Codes by the layer's index, `(d_sae,)` or `(d_model,)` each in float32.
 
     Raises:
-        AdapterFileError: A tensor is missing, unknown, or has a type, shape or index that does not fit.
+        AdapterFileError: A tensor is missing, unknown or damaged, or has a type, shape or index that does not fit.
         SAEMismatchError: A code was saved with another SAE.
     """
     parts: dict[str, dict[str, Tensor]] = {}
@@ -73,44 +81,40 @@ def unpack_codes(packed: dict[str, Tensor], saes: Mapping[int, SAEIdentity | Non
 
 
 def _unpack(name: str, parts: dict[str, Tensor], sae: SAEIdentity | None, d_model: int) -> Tensor:
-    found, expected = parts.keys() & {_INDICES, _VALUES, _SAE}, {_VALUES} if sae is None else {_INDICES, _VALUES, _SAE}
-    if found != expected:
+    space = "dense" if sae is None else "sae"
+    parts = {part: tensor.cpu() for part, tensor in parts.items() if part in _OF_SPACE["sae"]}
+    if sorted(parts) != sorted(_OF_SPACE[space]):
         raise AdapterFileError(
-            f"The adapter's file holds {', '.join(sorted(found))} of {name!r}, but its config, with "
-            f"space={'dense' if sae is None else 'sae'!r}, needs {', '.join(sorted(expected))}."
+            f"The adapter's file holds {', '.join(sorted(parts))} of {name!r}, but its config, with {space=}, needs "
+            f"{', '.join(sorted(_OF_SPACE[space]))}."
         )
-    code = _unpack_dense(name, parts[_VALUES], d_model) if sae is None else _unpack_sparse(name, parts, sae)
-    if not code.isfinite().all():
-        raise AdapterFileError(f"{name!r} holds values that are NaN or infinite.")
-    return code
-
-
-def _unpack_dense(name: str, values: Tensor, d_model: int) -> Tensor:
-    if values.shape != (d_model,) or not values.dtype.is_floating_point:
-        raise AdapterFileError(
-            f"{name!r} has {values.dtype} values of shape {tuple(values.shape)}; expected float32, {(d_model,)}: the "
-            "file belongs to another model."
-        )
-    return values.to(torch.float32)
-
-
-def _unpack_sparse(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Tensor:
-    indices, values, width = parts[_INDICES], parts[_VALUES], sae.d_sae
-    if not torch.equal(parts[_SAE].cpu(), _hash(sae)):
+    count = d_model if sae is None else parts[_INDICES].numel()
+    expected = {_VALUES: (torch.float32, count), _DIGEST: (torch.uint8, 32)}
+    expected |= {} if sae is None else {_INDICES: (torch.int32, count), _SAE: (torch.uint8, 32)}
+    for part, (dtype, size) in expected.items():
+        tensor = parts[part]
+        if tensor.dtype != dtype or tensor.shape != (size,):
+            raise AdapterFileError(
+                f"{name + part!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype}, {(size,)}: the "
+                "file is damaged, or belongs to another model."
+            )
+    if sae is not None and not torch.equal(parts[_SAE], _as_bytes(sae.content_hash)):
         raise SAEMismatchError(
             f"{name!r} was saved with the SAE of hash {bytes(parts[_SAE].tolist()).hex()[:12]}, and is loaded onto one "
             f"of hash {sae.content_hash[:12]}: a code is only valid for the SAE that it was "
             "trained with."
         )
-    if indices.dim() != 1 or indices.shape != values.shape:
+    if not torch.equal(parts[_DIGEST], _digest(parts)):
         raise AdapterFileError(
-            f"{name!r} has indices of shape {tuple(indices.shape)} and values of shape {tuple(values.shape)}; both "
-            "must be (non-zeros,)."
+            f"{name!r} is not what was saved: its digest does not fit. Save or download the adapter again."
         )
-    if indices.dtype.is_floating_point or not values.dtype.is_floating_point:
-        raise AdapterFileError(
-            f"{name!r} has {indices.dtype} indices and {values.dtype} values; expected int32, float32."
-        )
+    code = parts[_VALUES] if sae is None else _spread(name, parts[_INDICES], parts[_VALUES], sae.d_sae)
+    if not code.isfinite().all():
+        raise AdapterFileError(f"{name!r} holds values that are NaN or infinite.")
+    return code
+
+
+def _spread(name: str, indices: Tensor, values: Tensor, width: int) -> Tensor:
     outside = indices[(indices < 0) | (indices >= width)]
     if outside.numel():
         raise AdapterFileError(
@@ -118,10 +122,12 @@ def _unpack_sparse(name: str, parts: dict[str, Tensor], sae: SAEIdentity) -> Ten
         )
     if indices.unique().numel() != indices.numel():
         raise AdapterFileError(f"{name!r} names a feature twice.")
-    code = torch.zeros(width, dtype=torch.float32, device=values.device)
-    code[indices.long()] = values.to(torch.float32)
-    return code
+    return torch.zeros(width).index_copy(0, indices.long(), values)
 
 
-def _hash(sae: SAEIdentity) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(sae.content_hash)), dtype=torch.uint8)
+def _digest(parts: Mapping[str, Tensor]) -> Tensor:
+    return _as_bytes(hash_tensors("", sorted((part, tensor) for part, tensor in parts.items() if part != _DIGEST)))
+
+
+def _as_bytes(digest: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)

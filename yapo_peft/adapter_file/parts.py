@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .._utils import hash_tensors
 from ..errors import AdapterFileError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEWeights
+from ..sae.weights import Activation, Normalization
 
 # One word: PEFT takes the name of the adapter out of the place before the last dot.
 _PART = ".part_"
@@ -63,28 +64,43 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
         sae: Identity of the whole autoencoder.
 
     Raises:
-        AdapterFileError: A tensor is missing, or has a shape that does not fit.
+        AdapterFileError: A tensor is missing or damaged, or has a shape that does not fit.
     """
     code = f".{layer}.yapo.yapo_code"
     indices = next(tensor for name, tensor in tensors.items() if name.endswith(f"{code}.indices")).cpu()
     part = {name.split(_PART)[1]: tensor.cpu() for name, tensor in tensors.items() if code + _PART in name}
     try:
         settings = json.loads(bytes(part.pop(_SETTINGS).tolist()))
-        recorded = settings.pop("sha256")
-    except (KeyError, TypeError, ValueError) as error:
+        activation, normalization, recorded = (settings[key] for key in ("activation", "normalization", "sha256"))
+        digest = _digest(part, settings, indices, sae)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise AdapterFileError(
             f"The adapter's config says self_contained=True, but its file has no valid part for layer "
             f"{layer} ({type(error).__name__}: {error}). Save the adapter again, or set self_contained to false, in "
             "adapter_config.json or in the model's peft_config, to use the whole SAE."
         ) from error
-    if _digest(part, settings, indices, sae) != recorded:
+    is_known = activation in get_args(Activation) and normalization in get_args(Normalization)
+    if not is_known or digest != recorded or not _fits(part, activation, len(indices), sae.d_in):
         raise AdapterFileError(
             f"The SAE's part for layer {layer} is not what was saved with this code: tensors are damaged, missing, or "
             "of another layer. Save or download the adapter again."
         )
-    if settings["activation"] == "topk":
+    if activation == "topk":
         part |= {"W_enc": torch.empty(sae.d_in, 0), "b_enc": torch.empty(0)}
-    return indices, SAEWeights(**part, **settings)
+    return indices, SAEWeights(**part, activation=activation, k=settings["k"], normalization=normalization)
+
+
+def _fits(part: dict[str, Tensor], activation: Activation, n: int, d_in: int) -> bool:
+    """Whether tensors are finite, and those of an encoder and a decoder of `n` features."""
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (n, d_in)}
+    if activation != "topk":
+        shapes |= {"W_enc": (d_in, n), "b_enc": (n,)}
+    own = {"jumprelu": ("threshold",), "gated": ("magnitude_scale", "magnitude_bias")}
+    shapes |= {name: (n,) for name in own.get(activation, ())}
+    optional = {"b_in": (d_in,)} if "b_in" in part else {}
+    return {name: tuple(tensor.shape) for name, tensor in part.items()} == shapes | optional and all(
+        tensor.is_floating_point() and bool(tensor.isfinite().all()) for tensor in part.values()
+    )
 
 
 def _digest(tensors: dict[str, Tensor], settings: dict[str, Any], indices: Tensor, sae: SAEIdentity) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import AdapterFileError, YaPOError
@@ -42,13 +43,17 @@ class SavedAdapter:
             if method != "YAPO":
                 raise AdapterFileError(f"{source!r} is an adapter of PEFT's method {method}, not of YaPO.")
             require_whole(source)
-            self._tensors = load_peft_weights(source, device="cpu")
+            # Not by PEFT's function, which falls back to pickled files.
+            name = SAFETENSORS_WEIGHTS_NAME
+            file = Path(source, name) if Path(source).is_dir() else hf_hub_download(source, name)
+            self._tensors = load_file(file)
         except YaPOError:
             raise
         except Exception as error:
             raise AdapterFileError(
                 f"No adapter can be read from {source!r} ({type(error).__name__}: {error}). Give the folder that "
-                "save_pretrained wrote, or the id of a Hub repository that can be reached."
+                f"save_pretrained wrote, with {SAFETENSORS_WEIGHTS_NAME}, or the id of a Hub repository that can be "
+                "reached."
             ) from error
         self.config = cast("YaPOConfig", config)
         self.identities = {
@@ -94,6 +99,11 @@ def require_whole(folder: str | Path) -> None:
     """
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if not file.is_file():
+        if file.with_name(WEIGHTS_NAME).is_file():
+            raise AdapterFileError(
+                f"{str(folder)!r} has {WEIGHTS_NAME}, but no {SAFETENSORS_WEIGHTS_NAME}: pickled files can execute "
+                "code, so they are not loaded. Save the adapter again with save_pretrained."
+            )
         return
     try:
         with safe_open(file, framework="pt"):

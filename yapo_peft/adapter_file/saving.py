@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from .._utils import remove_leftovers
 from ..errors import ConfigError
 
 
@@ -29,6 +31,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
         raise ConfigError(f"{str(folder)!r} already exists: choose another name.")
     if adapter_name not in model.peft_config:
         raise ConfigError(f"adapter_name={adapter_name!r}: the model has {', '.join(map(repr, model.peft_config))}.")
+    remove_leftovers(folder.parent, f"{glob.escape(folder.name)}.*.partial")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         model.save_pretrained(str(partial), selected_adapters=[adapter_name])

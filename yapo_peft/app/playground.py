@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from .._utils import evaluating
+from ..adapter_file.reading import SavedAdapter
 from ..adapter_file.saving import save_adapter
-from ..errors import AdapterFileError, ConfigError
+from ..errors import ConfigError
 from ..interpret import explain
 from ..interpret.texts import device_and_dtype, padded, unsteered_outputs
 from ..scoring.checks import require_length
@@ -30,8 +31,6 @@ from ..tuner import YaPOConfig, steering
 from ..tuner.adapters import adapter_of, steered_layers, write_code
 from ..tuner.blocks import base_of
 from .streaming import RowStreamer, StopWhenSet
-
-_CODE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,19 @@ class Playground:
         return [name for name, config in self.model.peft_config.items() if isinstance(config, YaPOConfig)]
 
     def load(self, source: str) -> str:
-        """Loads an adapter from safetensors files only, and returns its name.
+        """Loads an adapter, and returns its name.
 
         Args:
             source: A folder or a Hub repository.
 
         Raises:
-            AdapterFileError: The folder has no safetensors file.
-            ConfigError: There is no such adapter, or it is not a YaPO adapter.
+            AdapterFileError: There is no YaPO adapter in a safetensors file, or it is damaged.
             SAEMismatchError: It was made for another model.
         """
         source = source.strip()
         if not source:
             raise ConfigError("Enter the folder or the Hub repository of an adapter.")
-        self._require_safetensors(source)
+        SavedAdapter(source)  # raises before anything changes
         name = _free_name(re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter", self.adapters)
         with self._lock:
             try:
@@ -242,29 +240,6 @@ class Playground:
         finally:
             for layer, name, code in found:
                 write_code(layer, name, code)
-
-    def _require_safetensors(self, source: str) -> None:
-        config = PeftConfig.from_pretrained(source) if Path(source).is_dir() else _from_hub(source)
-        if not isinstance(config, YaPOConfig):
-            raise ConfigError(f"{source!r} is an adapter of another method ({type(config).__name__}), not of YaPO.")
-        if Path(source).is_dir() and not (Path(source) / _CODE).is_file():
-            raise AdapterFileError(
-                f"{source!r} has no {_CODE}: other formats can execute code, so they are not loaded."
-            )
-
-
-def _from_hub(source: str) -> PeftConfig:
-    """The config of a Hub adapter. Raises `ConfigError` if the repository has no safetensors adapter."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(source, _CODE)
-        return PeftConfig.from_pretrained(source)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{source!r} is neither a folder nor a reachable repository with {_CODE} ({type(error).__name__})."
-        ) from error
 
 
 def _free_name(name: str, taken: list[str]) -> str:

@@ -11,6 +11,10 @@ from .._utils import hash_tensors
 from ..errors import AdapterFileError, SAEMismatchError
 from .weights import SAEWeights
 
+# More than the widest published SAE has, the 16 million features of arXiv 2406.04093, or any model's width: what a
+# damaged file asks for beyond these is not allocated.
+_MOST = {"d_in": 1 << 20, "d_sae": 1 << 25}
+
 
 @dataclass(frozen=True)
 class SAEIdentity:
@@ -37,26 +41,27 @@ class SAEIdentity:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, recorded: dict[str, Any]) -> SAEIdentity:
+    def from_dict(cls, recorded: object) -> SAEIdentity:
         """Restores an identity from `to_dict`; ignores fields of later versions.
 
         Raises:
-            AdapterFileError: A field is missing, or has the wrong type.
+            AdapterFileError: A field is missing, has the wrong type, or is out of range.
         """
-        identity = cls(**{field.name: recorded.get(field.name) for field in dataclasses.fields(cls)})  # pyright: ignore
+        given: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+        sizes = {name: given.get(name) for name in _MOST}
         is_valid = (
-            all(type(number) is int for number in (identity.d_in, identity.d_sae))
-            and all(isinstance(name, str | None) for name in (identity.release, identity.sae_id))
-            and isinstance(identity.architecture, str)
-            and isinstance(identity.content_hash, str)
-            and re.fullmatch("[0-9a-f]{64}", identity.content_hash)
+            all(type(size) is int and 0 < size <= _MOST[name] for name, size in sizes.items())
+            and all(isinstance(given.get(name), str | None) for name in ("release", "sae_id"))
+            and isinstance(given.get("architecture"), str)
+            and is_hash(given.get("content_hash"))
         )
         if not is_valid:
             raise AdapterFileError(
-                f"sae_identity in adapter_config.json is {recorded!r}: d_in and d_sae must be integers, architecture a "
-                "string, and content_hash 64 hexadecimal digits. Save or download the adapter again."
+                f"sae_identity in adapter_config.json is {recorded!r:.300}: d_in and d_sae must be whole numbers up to "
+                f"{_MOST['d_in']} and {_MOST['d_sae']}, architecture a string, and content_hash 64 hexadecimal digits. "
+                "Save or download the adapter again."
             )
-        return identity
+        return cls(**{field.name: given.get(field.name) for field in dataclasses.fields(cls)})  # pyright: ignore
 
     def require_same(self, recorded: dict[str, Any], where: str) -> None:
         """Checks that this is the SAE that an adapter recorded, by its content; the source may differ.
@@ -80,6 +85,11 @@ class SAEIdentity:
             f"The SAE for {where} is not the one that the adapter was trained on ({'; '.join(differing)}): a code is "
             "meaningless with the features of another SAE, so set sae_release and sae_id, or sae_path, to the original."
         )
+
+
+def is_hash(value: object) -> bool:
+    """Whether a value is a SHA-256 in hexadecimal."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def content_hash(weights: SAEWeights) -> str:

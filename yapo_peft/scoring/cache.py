@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._utils import evaluating, hash_model
+from .._utils import evaluating, hash_model, remove_leftovers
 from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationError
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
@@ -28,7 +28,7 @@ from .scorer import CachedPairs
 from .store import COLUMNS, Activations, ActivationStore, cache_folder, fingerprint_of
 from .upper_half import UpperHalf
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class ActivationCache:
     def _fill(self, cached: _Cached, dataset: Dataset, sizes: list[int], dtype: torch.dtype, name: str) -> None:
         """Computes the missing files, split among the processes."""
         if self._accelerator.is_main_process:
-            cached.store.remove_leftovers()
+            remove_leftovers(cached.store.folder)
         missing = cached.store.missing[self._accelerator.process_index :: self._accelerator.num_processes]
         self._accelerator.wait_for_everyone()
         quiet = bool(os.environ.get("TQDM_DISABLE")) or not self._accelerator.is_main_process

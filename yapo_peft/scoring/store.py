@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,12 +149,6 @@ class ActivationStore:
             )
         return _size(needed)
 
-    def remove_leftovers(self) -> None:
-        """Removes partial files of interrupted runs, which are older than an hour."""
-        for partial in self.folder.glob("*.partial"):
-            if partial.stat().st_mtime < time.time() - 3600:
-                partial.unlink(missing_ok=True)
-
     def write(self, examples: range, activations: Activations) -> None:
         """Writes the file of some examples, one of `missing`.
 
@@ -166,8 +159,9 @@ class ActivationStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_record()
-            with replacing(self._file(self._parts.index(examples))) as partial:
-                save_file(tensors, partial, metadata={_HASH: hash_tensors("", sorted(tensors.items()))})
+            part = self._parts.index(examples)
+            with replacing(self._file(part)) as partial:
+                save_file(tensors, partial, metadata={_HASH: self._hash(part, tensors)})
         except (OSError, SafetensorError) as error:
             raise ActivationCacheError(
                 f"Activations could not be written to {str(self.folder)!r} ({error}). Finished files are kept: make "
@@ -212,13 +206,17 @@ class ActivationStore:
         """Checks a file's hash, once in a run because that reads all of it."""
         if part in self._sound:
             return
-        tensors = ((name, file.get_tensor(name)) for name in sorted(Activations.__dataclass_fields__))
-        if hash_tensors("", tensors) != (file.metadata() or {}).get(_HASH):
-            raise ValueError("its content does not match its hash")
+        tensors = {name: file.get_tensor(name) for name in Activations.__dataclass_fields__}
+        if self._hash(part, tensors) != (file.metadata() or {}).get(_HASH):
+            raise ValueError("its content, or its place, does not match its hash")
         tokens = max(end for index, _, end in self._at if index == part)
         if (found := len(file.get_tensor("count"))) != tokens:
             raise ValueError(f"it holds {found} tokens instead of {tokens}")
         self._sound.add(part)
+
+    def _hash(self, part: int, tensors: dict[str, Tensor]) -> str:
+        """The hash of a part's content and of where it belongs, so that no file stands in for another."""
+        return hash_tensors(f"{fingerprint_of(self._record)}/{part}", sorted(tensors.items()))
 
     def _file(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.safetensors"

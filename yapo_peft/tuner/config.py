@@ -14,11 +14,12 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType, TaskType
 from torch import Tensor
 
-from .._utils import choice, finite, hash_tensors, help_from_docstring
+from .._utils import choice, finite, hash_tensors, help_from_docstring, is_finite
 from ..adapter_file.card import save_card
 from ..adapter_file.reading import require_whole
-from ..errors import ConfigError, UnsupportedOperationError
+from ..errors import AdapterFileError, ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae, register_sae
+from ..sae.identity import is_hash
 from .positions import POSITIONS
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class YaPOConfig(PeftConfig):
 
     Raises:
         ConfigError: A field has an invalid value, or the number of SAEs does not match the number of layers.
+        AdapterFileError: The identity of an SAE, as saved, is not one.
     """
 
     layers: int | list[int] | None = None
@@ -95,6 +97,7 @@ class YaPOConfig(PeftConfig):
         # PEFT reads this attribute; it follows from `layers` once the model is known, so it is not a field.
         self.target_modules: list[str] | None = None
         self.layers = self._checked_layers()
+        self._check_names()
         if sae is not None and self.space == "dense":
             raise ConfigError("sae= has no meaning with space='dense', which steers without an SAE: leave it out.")
         if sae is not None:
@@ -104,6 +107,10 @@ class YaPOConfig(PeftConfig):
         choice((True, False), init_weights=self.init_weights, self_contained=self.self_contained)
         finite(multiplier=self.multiplier)
         self.multiplier = float(self.multiplier)
+        if self.damage is not None and not _is_damage(self.damage):
+            raise ConfigError(
+                f"damage={self.damage!r:.100}: training and calibrate fill it in ('plus' and 'minus'); leave it out."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):  # noqa: ANN206
@@ -178,6 +185,18 @@ class YaPOConfig(PeftConfig):
             raise ConfigError(f"layers={self.layers!r}: give the index of a layer, or a list of indices.")
         return [int(index) for index in layers]
 
+    def _check_names(self) -> None:
+        for name in ("sae_release", "sae_id", "sae_path", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not all(isinstance(one, str) and one for one in _listed(value)):
+                raise ConfigError(f"{name}={value!r:.100}: give a name, or a list of names.")
+        identities = self.sae_identity
+        if identities is not None and not (isinstance(identities, list) and all(map(_is_identity, identities))):
+            raise AdapterFileError(
+                f"sae_identity={identities!r:.300} is not what attaching an adapter fills in, one entry per layer: "
+                "leave it empty, or save or download the adapter again."
+            )
+
     def _take(self, saes: list[SAE[Any]]) -> None:
         if self.sae_release or self.sae_id or self.sae_path or self.sae_identity:
             raise ConfigError("Give either sae= or sae_release and sae_id, or sae_path, not several of them.")
@@ -221,6 +240,23 @@ def digest_of(codes: Iterable[Tensor]) -> str:
     """SHA-256 over the entries of codes, in float32, and where they are."""
     entries = [(code.detach().float(), code.detach().nonzero().squeeze(-1)) for code in codes]
     return hash_tensors("", [("", part) for code, indices in entries for part in (indices, code[indices])])
+
+
+def _is_identity(value: object) -> bool:
+    """Whether a value is the identity of an SAE: of one that was attached, or only its hash."""
+    return (
+        isinstance(value, dict)
+        and is_hash(value.get("content_hash"))
+        and bool("d_sae" not in value or SAEIdentity.from_dict(value))
+    )
+
+
+def _is_damage(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == {"plus", "minus"} and all(map(is_finite, value.values()))
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_index(value: object) -> bool:
