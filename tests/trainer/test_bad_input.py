@@ -207,7 +207,41 @@ def test_mismatched_checkpoints_are_rejected(build, tmp_path, case):
         file = tmp_path / "out" / "checkpoint-2" / truncated
         file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(error, match=message):
-        build(adapter=adapter, max_steps=4).train(resume_from_checkpoint=True)
+        build(adapter=adapter, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+@pytest.mark.feature("Training", "Resuming skips a checkpoint that a killed process left incomplete, and says so")
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_resuming_skips_an_incomplete_checkpoint(build, tmp_path, capsys, name):
+    whole = build(save_strategy="steps", save_steps=2, max_steps=6)
+    whole.train()
+    expected = trained_codes(whole)
+    for step in (4, 6):
+        file = tmp_path / "out" / f"checkpoint-{step}" / name
+        file.write_bytes(file.read_bytes()[:-20])
+    if name == "trainer_state.json":
+        file.unlink()
+    with pytest.raises(AdapterFileError, match=rf"checkpoint-6' is incomplete: .*{name}"):
+        build(max_steps=6).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    capsys.readouterr()
+    resumed = build(save_strategy="no", max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Skipping")]
+    assert len(said) == 2
+    assert all(name in line for line in said)
+    assert torch.equal(trained_codes(resumed), expected)
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text("{")
+    with pytest.raises(AdapterFileError, match="No checkpoint in .* is whole"):
+        build(max_steps=6).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_the_state_of_the_optimizer_is_not_resumed(build, tmp_path):
+    build(save_strategy="steps", save_steps=2, max_steps=2, save_only_model=True).train()
+    for given in (True, str(tmp_path / "out" / "checkpoint-2")):
+        with pytest.raises(ConfigError, match=r"has no optimizer.pt .save_only_model=True.*would be another run"):
+            build(max_steps=4).train(resume_from_checkpoint=given)
 
 
 @pytest.mark.parametrize("metric", ["loss/plus", "eval_loss/minus", "margin/minus", "eval_accuracy/minus"])

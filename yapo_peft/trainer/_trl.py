@@ -26,7 +26,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from .._utils import evaluating
 from ..errors import UnsupportedOperationError
 from ..scoring.lm_head import AnswerHead
-from .checks import require_same_adapters
+from .checkpoints import last_whole_checkpoint, require_resumable
 from .objective import take_pairs
 
 
@@ -61,6 +61,13 @@ class TRLSeams(DPOTrainer):
 
     # Overridden methods, which call the hooks.
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `resume_from_checkpoint=True` skips checkpoints that a killed process left incomplete."""
+        if resume_from_checkpoint is True:
+            last = last_whole_checkpoint(cast(str, self.args.output_dir), self.accelerator.print)
+            resume_from_checkpoint = last or resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The seam for the loss: TRL's `compute_loss` and `prediction_step` both end here."""
         loss = self._batch_loss(model, inputs)
@@ -85,7 +92,8 @@ class TRLSeams(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The seam for checks of a checkpoint: only here is the path of the last one known."""
-        require_same_adapters(self.model, Path(resume_from_checkpoint))
+        has_optimizer = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        require_resumable(self.model, Path(resume_from_checkpoint), has_optimizer)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -67,25 +66,6 @@ def require_one_trace() -> None:
         raise UnsupportedOperationError(
             "max_kl and max_features are not supported with ZeRO-3: set max_kl=None, or use ZeRO-2 or FSDP2."
         )
-
-
-def require_same_adapters(model: nn.Module, folder: Path) -> None:
-    """Raises unless a checkpoint's adapters steer the same tokens as the model's.
-
-    Raises:
-        AdapterFileError: A file is truncated.
-        ConfigError: An adapter has other `positions`.
-    """
-    for name, config in cast(dict[str, Any], getattr(model, "peft_config", {})).items():
-        place = folder if name == "default" else folder / name
-        if not isinstance(config, YaPOConfig) or not (place / CONFIG_NAME).is_file():
-            continue
-        saved = cast(YaPOConfig, YaPOConfig.from_pretrained(str(place)))
-        if saved.positions != config.positions:
-            raise ConfigError(
-                f"The checkpoint {str(folder)!r} was trained with positions={saved.positions!r}, and this run has "
-                f"positions={config.positions!r}: use the same to resume from it."
-            )
 
 
 def _require_no_other(model: nn.Module) -> None:
