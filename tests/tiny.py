@@ -4,7 +4,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from yapo_peft.tuner.hooks import REPEATS_HOOKS
 
@@ -52,6 +60,17 @@ def make_model(
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(50)
     return model
+
+
+def make_wrapper() -> nn.Module:
+    """A tiny vision-language model, which `AutoModelForCausalLM` does not load."""
+    text = {**_SHAPE, "model_type": "qwen2_5_vl_text"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "hidden_size": D_MODEL, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": D_MODEL}
+    ids = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    return model.eval()
 
 
 def make_sae(kind: str = "jumprelu", layer: int | None = None, d_in: int = D_MODEL, seed: int = 0, **overrides):

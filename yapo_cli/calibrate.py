@@ -17,6 +17,7 @@ def calibrate(
     text: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Text file to measure it on; default: built in.")
     ] = None,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:
     """Scale an adapter so that multipliers +1 and -1 each do a stated damage on neutral text.
@@ -29,7 +30,7 @@ def calibrate(
     from .loading import load_adapter, load_tokenizer
 
     dataset = options.paragraphs(text) if text else None
-    model, tokenizer = load_adapter(adapter, dtype), load_tokenizer(adapter)
+    model, tokenizer = load_adapter(adapter, dtype, base), load_tokenizer(adapter, base)
     damage = calibrated(model, tokenizer, max_kl, dataset=dataset)
     typer.echo(f"KL {damage['plus']:.3g} nats per token at multiplier +1, {damage['minus']:.3g} at -1.")
     typer.echo(f"Saved to {save_adapter(model, out)}.")

@@ -30,6 +30,7 @@ def combine(
     majority_sign: Annotated[
         Literal["total", "frequency"], typer.Option(help="How TIES elects the sign of a feature.")
     ] = "total",
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:
     """Combine adapters into one with PEFT's `add_weighted_adapter`.
@@ -45,7 +46,7 @@ def combine(
     from .loading import load_adapter, require_effect
 
     first, *others = adapters
-    model = load_adapter(first, dtype)
+    model = load_adapter(first, dtype, base)
     names = ["default", *(f"adapter {place}" for place in range(2, len(adapters) + 1))]
     for name, source in zip(names[1:], others, strict=True):
         model.load_adapter(source, name)

@@ -25,6 +25,7 @@ def evaluate(
         bool, typer.Option("--apply-chat-template", help="Apply the chat template.")
     ] = False,
     batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Save each document's metric to this JSON file (see `Scores.load`).")
@@ -44,8 +45,8 @@ def evaluate(
     from .output import print_table
 
     scores = sweep_tasks(
-        load_adapter(adapter, dtype),
-        load_tokenizer(adapter),
+        load_adapter(adapter, dtype, base),
+        load_tokenizer(adapter, base),
         tasks.split(","),
         multipliers,
         metric=metric,

@@ -24,6 +24,7 @@ def explain(
     split: options.Split = "train",
     limit: options.Limit = 32,
     batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
     as_json: options.AsJson = False,
 ) -> None:
@@ -36,12 +37,12 @@ def explain(
     from .loading import load_adapter, load_tokenizer, read_pairs
     from .output import print_table
 
-    tokenizer = load_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter, base)
     texts = None
     if dataset is not None:
         texts = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit).to_list()
     table = explained(
-        load_adapter(adapter, dtype),
+        load_adapter(adapter, dtype, base),
         tokenizer=tokenizer,
         multiplier=multiplier,
         top=top,

@@ -29,6 +29,7 @@ def export(
     model_id: Annotated[str | None, typer.Option(help="Neuronpedia's name for the model.")] = None,
     label: Annotated[str | None, typer.Option(help="Name of the vector on Neuronpedia.")] = None,
     batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
     as_json: options.AsJson = False,
 ) -> None:
@@ -41,9 +42,9 @@ def export(
     from .loading import load_adapter, load_tokenizer
     from .output import print_json
 
-    tokenizer = load_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter, base)
     found = export_adapter(
-        load_adapter(adapter, dtype),
+        load_adapter(adapter, dtype, base),
         out,
         format,
         multiplier,

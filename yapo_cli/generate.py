@@ -25,6 +25,7 @@ def generate(
     ] = 1.0,
     plain: Annotated[bool, typer.Option("--plain", help="Do not apply the chat template.")] = False,
     batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
     as_json: options.AsJson = False,
 ) -> None:
@@ -45,7 +46,7 @@ def generate(
     from .loading import load_adapter, load_tokenizer
     from .output import print_json
 
-    tokenizer = load_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter, base)
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
     generation |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     is_plain = plain or not getattr(tokenizer, "chat_template", None)
@@ -54,7 +55,7 @@ def generate(
         raise ConfigError(
             "--chat and --system need a chat template: omit --plain, and use a model whose tokenizer has one."
         )
-    model = load_adapter(adapter, dtype)
+    model = load_adapter(adapter, dtype, base)
     if chat:
         from .conversation import converse
 

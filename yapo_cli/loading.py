@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import infer_device
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
@@ -19,28 +22,31 @@ from yapo_peft.data import load_pairs
 from yapo_peft.tuner.adapters import adapter_of
 
 
-def load_tokenizer(name: str) -> Any:
-    """Loads the tokenizer of a model, or of an adapter's model. Raises `OSError` if there is none."""
+def load_tokenizer(name: str, base: str | None = None) -> Any:
+    """Loads the tokenizer of a model, or of an adapter's model, at `base` if given. Raises `OSError` if it has none."""
     config = _adapter_config(name)
     if config is not None:
         try:
             # A trainer saves it with the adapter, including the chat template.
             return AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError):
-            name = config.base_model_name_or_path or name
-    return AutoTokenizer.from_pretrained(name)
+            pass
+    source, _ = _base_of(name, config, base)
+    with _naming_the_option(name, config, base):
+        return AutoTokenizer.from_pretrained(source)
 
 
-def load_model(name: str, dtype: str = "auto") -> Any:
+def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Any:
     """Loads a model, with its adapter if `name` is one, in eval mode on the available device.
 
     Args:
         name: Folder or Hub repository of a model or an adapter.
         dtype: dtype of the model, such as "bfloat16"; "auto" is as saved.
+        base: Folder or Hub repository of an adapter's model; None for where its config says.
 
     Raises:
         AdapterFileError: The adapter is damaged.
-        ConfigError: There is no such dtype.
+        ConfigError: There is no such dtype, or an adapter's model is not where its config says.
         OSError: There is no such model or adapter.
     """
     named = getattr(torch, dtype, None)
@@ -49,18 +55,55 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     config = _adapter_config(name)
     if isinstance(config, YaPOConfig):
         SavedAdapter(name)  # says what is wrong with a damaged one before the model is loaded
-    loader = AutoModelForCausalLM if config is None else AutoPeftModelForCausalLM
+    source, revision = _base_of(name, config, base)
+    with _naming_the_option(name, config, base):
+        model: Any = _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
+    if config is not None:
+        missing = len(load_tokenizer(name, base)) - model.get_input_embeddings().weight.shape[0]
+        if missing > 0:  # as PEFT's auto classes do
+            model.resize_token_embeddings(len(load_tokenizer(name, base)))
+        model = PeftModel.from_pretrained(model, name)
     # Each process of `accelerate launch` has its own device.
     device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()
-    model: Any = loader.from_pretrained(name, dtype=dtype)
     return model.to(device).eval()
 
 
-def load_adapter(name: str, dtype: str = "auto") -> Any:
+def _base_of(name: str, config: PeftConfig | None, base: str | None) -> tuple[str, str | None]:
+    """Where a model is, or the model of an adapter, and its revision."""
+    if config is None:
+        return name, None
+    source = base or config.base_model_name_or_path
+    if not source:
+        raise ConfigError(f"The adapter {name!r} does not say which model it is for: pass it with --model.")
+    return source, None if base else config.revision
+
+
+@contextmanager
+def _naming_the_option(name: str, config: PeftConfig | None, base: str | None) -> Generator[None]:
+    """Says what to do if an adapter's model is not where its config says."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if config is None or base is not None or isinstance(error, YaPOError):
+            raise
+        raise ConfigError(
+            f"The model {config.base_model_name_or_path!r} of {name!r} cannot be loaded: pass where it is with "
+            f"--model. ({error})"
+        ) from error
+
+
+def _class_of(name: str, revision: str | None) -> Any:
+    """The class to load a model with: that of its config, if `AutoModelForCausalLM` has none for it."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or own is None else own
+
+
+def load_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any:
     """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
     if not isinstance(_adapter_config(name), YaPOConfig):
         raise ConfigError(f"{name!r} is not a YaPO adapter: pass an adapter.")
-    return load_model(name, dtype)
+    return load_model(name, dtype, base)
 
 
 def attach_adapter(name: str, dtype: str, **config: Any) -> Any:

@@ -42,6 +42,9 @@ def _new_folder(folder: Path) -> Path:
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub repository of an adapter.")]
 Model = Annotated[str, typer.Option(help="Folder or Hub repository of the model.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", help="Where the adapter's model is, if it is not where the adapter says.")
+]
 Multipliers = Annotated[
     Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="Comma-separated multipliers; 0 is unsteered.")
 ]

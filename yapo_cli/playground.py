@@ -15,6 +15,7 @@ def playground(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     strongest: Annotated[float, typer.Option(help="Largest multiplier of the sliders.")] = 4.0,
     save_to: Annotated[Path, typer.Option(help="Folder to save adapters in.")] = Path("out/app"),
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:
     """Start a local web page to adjust adapters and features, and compare answers side by side."""
@@ -23,7 +24,7 @@ def playground(
     from .loading import load_adapter, load_tokenizer
 
     first, *others = adapters
-    opened = Playground(load_adapter(first, dtype), load_tokenizer(first), save_to)
+    opened = Playground(load_adapter(first, dtype, base), load_tokenizer(first, base), save_to)
     for source in others:
         opened.load(source)
     page = build_page(opened, strongest)

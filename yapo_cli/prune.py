@@ -17,6 +17,7 @@ def prune(
         bool,
         typer.Option("--rescale", help="Rescale the kept entries, so that the effect at multiplier 1 stays similar."),
     ] = False,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:
     """Keep the features of a sparse adapter that change activations the most.
@@ -28,7 +29,7 @@ def prune(
 
     from .loading import load_adapter, require_effect
 
-    model = load_adapter(adapter, dtype)
+    model = load_adapter(adapter, dtype, base)
     before = _entries(model)
     pruned(model, features, rescale=rescale)
     require_effect(model)

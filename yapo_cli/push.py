@@ -59,7 +59,11 @@ def push(
     api = HfApi()
     repo_id = api.create_repo(repository, private=private, exist_ok=True).repo_id
     # The card's snippet has the local path.
-    card.text = re.sub(r'(AutoPeftModelForCausalLM\.from_pretrained\()"[^"]*"', rf'\1"{repo_id}"', card.text)
+    card.text = re.sub(
+        r'((?:AutoPeftModelForCausalLM\.from_pretrained\(|PeftModel\.from_pretrained\(model, ))"[^"]*"',
+        rf'\1"{repo_id}"',
+        card.text,
+    )
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     api.upload_folder(

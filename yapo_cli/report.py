@@ -34,6 +34,7 @@ def report(
     answers: Annotated[int, typer.Option(min=0, help="Number of prompts to answer.")] = 3,
     labels: Annotated[bool, typer.Option(help="Fetch labels from Neuronpedia.")] = True,
     batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
     card: Annotated[
         bool, typer.Option("--card", help="Also add the top features and a plot to the adapter's model card.")
@@ -54,12 +55,12 @@ def report(
     require_page(out)
     if card:
         require_card(adapter)
-    tokenizer = load_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter, base)
     contents = collect_report(
         dataset=read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, pairs).to_list(),
         text=None if text is None else options.paragraphs(text),
         questions=None if questions is None else load_choices(questions),
-        model=load_adapter(adapter, dtype),
+        model=load_adapter(adapter, dtype, base),
         tokenizer=tokenizer,
         title=Path(adapter).name,
         history=training_history(adapter),

@@ -27,6 +27,7 @@ def sweep(
     split: options.Split = "train",
     limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
     dtype: options.DType = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Save each example's metrics to this JSON file (see `Scores.load`).")
@@ -59,14 +60,14 @@ def sweep(
     if picture is not None:
         require_plot_path(picture)
         require_dose_response(multipliers)
-    tokenizer = load_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter, base)
     if measure == "damage":
         rows = [options.read_text(Path(dataset))]
     elif measure == "choice":
         rows = first_rows(load_choices(dataset, split=split), limit)
     else:
         rows = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit)
-    model = load_adapter(adapter, dtype)
+    model = load_adapter(adapter, dtype, base)
     what = {"preference": None, "choice": MultipleChoice("text", "characters"), "damage": Damage(max_blocks=limit)}
     scores = measured(model, rows, tokenizer, multipliers, measure=what[measure], batch_size=batch_size)
     print_table(scores.summary(), as_json)

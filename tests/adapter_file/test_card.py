@@ -1,9 +1,11 @@
 import re
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from tiny import make_model, make_sae, random_code, set_code
+from safetensors.torch import load_file
+from tiny import make_model, make_sae, make_wrapper, random_code, set_code
 
 import yapo_peft
 from yapo_peft import ConfigError, YaPOConfig, model_card
@@ -126,3 +128,48 @@ def test_findings_go_into_a_card_that_is_there(tokenizer, at_end):
     assert "To you." in again.text or at_end
     assert add_findings(again, features=table, picture="doses.png").content == once.content
     assert "What it does" not in card.text
+
+
+def test_the_card_of_a_self_contained_adapter_asks_for_no_sae(tmp_path):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), self_contained=True))
+    set_code(model, random_code(0.2))
+    model.save_pretrained(tmp_path)
+    assert "register_sae" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("base", ["me/model", None])
+def test_tags_that_peft_and_the_model_give_are_kept(tmp_path, base):
+    plain = make_model()
+    plain.add_model_tags(["mine"])
+    model = get_peft_model(plain, YaPOConfig(layers=2, space="dense"))
+    model.peft_config["default"].base_model_name_or_path = base or str(tmp_path)
+    model.save_pretrained(tmp_path)
+    for card in (ModelCard.load(tmp_path / "README.md"), model_card(model)):
+        expected = {"mine", "transformers", "yapo", "steering", "activation-steering"}
+        assert set(card.data.tags) == expected | ({f"base_model:adapter:{base}"} if base else set())
+
+
+def test_the_snippet_of_a_vision_wrapper_loads_it(tmp_path):
+    torch.manual_seed(0)
+    wrapper = make_wrapper()
+    wrapper.save_pretrained(tmp_path / "base")
+    base = type(wrapper).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, YaPOConfig(layers=2, space="dense", init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)[1]
+    assert "AutoPeft" not in snippet
+    found = {}
+    lines = snippet.replace("folder/of/this/adapter", str(tmp_path / "adapter")).splitlines()
+    exec("\n".join(line for line in lines if line.startswith(("import", "from", "model ="))), found)
+    assert type(found["model"].get_base_model()) is type(wrapper)
+    codes = (load_file(tmp_path / "adapter" / "adapter_model.safetensors"), found["model"].state_dict())
+    values = next(tensor for name, tensor in codes[0].items() if name.endswith("values"))
+    assert any(torch.equal(tensor, values) for name, tensor in codes[1].items() if ".yapo_code." in name)
+
+
+def test_a_class_name_that_is_none_stays_out_of_the_snippet(tmp_path):
+    config = YaPOConfig(
+        layers=2, space="dense", auto_mapping={"base_model_class": "x\nimport os", "parent_library": ""}
+    )
+    config.save_pretrained(str(tmp_path))
+    assert "import os" not in (tmp_path / "README.md").read_text()

@@ -1,18 +1,19 @@
 """Each command on a saved adapter gives the same results as the library."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 import torch
 from datasets import load_dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import D_MODEL, inference_sae, make_sae
+from tiny import D_MODEL, inference_sae, make_sae, make_wrapper
 from transformers import AutoTokenizer
 
 from yapo_cli import main
-from yapo_peft import Scores, calibrate, steering, sweep
+from yapo_peft import Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
 from yapo_peft.interpret import explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
@@ -72,15 +73,64 @@ def test_generate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
     assert f"  -2  {rows[0]['answer']}\n  +0  {rows[1]['answer']}\n" in printed
 
 
+@pytest.mark.feature("Commands", "`--model`: where the adapter's model is, if it has moved")
+def test_the_model_of_an_adapter_can_have_moved(run, saved_adapter, tmp_path):
+    options = ("generate", "w1 w2", "--multipliers", "1", *SHORT)
+    _, expected, _ = run(options[0], saved_adapter, *options[1:])
+    folder = shutil.copytree(saved_adapter, tmp_path / "copy")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    moved = config["base_model_name_or_path"]
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "no")}))
+    for command, *rest in (options, ("explain", "--json"), ("prune", "--features", 3, "--out", tmp_path / "pruned")):
+        status, _, said = run(command, folder, *rest)
+        assert status == 2
+        assert "--model" in said
+        assert run(command, folder, *rest, "--model", moved)[0] == 0
+    assert run(options[0], folder, *options[1:], "--model", moved)[1] == expected
+
+
+@pytest.mark.feature("Commands", "Adapters of vision-language models, on text")
+def test_commands_load_a_vision_wrapper(run, tokenizer, pairs_file, tmp_path):
+    make_wrapper().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = type(make_wrapper()).from_pretrained(tmp_path / "base").eval()
+    model = get_peft_model(base, YaPOConfig(layers=2, space="dense", init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    status, printed, _ = run("sweep", tmp_path / "adapter", "--dataset", pairs_file, "--json")
+    assert status == 0
+    rows = load_dataset("json", data_files=str(pairs_file), split="train")
+    multipliers = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    expected = sweep(model, rows, tokenizer, multipliers).summary()["margin"]
+    assert [row["margin"] for row in json.loads(printed)] == pytest.approx(list(expected), abs=1e-4)
+    assert run("generate", tmp_path / "adapter", "w1", *SHORT)[0] == 0
+    fitted = ("fit", "caa", "--model", tmp_path / "base", "--layers", 2, "--dataset", pairs_file)
+    assert run(*fitted, "--out", tmp_path / "caa")[0] == 0
+
+
+def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_path):
+    file = saved_adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    status, _, said = run("generate", saved_adapter, "w1")
+    assert status == 2
+    assert "truncated or not a safetensors file" in said
+    for place, text in enumerate(("{", "[]", "1", '{"peft_type": "NO"}')):
+        folder = tmp_path / f"damaged-{place}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(text)
+        status, _, said = run("generate", folder, "w1")
+        assert status == 2
+        assert "adapter_config.json cannot be read" in said
+
+
 def test_json_output_is_not_mixed_with_library_output(run, saved_adapter, monkeypatch):
     """Some libraries, such as DeepSpeed, print to standard output when they are imported."""
-    from_pretrained = AutoPeftModelForCausalLM.from_pretrained
+    from_pretrained = PeftModel.from_pretrained
 
     def noisy(*arguments, **options):
         print("output of a library")
         return from_pretrained(*arguments, **options)
 
-    monkeypatch.setattr(AutoPeftModelForCausalLM, "from_pretrained", noisy)
+    monkeypatch.setattr(PeftModel, "from_pretrained", noisy)
     status, printed, stderr = run("generate", saved_adapter, "w1", "--max-new-tokens", 2, "--json")
     assert status == 0
     assert len(json.loads(printed)) == 3

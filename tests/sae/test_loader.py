@@ -2,9 +2,18 @@ import json
 
 import pytest
 import torch
-from tiny import make_sae
+from peft import get_peft_model
+from tiny import make_model, make_sae
 
-from yapo_peft import AdapterFileError, SAEMismatchError, SAENotFoundError, UnsupportedSAEError, register_sae
+from yapo_peft import (
+    AdapterFileError,
+    ConfigError,
+    SAEMismatchError,
+    SAENotFoundError,
+    UnsupportedSAEError,
+    YaPOConfig,
+    register_sae,
+)
 from yapo_peft.sae import SAEIdentity, load_sae
 
 
@@ -168,6 +177,19 @@ def test_unsupported_architecture_raises(architecture, reason):
 def test_unsupported_setting_raises(setting, message):
     with pytest.raises(UnsupportedSAEError, match=message):
         register_sae(make_sae("standard", **setting))
+
+
+def test_what_is_no_sae_is_named():
+    for given in ((make_sae(), {}, None), "an SAE"):
+        with pytest.raises(ConfigError, match=rf"sae is a {type(given).__name__}: must be an SAE of sae-lens"):
+            YaPOConfig(layers=2, sae=given)
+
+
+def test_an_sae_of_the_embeddings_is_not_one_of_the_last_layer():
+    sae = make_sae("gated", seed=31)
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_pre"
+    with pytest.raises(SAEMismatchError, match="the embeddings, which no layer outputs"):
+        get_peft_model(make_model(), YaPOConfig(layers=0, sae=sae))
 
 
 @pytest.mark.parametrize(

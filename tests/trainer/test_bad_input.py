@@ -189,6 +189,13 @@ def test_trainable_adapter_of_another_method_is_rejected(build):
     build(steered)
 
 
+def test_a_tokenizer_without_an_end_is_named(build, tokenizer):
+    tokenizer.eos_token = None
+    rows = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}] * 4)
+    with pytest.raises(ConfigError, match=r"no eos_token, which ends each answer: set tokenizer\.eos_token"):
+        build(train_dataset=rows)
+
+
 CHECKPOINTS = {
     "another SAE": ({"sae": make_sae(seed=77)}, None, SAEMismatchError, "a code is only valid for the SAE"),
     "other tokens": ({"positions": "last"}, None, ConfigError, "was trained with positions='all'"),
@@ -233,7 +240,7 @@ def test_resuming_skips_an_incomplete_checkpoint(build, tmp_path, capsys, name):
     assert all(name in line for line in said)
     assert torch.equal(trained_codes(resumed), expected)
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text("{")
-    with pytest.raises(AdapterFileError, match="No checkpoint in .* is whole"):
+    with pytest.raises(AdapterFileError, match=r"No checkpoint in .* is whole"):
         build(max_steps=6).train(resume_from_checkpoint=True)
 
 

@@ -79,6 +79,20 @@ def test_empty_answers_are_refused_in_training_and_elsewhere(build, tokenizer, e
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "w8"}}}]
 
 
+@pytest.mark.feature("Data", "System prompts where the chat template has no system role", refused="with what to do")
+@pytest.mark.parametrize("read", [lambda row, t: pair_batches([row], t, 1), lambda row, t: tokens_of(row, t)])
+def test_a_template_without_a_system_role_is_named(tokenizer, read):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    rows = Dataset.from_list([{"prompt": message("user", "w1"), "chosen": message("assistant", "w2")}])
+    rows = rows.map(lambda row: {"rejected": message("assistant", "w3")})
+    with pytest.raises(DatasetError, match=r"System role not supported.*with_system_prompt\(\.\.\., as_user=True\)"):
+        read(with_system_prompt(rows, "w9")[0], tokenizer)
+    read(with_system_prompt(rows, "w9", as_user=True)[0], tokenizer)
+
+
 def parts(role, text):
     return message(role, [{"type": "text", "text": text}])
 

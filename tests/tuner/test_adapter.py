@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, D_SAE, make_model, make_sae, random_code, random_ids, set_code
+from tiny import ARCHITECTURES, D_SAE, VOCABULARY, make_model, make_sae, random_code, random_ids, set_code
 
 from yapo_peft import AdapterFileError, SAEMismatchError, UnsupportedOperationError, YaPOConfig, steering
 from yapo_peft.tuner.adapters import steered_layers
@@ -107,6 +107,13 @@ def test_the_file_holds_indices_values_and_the_saes_hash_only(tmp_path):
     assert bytes(tensors[f"{name}.sae"].tolist()).hex() == model.peft_config["default"].sae_identity[0]["content_hash"]
     assert torch.equal(tensors[f"{name}.indices"], code.nonzero().squeeze(-1).int())
     assert torch.equal(tensors[f"{name}.values"], code[code != 0])
+
+
+@pytest.mark.parametrize("space", ["sae", "dense"])
+def test_a_model_on_the_meta_device_gives_shapes(space):
+    model = steered_model() if space == "sae" else get_peft_model(make_model(), YaPOConfig(layers=2, space="dense"))
+    model.to("meta")
+    assert model(random_ids().to("meta")).logits.shape == (*random_ids().shape, VOCABULARY)
 
 
 def test_a_truncated_file_is_refused(tmp_path):

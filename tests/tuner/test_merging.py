@@ -78,6 +78,28 @@ def test_only_the_named_adapters_are_merged():
     torch.testing.assert_close(merged(random_ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_adapters_of_one_layer_are_merged_one_after_the_other(monkeypatch):
+    model = steered("gpt2")
+    model.add_adapter("other", YaPOConfig(layers=2, sae=make_sae("standard", seed=3)))
+    set_code(model, random_code(seed=4).abs(), "other")
+    expected = []
+    for names in (["default"], ["default", "other"]):
+        model.base_model.set_adapter(names)
+        expected.append(model(random_ids()).logits)
+    model.merge_adapter(["default"])
+    with monkeypatch.context() as patch:
+        patch.setattr("yapo_peft.tuner.merging.fold", lambda layers, shifts, safe: None)
+        with pytest.raises(UnsupportedOperationError, match="scale or normalise"):
+            model.merge_adapter(["other"])
+    torch.testing.assert_close(model(random_ids()).logits, expected[0], rtol=1e-4, atol=1e-4)
+    model.merge_adapter(["other"])
+    assert steered_layers(model)[0].merged_adapters == ["default", "other"]
+    torch.testing.assert_close(model(random_ids()).logits, expected[1], rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model(random_ids()).logits, expected[1])
+
+
 def test_a_merged_multiplier_is_fixed_until_it_is_unmerged():
     model = steered("gpt2")
     model.merge_adapter()

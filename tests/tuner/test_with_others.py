@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, make_model, make_sae, random_code, random_ids, set_code
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from yapo_peft import ConfigError, YaPOConfig, steering
+from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, steering
 from yapo_peft.tuner.adapters import steered_layers
 
 # PEFT says so whenever a model already has an adapter, of whatever method.
@@ -129,20 +129,36 @@ def test_a_headless_model():
     torch.testing.assert_close(both[0], before[0])
 
 
-@pytest.mark.feature("transformers", "bitsandbytes 8-bit and 4-bit base models")
-@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
-@pytest.mark.filterwarnings(
-    "ignore:MatMul8bitLt", "ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered"
-)
-def test_quantised_models(options, tmp_path):
+def quantised(folder, **options):
     pytest.importorskip("bitsandbytes")
     # bitsandbytes' kernels need matrices of at least 64.
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=128, **shape)).save_pretrained(tmp_path)
-    quantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
-    )
-    model = steer(prepare_model_for_kbit_training(quantised), sae=make_sae(d_in=64))
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **shape)).save_pretrained(folder)
+    config = BitsAndBytesConfig(**options)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+
+
+def test_4_bit_weights_are_not_packed_for_a_kernel_without_a_backward_pass(tmp_path):
+    """Only CPUs with AVX512-BF16 pack them; here it is enough that they may not."""
+    model = quantised(tmp_path, load_in_4bit=True).eval()
+    projection = model.model.layers[3].mlp.up_proj
+    projection.support_avx512bf16_for_cpu = True
+    frozen = YaPOConfig(layers=2, sae=make_sae(d_in=64), inference_mode=True)
+    get_peft_model(model, frozen).unload()
+    assert projection.support_avx512bf16_for_cpu
+    steered = get_peft_model(model, YaPOConfig(layers=2, sae=make_sae(d_in=64)))
+    assert not projection.support_avx512bf16_for_cpu
+    steered.unload()
+    projection.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UnsupportedOperationError, match=r"packed the 4-bit weights of 'model\.layers\.3\.mlp"):
+        get_peft_model(model, YaPOConfig(layers=2, sae=make_sae(d_in=64)))
+
+
+@pytest.mark.feature("transformers", "bitsandbytes 8-bit and 4-bit base models")
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_quantised_models(options, tmp_path):
+    model = steer(prepare_model_for_kbit_training(quantised(tmp_path, **options)), sae=make_sae(d_in=64))
     with model.disable_adapter():
         base = logits(model)
     assert not torch.equal(logits(model), base)

@@ -22,6 +22,7 @@ _TAGS = {
     "sae": ("yapo", "steering", "activation-steering", "sparse-autoencoder"),
     "dense": ("yapo", "steering", "activation-steering"),
 }
+_ADAPTER_OF = "base_model:adapter:"
 _FEATURES = 10
 # What PEFT's own template leaves in the card of a folder that had none.
 _UNFILLED = "[More Information Needed]"
@@ -82,6 +83,7 @@ def model_card(
         rows=_rows(features),
         picture=picture,
         chat=chat,
+        tags=getattr(getattr(model, "base_model", model), "model_tags", None),
     )
 
 
@@ -109,16 +111,22 @@ def add_findings(card: ModelCard, *, features: Any = None, picture: str | None =
 def save_card(config: YaPOConfig, folder: Path) -> None:
     """Saves a card beside an adapter; one that someone has written only gets the method's tags."""
     file = folder / "README.md"
-    if not file.exists() or _UNFILLED in file.read_text(encoding="utf-8"):
-        _render(config, config.base_model_name_or_path).save(file)
-        return
-    card = ModelCard.load(file)
+    card = ModelCard.load(file) if file.exists() else ModelCard(_UNFILLED)
     data = cast(Any, card.data)
+    if _UNFILLED in card.text:
+        _render(config, config.base_model_name_or_path, tags=data.tags).save(file)
+        return
     data.tags = sorted({*(data.tags or []), *_TAGS[config.space]})
     card.save(file)
 
 
-def _render(config: YaPOConfig, base_model: str | None, datasets: list[str] | None = None, **given: Any) -> ModelCard:
+def _render(
+    config: YaPOConfig,
+    base_model: str | None,
+    datasets: list[str] | None = None,
+    tags: list[str] | None = None,
+    **given: Any,
+) -> ModelCard:
     is_repository = base_model is not None and not Path(base_model).exists()
     data = ModelCardData(
         library_name="peft",
@@ -126,7 +134,12 @@ def _render(config: YaPOConfig, base_model: str | None, datasets: list[str] | No
         base_model=base_model if is_repository else None,
         base_model_relation="adapter" if is_repository else None,
         datasets=datasets,
-        tags=list(_TAGS[config.space]),
+        # PEFT names the model in a tag even if it is a local folder.
+        tags=sorted(
+            {*_TAGS[config.space], "transformers"}
+            | {tag for tag in tags or [] if not tag.startswith(_ADAPTER_OF)}
+            | ({_ADAPTER_OF + base_model} if base_model and is_repository else set())
+        ),
     )
     base = "a causal language model"
     if base_model is not None:
@@ -137,7 +150,10 @@ def _render(config: YaPOConfig, base_model: str | None, datasets: list[str] | No
     libraries = [name for name in _LIBRARIES if name != "sae-lens" or config.space == "sae"]
     versions = {name: version(name) for name in libraries}
     template = _TEMPLATES.get_template("card.md.jinja")
+    # Only of a model that `AutoModelForCausalLM` does not know.
+    own = str((config.auto_mapping or {}).get("base_model_class", ""))
     context = given | {"base_model": base_model, "base": base, "saes": saes, "versions": versions}
+    context["own_class"] = own if own.isidentifier() else None
     return ModelCard(template.render(config=config, data=data.to_yaml(), **context).rstrip() + "\n")
 
 

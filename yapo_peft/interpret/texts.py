@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least
 from ..errors import ConfigError, DatasetError
 from ..scoring.checks import context_length
-from ..scoring.pairs import common_prefix, padding_of, prompt_ids, rendering
+from ..scoring.pairs import chat_ids, common_prefix, padding_of, prompt_ids, rendering
 from ..tuner import YaPOLayer, steering
 from ..tuner.blocks import base_of
 from ..tuner.hooks import block_outputs, forward_hooks
@@ -46,8 +46,7 @@ def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(text, str):
         return cast(list[int], tokenizer(text)["input_ids"])
     if isinstance(text, list) and text and isinstance(text[0], dict):
-        rendered = cast(str, tokenizer.apply_chat_template(cast(Any, text), tokenize=False, **options))
-        return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return chat_ids(text, tokenizer, **options)
     raise DatasetError(f"{text!r} is not a text: {_SHAPES}.")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import SAENotFoundError, UnsupportedSAEError
+from ..errors import ConfigError, SAENotFoundError, UnsupportedSAEError
 from .frozen import FrozenSAE
 from .identity import SAEIdentity, content_hash
 from .weights import Activation, SAEWeights
@@ -98,6 +98,7 @@ def register_sae(sae: SAE[Any]) -> str:
         The content hash of the SAE.
 
     Raises:
+        ConfigError: `sae` is something else.
         UnsupportedSAEError: The SAE's architecture or normalisation is not supported.
     """
     with torch.inference_mode(False):
@@ -199,8 +200,10 @@ def _freeze(sae: SAE[Any], release: str | None, sae_id: str | None, copy: bool =
 @torch.no_grad()
 def _extract(sae: SAE[Any]) -> tuple[SAEWeights, str]:
     """Converts an SAE of sae-lens; returns its weights and the name of its architecture."""
-    from sae_lens import TrainingSAE
+    from sae_lens import SAE, TrainingSAE
 
+    if not isinstance(sae, SAE):
+        raise ConfigError(f"sae is a {type(sae).__name__}: must be an SAE of sae-lens, as SAE.from_pretrained returns.")
     state = sae.state_dict()
     cfg: dict[str, Any] = sae.cfg.to_dict()
     if isinstance(sae, TrainingSAE):

@@ -21,7 +21,7 @@ from ..tuner.blocks import base_of
 from ..tuner.hooks import forward_hooks
 from .checks import context_length
 from .lm_head import head_on, logits_at, needs_labels
-from .pairs import text_of
+from .pairs import chat_ids, rendering, text_of
 from .upper_half import UpperHalf
 
 # Tokens of a row that are read.
@@ -64,8 +64,7 @@ def _tokenize(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
         messages = row["messages"]
         if tokenizer.chat_template:
-            rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-            return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
+            return chat_ids(messages, tokenizer, **rendering(row))
         row = "\n\n".join(map(text_of, messages))
     text = row.get("text") if isinstance(row, Mapping) else row
     if not isinstance(text, str):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -123,9 +124,26 @@ def _ids(text: Any, tokenizer: PreTrainedTokenizerBase, is_prompt: bool, **optio
     if isinstance(text, str):
         end = str(tokenizer.eos_token or "")
         return tokenizer(text if is_prompt or text.endswith(end) else text + end)["input_ids"]
-    options = {"add_generation_prompt": is_prompt, **options}
-    rendered = cast(str, tokenizer.apply_chat_template(text, tokenize=False, **options))
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return chat_ids(text, tokenizer, **{"add_generation_prompt": is_prompt, **options})
+
+
+def chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    """Ids of messages, rendered by the chat template.
+
+    Raises:
+        DatasetError: The template refuses the messages, such as a system message.
+    """
+    try:
+        rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError as error:
+        has_system = isinstance(messages, list) and messages and messages[0].get("role") == "system"
+        fix = (
+            "start the user's first message with the system prompt, as with_system_prompt(..., as_user=True) does"
+            if has_system
+            else f"its roles are {[message.get('role') for message in messages]}"
+        )
+        raise DatasetError(f"The tokenizer's chat template refuses a conversation ({error}): {fix}.") from error
+    return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

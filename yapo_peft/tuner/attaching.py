@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from peft import TaskType
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
 from ..sae import FrozenSAE
@@ -27,6 +29,25 @@ def require_adapter_name(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def keep_backward(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for a kernel of some CPUs that has no backward pass.
+
+    It packs them in the first forward pass in evaluation mode, and gradients through them are wrong from then on.
+
+    Raises:
+        UnsupportedOperationError: They are packed already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise UnsupportedOperationError(
+                f"bitsandbytes has packed the 4-bit weights of {name!r} for a kernel without a backward pass, when the "
+                "model ran in evaluation mode: load the model again, and attach the adapter before it runs."
+            )
+        module.support_avx512bf16_for_cpu = cast(Any, False)
+
+
 def resolve(model: nn.Module, config: YaPOConfig) -> dict[int, FrozenSAE | None]:
     """Fills in the layers, target modules and SAE identities of a config, and returns the SAE of each layer.
 
@@ -43,6 +64,10 @@ def resolve(model: nn.Module, config: YaPOConfig) -> dict[int, FrozenSAE | None]
             f"positions={config.positions!r} expects answers behind their prompts, but {type(model).__name__} is an "
             "encoder-decoder: use positions='all'."
         )
+    is_of_transformers = type(model).__module__.startswith("transformers.models.")
+    if config.task_type == TaskType.CAUSAL_LM and is_of_transformers and type(own) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # Of vision wrappers, cards name the class to load, which AutoModelForCausalLM does not find.
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": "transformers"}
     name, blocks = decoder_blocks(model)
     layers = resolve_layers(config.layer_indices(), len(blocks))
     is_dense = config.space == "dense"
@@ -59,6 +84,11 @@ def _sae(model: nn.Module, config: YaPOConfig, position: int, layer: int) -> Fro
         raise SAEMismatchError(
             f"The SAE for layer {layer} reads activations of width {sae.identity.d_in}, but the model's are {width} "
             "wide: it was trained on another model."
+        )
+    if sae.block == -1:
+        raise SAEMismatchError(
+            f"The SAE for layer {layer} was trained on {sae.hook_name!r}, the embeddings, which no layer outputs: use "
+            "an SAE of a layer's output."
         )
     if sae.block is not None and sae.block != layer:
         raise SAEMismatchError(

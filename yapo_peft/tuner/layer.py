@@ -111,7 +111,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
     def forward(self, h: Tensor) -> Tensor:
         """Steers the decoder layer's output, `(batch, seq, d_model)`. Returns `h` unchanged if no adapter steers."""
         shares = list(self._shares(len(h)))
-        if not shares:
+        if not shares or h.is_meta:  # which has shapes only
             return h
         if self.is_lowest:
             h = h.detach()
@@ -234,10 +234,14 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Restores the biases that merging replaced."""
-        for projection, bias in reversed(self.replaced_biases):
+        self.restore_biases(0)
+        self.merged_adapters = []
+
+    def restore_biases(self, kept: int) -> None:
+        """Restores the biases that merging replaced, except for the first ones."""
+        while len(self.replaced_biases) > kept:
+            projection, bias = self.replaced_biases.pop()
             projection.bias = bias
-        self.replaced_biases.clear()
-        self.merged_adapters.clear()
 
     def _shares(self, batch: int) -> Iterator[tuple[str, Multiplier, list[int] | None]]:
         """Yields each adapter that steers, its multiplier, and the rows that it steers; None for all."""

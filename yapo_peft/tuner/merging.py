@@ -43,22 +43,25 @@ def merge_adapters(
     layers = [layer for layer in layers if names[layer]]
     shifts = [torch.stack([constant_shift(layer, name) for name in names[layer]]).sum(dim=0) for layer in layers]
     require_biases(model, layers, in_place)
-    active = [layer.active_adapters for layer in layers]
+    before = [(layer, layer.active_adapters, layer.merged_adapters, len(layer.replaced_biases)) for layer in layers]
     try:
         for layer in layers:
+            # Those of before are in the biases, and the others steer on top.
+            layer.merged_adapters = []
             layer.activate(names[layer])
         steered = probe(model, layers)
         fold(layers, shifts, safe_merge)
-        for layer in layers:
-            layer.merged_adapters.extend(names[layer])
+        for layer, _, merged, _ in before:
+            layer.merged_adapters = [*merged, *names[layer]]
         require_same_outputs(steered, probe(model, layers), shifts, next(model.parameters()).dtype)
     except Exception:
-        for layer in layers:
-            layer.unmerge()
+        for layer, _, merged, biases in before:
+            layer.restore_biases(biases)
+            layer.merged_adapters = merged
         raise
     finally:
-        for layer, before in zip(layers, active, strict=True):
-            layer.activate(before)
+        for layer, active, _, _ in before:
+            layer.activate(active)
 
 
 def constant_shift(layer: YaPOLayer, adapter_name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
 from .adapters import steered_layers
-from .attaching import require_adapter_name, resolve
+from .attaching import keep_backward, require_adapter_name, resolve
 from .blocks import hidden_size
 from .call import Call
 from .combine import combine_codes, require_combinable
@@ -89,9 +89,13 @@ class YaPOModel(BaseTuner):
         Raises:
             ConfigError: The name cannot name an adapter, or the config does not fit the model.
             SAEMismatchError: An SAE was trained on another model or layer, or is not the one that the config records.
+            UnsupportedOperationError: The architecture, or what its 4-bit weights are packed for, is not supported.
         """
         require_adapter_name(self.model, adapter_name)
-        saes = resolve(self.model, cast(YaPOConfig, self.peft_config[adapter_name]))
+        config = cast(YaPOConfig, self.peft_config[adapter_name])
+        if not config.inference_mode:
+            keep_backward(self.model)
+        saes = resolve(self.model, config)
         super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
         for layer in steered_layers(self.model):
             if layer.index in saes:
