@@ -41,6 +41,7 @@ def combine(
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     if majority_sign != "total" and kind != "ties":
         raise typer.BadParameter(f"--majority-sign needs --type ties, not {kind}.")
+    from yapo_peft.adapter_file.reading import SavedAdapter
     from yapo_peft.adapter_file.saving import save_adapter
 
     from .loading import load_adapter, require_effect
@@ -49,6 +50,7 @@ def combine(
     model = load_adapter(first, dtype, base)
     names = ["default", *(f"adapter {place}" for place in range(2, len(adapters) + 1))]
     for name, source in zip(names[1:], others, strict=True):
+        SavedAdapter(source)  # says what is wrong with it
         model.load_adapter(source, name)
     model.base_model.add_weighted_adapter(
         names, list(weights), _COMBINED, combination_type=kind, density=density, majority_sign_method=majority_sign

@@ -31,8 +31,8 @@ def reject(
     shard_size: Annotated[
         int, typer.Option(min=1, help="Answers per file; a stopped run resumes from complete files.")
     ] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = None,
+    seed: options.Seed = 0,
+    temperature: options.Temperature = None,
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Nucleus sampling. Default: the model's generation config.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +19,8 @@ def generate(
     multipliers: options.Multipliers = options.Numbers((-1.0, 0.0, 1.0)),
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
     repetition_penalty: Annotated[
         float, typer.Option(help="Repetition penalty; 1 for none. Small models may need 1.1.")
     ] = 1.0,
@@ -34,14 +35,16 @@ def generate(
     `yapo generate my-adapter "How are you?" --multipliers=-1,0,1`
     """
     said = [*(prompts or []), *(_lines(file) if file is not None else [])]
-    if repetition_penalty <= 0:
+    if not 0 < repetition_penalty < math.inf:
         raise typer.BadParameter(f"--repetition-penalty {repetition_penalty:g}: must be above 0 (1 for none).")
     if chat == bool(said):
         raise typer.BadParameter("pass prompts or --file, or else --chat.")
     if chat and (as_json or plain):
         raise typer.BadParameter("--chat streams answers with the chat template: omit --json and --plain.")
     from yapo_peft import ConfigError
+    from yapo_peft.scoring.checks import require_length
     from yapo_peft.scoring.pairs import prompt_ids
+    from yapo_peft.tuner.blocks import base_of
 
     from .loading import load_adapter, load_tokenizer
     from .output import print_json
@@ -62,6 +65,9 @@ def generate(
         return converse(model, tokenizer, multipliers, start, seed, generation)
     asked = {text: text if is_plain else [*start, {"role": "user", "content": text}] for text in said}
     rows = [(text, multiplier, prompt_ids(asked[text], tokenizer)) for text in said for multiplier in multipliers]
+    longest = max(len(ids) for _, _, ids in rows)
+    what = f"A prompt of {longest} tokens with max_new_tokens={max_new_tokens}"
+    require_length(base_of(model), longest + max_new_tokens, what)
     found: list[dict[str, Any]] = []
     for place in range(0, len(rows), batch_size):
         found += _answered(model, tokenizer, rows[place : place + batch_size], seed + place, generation)

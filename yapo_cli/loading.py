@@ -50,7 +50,7 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Any:
         OSError: There is no such model or adapter.
     """
     named = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize > 1):
         raise ConfigError(f"dtype={dtype!r}: must be 'auto' or a floating-point dtype of torch, such as 'bfloat16'.")
     config = _adapter_config(name)
     if isinstance(config, YaPOConfig):

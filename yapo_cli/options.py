@@ -26,6 +26,12 @@ def numbers(text: str | Numbers) -> Numbers:
     return found
 
 
+def _temperature(value: float | None) -> float | None:
+    if value and not 1e-3 <= value <= 1e3:
+        raise typer.BadParameter(f"{value:g}: must be 0 for greedy answers, or between 0.001 and 1000.")
+    return value
+
+
 def layer_indices(text: str) -> list[int]:
     """Reads "14,15"."""
     try:
@@ -49,6 +55,10 @@ Multipliers = Annotated[
     Numbers, typer.Option(parser=numbers, metavar="NUMBERS", help="Comma-separated multipliers; 0 is unsteered.")
 ]
 DType = Annotated[str, typer.Option("--dtype", help="dtype to load the model in, such as bfloat16; auto is as saved.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, callback=_temperature, help="Sampling temperature; 0 is greedy.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NewFolder = Annotated[

@@ -19,7 +19,7 @@ def playground(
     dtype: options.DType = "auto",
 ) -> None:
     """Start a local web page to adjust adapters and features, and compare answers side by side."""
-    from yapo_peft.app import Playground, build_page
+    from yapo_peft.app import Playground, build_page, serve_page
 
     from .loading import load_adapter, load_tokenizer
 
@@ -28,6 +28,5 @@ def playground(
     for source in others:
         opened.load(source)
     page = build_page(opened, strongest)
-    page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True)
-    print(f"The playground is at http://127.0.0.1:{port}. Press Ctrl-C to stop.", flush=True)
+    print(f"The playground is at {serve_page(page, port)}. Press Ctrl-C to stop.", flush=True)
     page.block_thread()

@@ -1,6 +1,6 @@
 """Routes of the OpenAI server that list, load and unload adapters.
 
-vLLM adds them only if `VLLM_PLUGINS` names "yapo": whoever can call them can make the server read any folder.
+vLLM adds them only if `VLLM_PLUGINS` names "yapo", and they load adapters from the folders in `YAPO_FOLDERS` only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from yapo_peft.errors import YaPOError
 
 from .client import list_adapters, load_adapter_async, unload_adapter_async
+from .settings import Settings
 
 
 class _Named(BaseModel):
@@ -55,7 +56,7 @@ class Routes:
     async def _load(self, body: _Sourced) -> dict[str, Any]:
         before = set(list_adapters(self._engine))
         try:
-            adapter = await load_adapter_async(self._engine, body.name, body.path)
+            adapter = await load_adapter_async(self._engine, body.name, Settings.of().allowed(body.path))
         except YaPOError as error:
             raise HTTPException(400, str(error)) from error
         return {**_public(adapter), "displaced": sorted(before - set(list_adapters(self._engine)))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from yapo_peft.errors import ConfigError
 
@@ -20,12 +20,14 @@ class Settings:
         max_adapters: Number of adapters loaded at once (`YAPO_MAX_ADAPTERS`).
         max_features: Number of features that one adapter may move at a layer; None for 256, or more if one of the
             first adapters moves more (`YAPO_MAX_FEATURES`).
+        folders: Folders from which the routes may load adapters (`YAPO_FOLDERS`).
     """
 
     adapters: dict[str, str]
     layers: tuple[int, ...]
     max_adapters: int
     max_features: int | None
+    folders: tuple[Path, ...] = ()
 
     @property
     def is_active(self) -> bool:
@@ -60,7 +62,22 @@ class Settings:
             tuple(sorted({int(layer) for layer in layers})),
             max(8, len(adapters)) if max_adapters is None else max_adapters,
             _count(environment, "YAPO_MAX_FEATURES"),
+            tuple(Path(folder).expanduser().resolve() for folder in _listed(environment, "YAPO_FOLDERS")),
         )
+
+    def allowed(self, path: str) -> str:
+        """Returns the folder that a caller of the routes names, without links.
+
+        Raises:
+            ConfigError: It is in none of `folders`.
+        """
+        found = Path(path).expanduser().resolve()
+        if not any(found.is_relative_to(folder) for folder in self.folders):
+            raise ConfigError(
+                f"path={path[:200]!r} is in none of the folders that this server loads adapters from: start it with "
+                "YAPO_FOLDERS, a comma-separated list of them."
+            )
+        return str(found)
 
 
 def require_name(name: object) -> str:

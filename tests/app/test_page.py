@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import YaPOConfig
-from yapo_peft.app import Dials, Playground, build_page
+from yapo_peft.app import Dials, Playground, build_page, serve_page
 from yapo_peft.tuner.adapters import steered_layers
 
 pytestmark = [
@@ -36,8 +36,7 @@ def playground(tokenizer, tmp_path):
 @pytest.fixture
 def address(playground):
     page = build_page(playground)
-    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
-    yield address
+    yield serve_page(page)
     page.close()
 
 

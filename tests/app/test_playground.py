@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import AdapterFileError, ConfigError, SAEError, YaPOConfig, steering
-from yapo_peft.app import Dials, Playground
+from yapo_peft.app import Dials, Playground, serve_page
 from yapo_peft.scoring.pairs import prompt_ids
 from yapo_peft.tuner.adapters import steered_layers
 
@@ -180,6 +180,23 @@ def test_saved_adapter_loads_with_its_dials_applied(playground, model, tokenizer
             playground.save("one", dials, bad)
 
 
+def test_what_a_user_can_ask_for_is_bounded(playground, tokenizer):
+    dials = Dials({"one": 1.0})
+    for options, message in (
+        ({"max_new_tokens": 401}, "max_new_tokens=401: must be at most 400"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"seed": 2**64}, f"seed={2**64}: must be between"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            list(playground.answers("w1", dials, **options))
+    with pytest.raises(ConfigError, match="multiplier=inf"):
+        list(playground.answers("w1", Dials({"one": float("inf")})))
+    full = Playground(playground.model, tokenizer, playground.folder, max_adapters=2)
+    with pytest.raises(ConfigError, match="2 adapters are loaded, the most"):
+        full.load(str(playground.save("one", dials, "another")))
+
+
 def test_load_accepts_only_safetensors_of_this_method_and_model(playground, model, tmp_path):
     target = playground.save("one", Dials(), "mine")
     file = target / "adapter_model.safetensors"
@@ -207,3 +224,24 @@ def test_load_accepts_only_safetensors_of_this_method_and_model(playground, mode
     with pytest.raises(SAEError):
         playground.load(str(other))
     assert playground.adapters == ["one", "two"]
+
+
+def test_requests_by_another_host_name_are_refused():
+    pytest.importorskip("gradio")  # which brings starlette
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    class Page:
+        def launch(self, **options):
+            self.options = options
+            return None, "http://127.0.0.1:7860/", None
+
+    page = Page()
+    assert serve_page(page) == "http://127.0.0.1:7860/"
+    assert (page.options["server_name"], page.options["share"]) == ("127.0.0.1", False)
+    app = Starlette(routes=[Route("/", lambda request: Response())], **page.options["app_kwargs"])
+    hosts = {"attacker.example": 400, "127.0.0.1.attacker.example": 400, "localhost:7860": 200, "127.0.0.1:7860": 200}
+    with TestClient(app) as client:
+        assert {host: client.get("/", headers={"Host": host}).status_code for host in hosts} == hosts

@@ -319,6 +319,17 @@ def test_data_reject_saves_pairs(run, saved_adapter, pairs, tmp_path):
         (("explain", "out/demo/adapter"), "There is no folder 'out/demo/adapter'"),
         (("generate", "{broken}", "w1"), "adapter_config.json cannot be read"),
         (("generate", "{adapter}", "w1", "--repetition-penalty", "0"), "--repetition-penalty 0: must be above 0"),
+        (("generate", "{adapter}", "w1", "--repetition-penalty", "nan"), "--repetition-penalty nan: must be above 0"),
+        (("generate", "{adapter}", "w1", "--temperature", "1e-320"), "must be 0 for greedy answers, or between"),
+        (("generate", "{adapter}", "w1", "--seed", str(2**64)), "4294967295"),
+        (("generate", "{adapter}", "w1", "--dtype", "float8_e4m3fn"), "dtype='float8_e4m3fn': must be 'auto'"),
+        (("generate", "{adapter}", "w1", "--max-new-tokens", "999"), "the model takes at most 256"),
+        (("sweep", "{adapter}", "--dataset", "{empty}"), "has no rows"),
+        (
+            ("combine", "{adapter}", "nowhere", "--weights", "1,1", "--out", "new"),
+            "No adapter can be read from",
+        ),
+        (("train", "--config", "{empty}"), "YAML config cannot be read"),
         (("generate", "{adapter}", "--file", "{latin}"), "is not UTF-8 text (byte 1)"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "pass a plain text file"),
         (
@@ -341,7 +352,7 @@ def test_data_reject_saves_pairs(run, saved_adapter, pairs, tmp_path):
 )
 def test_invalid_arguments_exit_with_status_2(run, saved_adapter, pairs_file, tmp_path, arguments, message):
     places = {"adapter": saved_adapter, "base": tmp_path / "base", "pairs": pairs_file, "parent": tmp_path}
-    for name, content in (("latin", b"w\xe4"), ("damaged", b'{"prompt": "w1"\n{')):
+    for name, content in (("latin", b"w\xe4"), ("damaged", b'{"prompt": "w1"\n{'), ("empty", b"")):
         places[name] = tmp_path / f"{name}.{'txt' if name == 'latin' else 'jsonl'}"
         places[name].write_bytes(content)
     places["broken"] = tmp_path / "z-broken"

@@ -139,6 +139,19 @@ def test_settings_are_read_from_the_environment():
     assert Settings.of({"YAPO_ADAPTERS": ",".join(f"a{i}=x" for i in range(9))}).max_adapters == 9
 
 
+def test_routes_load_from_the_named_folders_only(tmp_path):
+    (tmp_path / "a" / "inner").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b")
+    settings = Settings.of({"YAPO_FOLDERS": f"{tmp_path / 'a'}, /models"})
+    assert settings.allowed(str(tmp_path / "a" / "inner")) == str(tmp_path / "a" / "inner")
+    for path in (tmp_path / "b", tmp_path / "a" / ".." / "b", tmp_path / "a" / "link", tmp_path / "ab", "me/brief"):
+        with pytest.raises(ConfigError, match="in none of the folders"):
+            settings.allowed(str(path))
+    with pytest.raises(ConfigError, match="start it with YAPO_FOLDERS"):
+        Settings.of({}).allowed(str(tmp_path))
+
+
 def test_plugin_imports_nothing_heavy():
     code = "import sys, yapo_vllm.plugin; print(*sorted({'torch', 'peft', 'yapo_peft', 'vllm'} & {*sys.modules}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -64,6 +64,7 @@ def server(tmp_path_factory, tokenizer):
         "YAPO_ADAPTERS": ",".join(f"{name}={source}" for name, source in made.sources.items()),
         "YAPO_MAX_ADAPTERS": str(len(ADAPTERS) + 2),
         "VLLM_PLUGINS": "yapo",
+        "YAPO_FOLDERS": f"{folder.parent},/no/such",
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made.folder)]
     options = {
@@ -191,7 +192,9 @@ def test_routes_load_list_and_unload(server):
     assert post(server, "unload_yapo_adapter", name="more").json() == {"unloaded": "more"}
     assert post(server, "unload_yapo_adapter", name="more").status_code == 404
     for body, status, message in [
-        ({"name": "more", "path": "no/such"}, 400, "No adapter can be read from 'no/such'"),
+        ({"name": "more", "path": "/no/such/adapter"}, 400, "No adapter can be read from '/no/such/adapter'"),
+        ({"name": "more", "path": "me/brief-gemma"}, 400, "in none of the folders"),
+        ({"name": "more", "path": "/etc"}, 400, "in none of the folders"),
         ({"name": "a=b", "path": server.sources["both"]}, 400, "must be printable"),
         ({"name": "more"}, 400, "path"),
     ]:

@@ -1,6 +1,6 @@
 """A local playground: adjust adapters and single features, and read the model's answers."""
 
-from .page import build_page
+from .page import build_page, serve_page
 from .playground import Dials, Playground
 
-__all__ = ["Dials", "Playground", "build_page"]
+__all__ = ["Dials", "Playground", "build_page", "serve_page"]

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 # Gradio sends usage statistics otherwise.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+# Answers that wait for the model at a time, and requests that wait for them.
+_WAITING, _QUEUED = 4, 32
+
 _HEAD = ["adapter", "layer", "feature", "value", "factor", "promotes", "label"]
 _TYPES: list[Any] = ["str", "number", "number", "number", "number", "str", "str"]
 _STATIC = [column for column, name in enumerate(_HEAD) if name != "factor"]
 
 
 def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
-    """Builds the page; `.launch(server_name="127.0.0.1")` serves it on this machine only.
+    """Builds the page; `serve_page` serves it on this machine only.
 
     Settings are per user: each request carries the dials that steer its answer.
 
@@ -118,9 +121,10 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
 
         prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
-            length = gr.Slider(1, 400, value=80, step=1, label="Maximum new tokens")
+            longest = playground.max_new_tokens
+            length = gr.Slider(1, longest, value=min(80, longest), step=1, label="Maximum new tokens")
             temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0 is greedy)")
-            seed = gr.Number(0, precision=0, label="Seed")
+            seed = gr.Number(0, precision=0, minimum=0, label="Seed")
         with gr.Row():
             asking = gr.Button("Generate", variant="primary", elem_id="answer")
             stopping = gr.Button("Stop", elem_id="stop")
@@ -148,11 +152,38 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         )
         gr.on([page.load, chosen.change], table, chosen, [features, feature])
         inputs = [prompt, chosen, multipliers, features, length, temperature, seed]
-        running = asking.click(answer, inputs, [unsteered, steered], concurrency_limit=None)
+        # The model answers one at a time; those that wait hold a thread each.
+        running = asking.click(answer, inputs, [unsteered, steered], concurrency_limit=_WAITING)
         stopping.click(None, cancels=[running])
         marking.click(highlight, [steered, feature], marked)
         saving.click(save, [which, name, chosen, multipliers, features], where)
+    page.queue(max_size=_QUEUED)
     return page
+
+
+def serve_page(page: Blocks, port: int | None = None) -> str:
+    """Serves a page on this machine only, in the background, and returns its address.
+
+    Requests by another host's name are refused: a page on the Internet could give its own name this machine's address,
+    and speak for the user of the browser (DNS rebinding).
+
+    Args:
+        page: The page.
+        port: The port to listen on; None for a free one.
+    """
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    _, address, _ = page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": [hosts]},
+    )
+    return address
 
 
 def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:

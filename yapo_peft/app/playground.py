@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from .._utils import evaluating
+from .._utils import at_least, evaluating, finite
 from ..adapter_file.reading import SavedAdapter
 from ..adapter_file.saving import save_adapter
 from ..errors import ConfigError
@@ -55,10 +55,21 @@ class Playground:
         model: A `PeftModel` with YaPO adapters.
         tokenizer: The model's tokenizer.
         folder: Folder to save changed adapters in.
+        max_adapters: The most adapters that are loaded at a time.
+        max_new_tokens: The longest answer.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path = "out/app") -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: str | Path = "out/app",
+        max_adapters: int = 16,
+        max_new_tokens: int = 400,
+    ) -> None:
+        at_least(1, max_adapters=max_adapters, max_new_tokens=max_new_tokens)
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
+        self.max_adapters, self.max_new_tokens = max_adapters, max_new_tokens
         self._lock = threading.Lock()
         self._tables: dict[str, pd.DataFrame] = {}
 
@@ -75,11 +86,14 @@ class Playground:
 
         Raises:
             AdapterFileError: There is no YaPO adapter in a safetensors file, or it is damaged.
+            ConfigError: `max_adapters` are loaded.
             SAEMismatchError: It was made for another model.
         """
         source = source.strip()
         if not source:
             raise ConfigError("Enter the folder or the Hub repository of an adapter.")
+        if len(self.adapters) >= self.max_adapters:
+            raise ConfigError(f"{len(self.adapters)} adapters are loaded, the most that this playground takes.")
         SavedAdapter(source)  # raises before anything changes
         name = _free_name(re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter", self.adapters)
         with self._lock:
@@ -108,11 +122,18 @@ class Playground:
         Closing the generator stops the generation.
 
         Raises:
-            ConfigError: The prompt is empty or too long, or there is no such adapter.
+            ConfigError: The prompt is empty or too long, there is no such adapter, or a setting is out of range.
         """
+        at_least(1, max_new_tokens=max_new_tokens)
+        if max_new_tokens > self.max_new_tokens:
+            raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at most {self.max_new_tokens}.")
+        finite(temperature=temperature)
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"seed={seed}: must be between 0 and {2**32 - 1}.")
         ids = self._ids(prompt, max_new_tokens)
-        for name in dials.multipliers:
+        for name, multiplier in dials.multipliers.items():
             adapter_of(self.model, name)
+            finite(multiplier=multiplier)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         options = {"max_new_tokens": max_new_tokens, **sampling}
         steps: queue.Queue[Tensor | BaseException | None] = queue.Queue()

@@ -108,8 +108,8 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
         options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
     try:
         return cast(Dataset, load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options))
-    except (ValueError, DatasetGenerationError) as error:
-        if "corresponds to no data" in str(error):
+    except (ValueError, DatasetGenerationError, StopIteration) as error:
+        if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
             raise DatasetError(f"{str(path)!r} has no rows.") from error
         raise DatasetError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from yaml import YAMLError
 
-from yapo_peft import ConfigError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig
 from yapo_peft.trainer.config import PUBLISHED
 
 
@@ -71,7 +72,10 @@ def parse(arguments: list[str] | None = None, prog: str | None = None, **options
     """
     arguments, parser = sys.argv[1:] if arguments is None else arguments, make_parser(prog)
     # TRL takes the path of the config out of the list that it is given.
-    found = parser.parse_args_and_config(list(arguments), **options)
+    try:
+        found = parser.parse_args_and_config(list(arguments), **options)
+    except (ValueError, YAMLError) as error:
+        raise ConfigError(f"The arguments or their YAML config cannot be read: {error}") from error
     if next(part.published for part in found if isinstance(part, SteeringArguments)):
         parser.set_defaults(**PUBLISHED)
         found = parser.parse_args_and_config(list(arguments), **options)
@@ -159,5 +163,13 @@ def _require_no_lora(model_args: ModelConfig) -> None:
             raise ConfigError(f"{option.name}={value!r} belongs to LoRA.")
 
 
+def run() -> None:
+    """Trains with the command line of this process; errors that are the user's to mend end it without a traceback."""
+    try:
+        main(*parse(fail_with_unknown_args=False))
+    except (YaPOError, OSError) as error:
+        raise SystemExit(f"yapo train: {error}") from error
+
+
 if __name__ == "__main__":
-    main(*parse(fail_with_unknown_args=False))
+    run()
