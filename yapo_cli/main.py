@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 on success, 1 on failure, 2 on an invalid option or input.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character shows its code, rather than ending the work.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with only_json("--json" in argv):
             app(args=argv, prog_name="yapo")

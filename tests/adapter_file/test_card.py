@@ -1,3 +1,4 @@
+import ast
 import re
 
 import pytest
@@ -173,3 +174,21 @@ def test_a_class_name_that_is_none_stays_out_of_the_snippet(tmp_path):
     )
     config.save_pretrained(str(tmp_path))
     assert "import os" not in (tmp_path / "README.md").read_text()
+
+
+def test_what_a_config_says_stays_text(tmp_path):
+    config = YaPOConfig(layers=2, sae=make_sae())
+    get_peft_model(make_model(), config)
+    evil = 'x")\nimport os\n```\n<b> | [click](http://evil)'
+    config.base_model_name_or_path = evil
+    config.sae_identity[0] |= {"release": evil, "sae_id": "`", "architecture": "a | b"}
+    config.save_pretrained(str(tmp_path))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    snippet = re.search(r"```python\n(.*?)```", card.content, re.DOTALL)[1]
+    nodes = list(ast.walk(ast.parse(snippet)))
+    assert evil in [node.value for node in nodes if isinstance(node, ast.Constant)]
+    assert {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} == {"yapo_peft"}
+    (row,) = [line for line in card.content.splitlines() if line.startswith("| 2 |")]
+    assert row.count(" | ") == 4
+    assert not any("import os" in line for line in card.content.splitlines() if "`" not in line and '"' not in line)

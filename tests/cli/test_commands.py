@@ -1,7 +1,9 @@
 """Each command on a saved adapter gives the same results as the library."""
 
+import io
 import json
 import shutil
+import sys
 
 import pandas as pd
 import pytest
@@ -363,6 +365,15 @@ def test_invalid_arguments_exit_with_status_2(run, saved_adapter, pairs_file, tm
     # The box that typer draws wraps lines between words and within paths.
     plain = "".join(stderr.replace("│", " ").split())
     assert "".join(message.format(**places).split()) in plain
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_code(monkeypatch):
+    """An answer that is streamed would end with an error."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["--version"]) == 0
+    print("\u4e2d", flush=True)
+    assert terminal.buffer.getvalue().endswith(b"\\u4e2d\n")
 
 
 def test_existing_adapter_is_not_overwritten(run, saved_adapter):

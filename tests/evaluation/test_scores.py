@@ -191,6 +191,14 @@ def test_cultural_intervals_match_resampling_of_questions():
         assert [table[f"{name}_low"][0], table[f"{name}_high"][0]] == pytest.approx(expected, abs=0.015)
 
 
+def test_dollars_in_titles_and_names_are_no_mathematics(tmp_path):
+    table = [
+        {"multiplier": m, "example": 0, "margin": 1.0, "method": name} for m in (0.0, 1.0) for name in ("$a_{$", "b")
+    ]
+    scores = Scores(pd.DataFrame(table), ["margin"])
+    assert plot_dose_response(scores, tmp_path / "doses.svg", "$5_{ to $6").is_file()
+
+
 def test_plots_are_saved(tmp_path):
     both = Scores.concat([scores({m: NOISE + m for m in (-1.0, 0.0, 1.0)}, method=name) for name in ("a", "b")])
     damage = Scores.concat([scores({m: [abs(m)] for m in (-1.0, 0.0, 1.0)}, "kl", method=name) for name in ("a", "b")])

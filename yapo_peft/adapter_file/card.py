@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader
 from torch import nn
 
@@ -27,6 +30,9 @@ _FEATURES = 10
 # What PEFT's own template leaves in the card of a folder that had none.
 _UNFILLED = "[More Information Needed]"
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
+# What a config says becomes one literal of the snippet, or one cell of a table.
+_TEMPLATES.filters["literal"] = lambda text: json.dumps(text, ensure_ascii=False).replace("`", r"\u0060")
+_TEMPLATES.filters["cell"] = lambda text: _cell(str(text))
 
 
 def model_card(
@@ -127,7 +133,7 @@ def _render(
     tags: list[str] | None = None,
     **given: Any,
 ) -> ModelCard:
-    is_repository = base_model is not None and not Path(base_model).exists()
+    is_repository = base_model is not None and not Path(base_model).exists() and _is_repository(base_model)
     data = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
@@ -144,7 +150,7 @@ def _render(
     base = "a causal language model"
     if base_model is not None:
         link = f"[{base_model}](https://huggingface.co/{base_model})"
-        base = link if is_repository else f"`{Path(base_model).name}`"
+        base = link if is_repository else _code(Path(base_model).name)
     layers = config.layer_indices() if config.space == "sae" else []
     saes = [(layer, _source(config, place), config.recorded_sae(place)) for place, layer in enumerate(layers)]
     libraries = [name for name in _LIBRARIES if name != "sae-lens" or config.space == "sae"]
@@ -160,8 +166,17 @@ def _render(
 def _source(config: YaPOConfig, position: int) -> str:
     identity, path = config.recorded_sae(position), config.sae_source(position)["path"]
     if identity.get("release"):
-        return f"`{identity['release']}`, `{identity['sae_id']}`"
-    return f"a local folder, `{Path(path).name}`" if path else "an object that was handed in"
+        return f"{_code(identity['release'])}, {_code(str(identity['sae_id']))}"
+    return f"a local folder, {_code(Path(path).name)}" if path else "an object that was handed in"
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _rows(table: Any) -> list[dict[str, str]]:

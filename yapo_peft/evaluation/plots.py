@@ -74,7 +74,7 @@ def dose_response_figure(
         if metric == "margin":
             axes.axhline(0, color="0.8", zorder=0)
     figure.suptitle(f"{title} ({max(summary['examples'])} examples)")
-    return _legend(figure)
+    return finished(figure)
 
 
 def plot_matched_damage(
@@ -97,7 +97,7 @@ def plot_matched_damage(
     figure = _figure(1)
     _draw(figure.axes[0], table.dropna(subset=[metric]), labels, damage_metric, metric)
     figure.suptitle(title)
-    return _save(_legend(figure), path)
+    return _save(finished(figure), path)
 
 
 def plot_losses(
@@ -130,7 +130,7 @@ def losses_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: s
         figure.axes[0].plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=name)
     figure.axes[0].set(xlabel="step", ylabel=_AXES.get(metric, metric))
     figure.suptitle(title)
-    return _legend(figure)
+    return finished(figure)
 
 
 def require_plot_path(path: str | Path) -> None:
@@ -193,10 +193,14 @@ def _lines(table: pd.DataFrame, labels: Sequence[str]) -> list[tuple[str | None,
     ]
 
 
-def _legend(figure: Figure) -> Figure:
-    """Adds a legend if the lines have names."""
+def finished(figure: Figure) -> Figure:
+    """Adds a legend if the lines have names, and shows dollars in names and titles as they are."""
+    from matplotlib.text import Text
+
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.axes[-1].legend(frameon=False, fontsize="small")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     return figure
 
 
