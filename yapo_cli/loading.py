@@ -25,15 +25,20 @@ from yapo_peft.tuner.adapters import adapter_of
 def load_tokenizer(name: str, base: str | None = None) -> Any:
     """Loads the tokenizer of a model, or of an adapter's model, at `base` if given. Raises `OSError` if it has none."""
     config = _adapter_config(name)
-    if config is not None:
-        try:
-            # A trainer saves it with the adapter, including the chat template.
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError):
-            pass
+    own = None if config is None else _own_tokenizer(name)
+    if own is not None:
+        return own
     source, _ = _base_of(name, config, base)
     with _naming_the_option(name, config, base):
         return AutoTokenizer.from_pretrained(source)
+
+
+def _own_tokenizer(adapter: str) -> Any:
+    """The tokenizer that a trainer saved with an adapter, with its chat template; None if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError):
+        return None
 
 
 def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Any:
@@ -59,9 +64,9 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Any:
     with _naming_the_option(name, config, base):
         model: Any = _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
     if config is not None:
-        missing = len(load_tokenizer(name, base)) - model.get_input_embeddings().weight.shape[0]
-        if missing > 0:  # as PEFT's auto classes do
-            model.resize_token_embeddings(len(load_tokenizer(name, base)))
+        tokens = len(_own_tokenizer(name) or ())
+        if tokens > model.get_input_embeddings().weight.shape[0]:  # as PEFT's auto classes do
+            model.resize_token_embeddings(tokens)
         model = PeftModel.from_pretrained(model, name)
     # Each process of `accelerate launch` has its own device.
     device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()

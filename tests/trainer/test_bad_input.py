@@ -189,22 +189,6 @@ def test_trainable_adapter_of_another_method_is_rejected(build):
     build(steered)
 
 
-@pytest.mark.parametrize(("unit", "rate", "least"), [("activation", 5e-5, 0.001), ("raw", 1e-6, 0.0001)])
-def test_a_learning_rate_that_moves_nothing_is_warned_about(build, unit, rate, least):
-    with pytest.warns(UserWarning, match=rf"learning_rate={rate} moves .* give at least {least}") as found:
-        build(learning_rate=rate, learning_rate_unit=unit)
-    (warned,) = (warning for warning in found if "learning_rate=" in str(warning.message))
-    assert warned.filename.endswith("conftest.py")
-    build(learning_rate=least, learning_rate_unit=unit)
-
-
-def test_a_tokenizer_without_an_end_is_named(build, tokenizer):
-    tokenizer.eos_token = None
-    rows = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}] * 4)
-    with pytest.raises(ConfigError, match=r"no eos_token, which ends each answer: set tokenizer\.eos_token"):
-        build(train_dataset=rows)
-
-
 CHECKPOINTS = {
     "another SAE": ({"sae": make_sae(seed=77)}, None, SAEMismatchError, "a code is only valid for the SAE"),
     "other tokens": ({"positions": "last"}, None, ConfigError, "was trained with positions='all'"),

@@ -9,7 +9,7 @@ from typing import Any, cast
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
-from ..errors import ConfigError, DatasetError
+from ..errors import DatasetError
 from ..scoring.checks import require_length
 from ..scoring.packing import TOKENIZED
 from ..scoring.pairs import require_answer
@@ -98,14 +98,6 @@ def prepared_pairs(dataset: Any, name: str, args: DPOConfig, tokenize: Callable[
             stacklevel=2,
         )
     return _with_lengths(tokenized, args)
-
-
-def require_end(dataset: Any, tokenizer: Any) -> None:
-    """Raises `ConfigError` if answers are texts, which TRL ends with the EOS token, and the tokenizer has none."""
-    first = next(iter(dataset), None)
-    is_text = isinstance(first, dict) and isinstance(first.get("chosen"), str)
-    if is_text and getattr(tokenizer, "eos_token", "") is None:
-        raise ConfigError("The tokenizer has no eos_token, which ends each answer: set tokenizer.eos_token.")
 
 
 def require_context(dataset: Any, name: str, args: DPOConfig, base: Any) -> None:
