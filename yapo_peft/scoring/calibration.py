@@ -206,4 +206,5 @@ def _mean_divergence(text: NeutralText, multiplier: float, progress: Any = None)
         parts.append(text.divergence(text.model, rows, torch.full((len(rows),), float(multiplier))))
         if progress is not None:
             progress.update(len(rows))
-    return float(torch.cat(parts).mean())
+    # Rounding can bring that of equal predictions below zero.
+    return float(torch.cat(parts).mean().clamp(min=0))
