@@ -1,9 +1,7 @@
 """Each command on a saved adapter gives the same results as the library."""
 
-import io
 import json
 import shutil
-import sys
 
 import pandas as pd
 import pytest
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 from tiny import D_MODEL, inference_sae, make_sae, make_wrapper
 from transformers import AutoTokenizer
 
-from yapo_cli import main
 from yapo_peft import Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
 from yapo_peft.interpret import explain
@@ -31,25 +28,6 @@ def codes(model_or_folder, adapter_name="default"):
     if not isinstance(model, torch.nn.Module):
         model = AutoPeftModelForCausalLM.from_pretrained(model)
     return [layer.code(adapter_name).detach() for layer in steered_layers(model)]
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command and returns its exit status, standard output and standard error."""
-
-    def run_command(*arguments):
-        capsys.readouterr()  # discard earlier output
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_command
-
-
-@pytest.fixture
-def pairs_file(pairs, tmp_path):
-    pairs.to_json(tmp_path / "pairs.jsonl")
-    return tmp_path / "pairs.jsonl"
 
 
 def as_messages(text):
@@ -107,21 +85,6 @@ def test_commands_load_a_vision_wrapper(run, tokenizer, pairs_file, tmp_path):
     assert run("generate", tmp_path / "adapter", "w1", *SHORT)[0] == 0
     fitted = ("fit", "caa", "--model", tmp_path / "base", "--layers", 2, "--dataset", pairs_file)
     assert run(*fitted, "--out", tmp_path / "caa")[0] == 0
-
-
-def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_path):
-    file = saved_adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
-    status, _, said = run("generate", saved_adapter, "w1")
-    assert status == 2
-    assert "truncated or not a safetensors file" in said
-    for place, text in enumerate(("{", "[]", "1", '{"peft_type": "NO"}')):
-        folder = tmp_path / f"damaged-{place}"
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(text)
-        status, _, said = run("generate", folder, "w1")
-        assert status == 2
-        assert "adapter_config.json cannot be read" in said
 
 
 def test_json_output_is_not_mixed_with_library_output(run, saved_adapter, monkeypatch):
@@ -296,87 +259,3 @@ def test_data_reject_saves_pairs(run, saved_adapter, pairs, tmp_path):
     saved = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert f"Saved {len(saved)} pairs to" in printed
     assert set(saved.column_names) >= {"prompt", "chosen", "rejected"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("generate", "{adapter}"), "pass prompts or --file"),
-        (("generate", "{adapter}", "w1", "--chat"), "pass prompts or --file"),
-        (("generate", "{adapter}", "w1", "--multipliers", "1,two"), "'1,two': must be comma-separated numbers"),
-        (("generate", "{adapter}", "w1", "--multipliers", "nan"), "must be finite numbers"),
-        (("generate", "{base}", "w1"), "is not a YaPO adapter"),
-        (("generate", "{adapter}", "--chat", "--json"), "omit --json and --plain"),
-        (("sweep", "{adapter}", "--dataset", "nowhere.csv"), "The file 'nowhere.csv' does not exist"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses"), "the extension must be one of"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--chosen", "best"), "no column 'best'"),
-        (("prune", "{adapter}", "--features", "5", "--out", "{adapter}"), "is not empty"),
-        (("combine", "{adapter}", "{adapter}", "--weights", "1", "--out", "new"), "1 numbers for 2 adapters"),
-        (("fit", "caa", "--model", "{base}", "--layers", "two", "--dataset", "{pairs}", "--out", "x"), "whole numbers"),
-        (("fit", "sas", "--model", "{base}", "--layers", "2", "--dataset", "{pairs}", "--out", "x"), "sae"),
-        (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': must be 'auto'"),
-        (("explain", "{adapter}", "--dtype", "int8"), "dtype='int8': must be 'auto'"),
-        (("explain", "{parent}"), "{adapter} has an adapter"),
-        (("explain", "/nowhere"), "There is no folder '/nowhere'"),
-        (("explain", "out/demo/adapter"), "There is no folder 'out/demo/adapter'"),
-        (("generate", "{broken}", "w1"), "adapter_config.json cannot be read"),
-        (("generate", "{adapter}", "w1", "--repetition-penalty", "0"), "--repetition-penalty 0: must be above 0"),
-        (("generate", "{adapter}", "w1", "--repetition-penalty", "nan"), "--repetition-penalty nan: must be above 0"),
-        (("generate", "{adapter}", "w1", "--temperature", "1e-320"), "must be 0 for greedy answers, or between"),
-        (("generate", "{adapter}", "w1", "--seed", str(2**64)), "4294967295"),
-        (("generate", "{adapter}", "w1", "--dtype", "float8_e4m3fn"), "dtype='float8_e4m3fn': must be 'auto'"),
-        (("generate", "{adapter}", "w1", "--max-new-tokens", "999"), "the model takes at most 256"),
-        (("sweep", "{adapter}", "--dataset", "{empty}"), "has no rows"),
-        (
-            ("combine", "{adapter}", "nowhere", "--weights", "1,1", "--out", "new"),
-            "No adapter can be read from",
-        ),
-        (("train", "--config", "{empty}"), "YAML config cannot be read"),
-        (("generate", "{adapter}", "--file", "{latin}"), "is not UTF-8 text (byte 1)"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "pass a plain text file"),
-        (
-            ("sweep", "{adapter}", "--dataset", "{latin}", "--measure", "damage", "--chosen", "x"),
-            "are columns of pairs",
-        ),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses.xyz"), "the extension must be one of"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--out", "{parent}"), "is a folder: pass a file"),
-        (("sweep", "{adapter}", "--dataset", "{damaged}"), "cannot be read as jsonl"),
-        (
-            ("combine", "{adapter}", "{adapter}", "--weights", "1,-1", "--out", "new"),
-            "All entries of the adapter are zero",
-        ),
-        (("push", "{adapter}", "a/b/c"), "'a/b/c' is not a valid repository name"),
-        (("sae", "inspect", "{parent}", "x"), "leave out the id"),
-        (("push", "{base}", "me/mine"), "No adapter found in"),
-        (("train", "--output_dir", "x", "--bf16", "False"), "There is no layer to steer"),
-        (("swep",), "No such command 'swep'"),
-    ],
-)
-def test_invalid_arguments_exit_with_status_2(run, saved_adapter, pairs_file, tmp_path, arguments, message):
-    places = {"adapter": saved_adapter, "base": tmp_path / "base", "pairs": pairs_file, "parent": tmp_path}
-    for name, content in (("latin", b"w\xe4"), ("damaged", b'{"prompt": "w1"\n{'), ("empty", b"")):
-        places[name] = tmp_path / f"{name}.{'txt' if name == 'latin' else 'jsonl'}"
-        places[name].write_bytes(content)
-    places["broken"] = tmp_path / "z-broken"
-    places["broken"].mkdir()
-    (places["broken"] / "adapter_config.json").write_text("{")
-    status, _, stderr = run(*(argument.format(**places) for argument in arguments))
-    assert status == 2
-    # The box that typer draws wraps lines between words and within paths.
-    plain = "".join(stderr.replace("│", " ").split())
-    assert "".join(message.format(**places).split()) in plain
-
-
-def test_a_terminal_that_lacks_a_character_shows_its_code(monkeypatch):
-    """An answer that is streamed would end with an error."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    assert main(["--version"]) == 0
-    print("\u4e2d", flush=True)
-    assert terminal.buffer.getvalue().endswith(b"\\u4e2d\n")
-
-
-def test_existing_adapter_is_not_overwritten(run, saved_adapter):
-    before = (saved_adapter / "adapter_model.safetensors").read_bytes()
-    assert run("prune", saved_adapter, "--features", 5, "--out", saved_adapter)[0] == 2
-    assert (saved_adapter / "adapter_model.safetensors").read_bytes() == before
