@@ -42,7 +42,7 @@ def generate(
     if chat and (as_json or plain):
         raise typer.BadParameter("--chat streams answers with the chat template: omit --json and --plain.")
     from yapo_peft import ConfigError
-    from yapo_peft.scoring.checks import require_length
+    from yapo_peft.scoring.checks import require_room
     from yapo_peft.scoring.pairs import prompt_ids
     from yapo_peft.tuner.blocks import base_of
 
@@ -65,9 +65,7 @@ def generate(
         return converse(model, tokenizer, multipliers, start, seed, generation)
     asked = {text: text if is_plain else [*start, {"role": "user", "content": text}] for text in said}
     rows = [(text, multiplier, prompt_ids(asked[text], tokenizer)) for text in said for multiplier in multipliers]
-    longest = max(len(ids) for _, _, ids in rows)
-    what = f"A prompt of {longest} tokens with max_new_tokens={max_new_tokens}"
-    require_length(base_of(model), longest + max_new_tokens, what)
+    require_room(base_of(model), max(len(ids) for _, _, ids in rows), max_new_tokens)
     found: list[dict[str, Any]] = []
     for place in range(0, len(rows), batch_size):
         found += _answered(model, tokenizer, rows[place : place + batch_size], seed + place, generation)

@@ -33,6 +33,7 @@ def load_tokenizer(name: str, base: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(source)
 
 
+@cache
 def _own_tokenizer(adapter: str) -> Any:
     """The tokenizer that a trainer saved with an adapter, with its chat template; None if there is none."""
     try:

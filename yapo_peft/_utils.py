@@ -80,8 +80,7 @@ def replacing(file: Path) -> Generator[Path]:
 
     The content is on the disk before it gets the file's name, so that a crash of the machine leaves the old or the new.
     """
-    remove_leftovers(file.parent, f"{glob.escape(file.name)}.*.partial")
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = partial_of(file)
     try:
         yield partial
         with partial.open("rb+") as written:
@@ -89,6 +88,12 @@ def replacing(file: Path) -> Generator[Path]:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """A temporary path beside a file or a folder that is to be written; removes what killed processes left there."""
+    remove_leftovers(path.parent, f"{glob.escape(path.name)}.*.partial")
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def remove_leftovers(folder: Path, pattern: str = "*.partial") -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from .._utils import remove_leftovers
+from .._utils import partial_of
 from ..errors import ConfigError
 
 
@@ -31,8 +29,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
         raise ConfigError(f"{str(folder)!r} already exists: choose another name.")
     if adapter_name not in model.peft_config:
         raise ConfigError(f"adapter_name={adapter_name!r}: the model has {', '.join(map(repr, model.peft_config))}.")
-    remove_leftovers(folder.parent, f"{glob.escape(folder.name)}.*.partial")
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = partial_of(folder)
     try:
         model.save_pretrained(str(partial), selected_adapters=[adapter_name])
         # PEFT saves adapters in a subfolder, except for "default".

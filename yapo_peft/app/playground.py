@@ -24,7 +24,7 @@ from ..adapter_file.saving import save_adapter
 from ..errors import ConfigError
 from ..interpret import explain
 from ..interpret.texts import device_and_dtype, padded, unsteered_outputs
-from ..scoring.checks import require_length
+from ..scoring.checks import require_room
 from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
@@ -122,7 +122,7 @@ class Playground:
         Closing the generator stops the generation.
 
         Raises:
-            ConfigError: The prompt is empty or too long, there is no such adapter, or a setting is out of range.
+            ConfigError: The prompt is empty or too long, the adapter does not exist, or a setting is out of range.
         """
         at_least(1, max_new_tokens=max_new_tokens)
         if max_new_tokens > self.max_new_tokens:
@@ -206,8 +206,7 @@ class Playground:
             raise ConfigError("The prompt is empty: enter one.")
         chat = getattr(self.tokenizer, "chat_template", None)
         ids = prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)
-        what = f"The prompt of {len(ids)} tokens with max_new_tokens={max_new_tokens}"
-        require_length(base_of(self.model), len(ids) + max_new_tokens, what)
+        require_room(base_of(self.model), len(ids), max_new_tokens)
         return ids
 
     @torch.no_grad()

@@ -64,6 +64,12 @@ def require_length(base: Any, tokens: int, what: str) -> None:
         raise ConfigError(f"{what} has {tokens} tokens, but the model takes at most {longest}: shorten it.")
 
 
+def require_room(base: Any, tokens: int, max_new_tokens: int) -> None:
+    """Raises `ConfigError` if a prompt of that many tokens and its answer do not fit the model's context."""
+    what = f"The prompt of {tokens} tokens with max_new_tokens={max_new_tokens}"
+    require_length(base, tokens + max_new_tokens, what)
+
+
 def longest(batches: Iterable[dict[str, Tensor]]) -> int:
     """The length of the longest row of batches, in tokens."""
     return max((batch["input_ids"].shape[1] for batch in batches), default=0)

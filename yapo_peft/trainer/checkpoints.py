@@ -32,7 +32,7 @@ def last_whole_checkpoint(output_dir: str, say: Callable[[str], None]) -> str | 
     """
     found = list(Path(output_dir).glob("checkpoint-[0-9]*"))
     for folder in sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        reason = _damage(folder)
+        reason = _why_incomplete(folder)
         if reason is None:
             return str(folder)
         say(f"Skipping {str(folder)!r}, which a killed process left incomplete: {reason}.")
@@ -53,7 +53,7 @@ def require_resumable(model: nn.Module, folder: Path, has_optimizer: bool) -> No
         AdapterFileError: A file is missing or truncated.
         ConfigError: There is no state of the optimizer, or an adapter has other `positions`.
     """
-    reason = _damage(folder)
+    reason = _why_incomplete(folder)
     if reason is not None:
         raise AdapterFileError(f"The checkpoint {str(folder)!r} is incomplete: {reason}. Resume from an earlier one.")
     missing = [name for name in _OPTIMIZER if has_optimizer and not (folder / name).is_file()]
@@ -75,7 +75,7 @@ def require_resumable(model: nn.Module, folder: Path, has_optimizer: bool) -> No
             )
 
 
-def _damage(folder: Path) -> str | None:
+def _why_incomplete(folder: Path) -> str | None:
     """What is missing or truncated in a checkpoint; None if it is whole."""
     if not (folder / _STATE).is_file():
         return f"it has no {_STATE}"

@@ -196,6 +196,10 @@ class YaPOConfig(PeftConfig):
                 f"sae_identity={identities!r:.300} is not what attaching an adapter fills in, one entry per layer: "
                 "leave it empty, or save or download the adapter again."
             )
+        for identity in identities or []:
+            # An SAE that was handed in has only its hash before the adapter is attached.
+            if "d_sae" in identity:
+                SAEIdentity.from_dict(identity)
 
     def _take(self, saes: list[SAE[Any]]) -> None:
         if self.sae_release or self.sae_id or self.sae_path or self.sae_identity:
@@ -243,12 +247,7 @@ def digest_of(codes: Iterable[Tensor]) -> str:
 
 
 def _is_identity(value: object) -> bool:
-    """Whether a value is the identity of an SAE: of one that was attached, or only its hash."""
-    return (
-        isinstance(value, dict)
-        and is_hash(value.get("content_hash"))
-        and bool("d_sae" not in value or SAEIdentity.from_dict(value))
-    )
+    return isinstance(value, dict) and is_hash(value.get("content_hash"))
 
 
 def _is_damage(value: object) -> bool:
