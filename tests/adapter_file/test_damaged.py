@@ -143,6 +143,18 @@ def as_bytes(text):
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_that_are_not_finite_are_not_saved(tmp_path, kind):
+    save(tmp_path, kind)
+    before = (tmp_path / FILE).read_bytes()
+    model = PeftModel.from_pretrained(make_model(), tmp_path)
+    code = model.get_parameter(code_of(model))
+    code.data[3] = float("inf")
+    with pytest.raises(AdapterFileError, match=r"layers\.2.*NaN or infinite, so it cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
 def test_pickled_files_are_not_loaded(tmp_path):
     file = save(tmp_path, "sparse") / FILE
     torch.save(load_file(file), tmp_path / "adapter_model.bin")

@@ -89,7 +89,7 @@ def break_the_last_process():
     built = trainer("broken")
 
     class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2 and built.accelerator.process_index == WORLD - 1:
                 set_code(built.model, torch.full_like(trained_codes(built)[0], float("nan")))
 

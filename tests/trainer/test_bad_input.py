@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,15 @@ def test_dropped_pairs_are_counted_in_a_warning(build):
     assert len(trainer.train_dataset) == 7
 
 
+def test_pairs_that_are_cut_are_counted_in_a_warning(build):
+    rows = preference_rows(8)
+    rows[5]["chosen"][0]["content"] = " ".join(["w1"] * 40)
+    with pytest.warns(
+        UserWarning, match="1 of 8 pairs of the train dataset are cut to max_length=30, so that the ends"
+    ):
+        build(train_dataset=Dataset.from_list(rows), max_length=30)
+
+
 @pytest.mark.feature("Training", "A loss that is not finite stops training before it spoils the codes")
 def test_nan_loss_stops_training_and_saves_the_codes(build):
     trainer = build(max_steps=6, save_strategy="no", direction="both")
@@ -187,6 +197,23 @@ def test_trainable_adapter_of_another_method_is_rejected(build):
         if ".lora_" in name:
             parameter.requires_grad_(False)
     build(steered)
+
+
+@pytest.mark.parametrize(("unit", "rate", "least"), [("activation", 5e-5, 0.001), ("raw", 1e-6, 0.0001)])
+def test_a_learning_rate_that_moves_nothing_is_warned_about(build, unit, rate, least):
+    with pytest.warns(UserWarning, match=rf"learning_rate={rate} moves .* give at least {least}") as found:
+        build(learning_rate=rate, learning_rate_unit=unit)
+    (warned,) = (warning for warning in found if "learning_rate=" in str(warning.message))
+    assert warned.filename.endswith("conftest.py")
+    build(learning_rate=least, learning_rate_unit=unit)
+
+
+def test_a_tokenizer_without_an_end_is_named(build, tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    rows = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}] * 4)
+    with pytest.raises(ConfigError, match=r"no eos_token, which ends each answer: set tokenizer\.eos_token"):
+        build(train_dataset=rows, init={"processing_class": endless})
 
 
 CHECKPOINTS = {

@@ -99,7 +99,7 @@ def test_chosen_features_are_the_only_ones_that_train(train, layers, cached):
 
 def test_chosen_features_lower_the_loss_more_than_others(build):
     def first_loss(code=None):
-        trainer = build(max_steps=1, learning_rate=1e-9, code=code, max_features=6, direction="both", neutral=TEXT)
+        trainer = build(max_steps=1, learning_rate=0.0, code=code, max_features=6, direction="both", neutral=TEXT)
         trainer.train()
         return trainer.state.log_history[0]["loss"], trained_codes(trainer)[0]
 
@@ -134,7 +134,7 @@ def test_another_number_of_features_does_not_resume(build, tmp_path, first, seco
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3"])
 @pytest.mark.parametrize("rows", [TEXT, TEXT[:1], TEXT[:1] * 8], ids=["few", "one", "equal"])
 def test_training_starts_within_the_bound(build, architecture, rows):
-    trainer = build(architecture, max_steps=1, learning_rate=1e-9, max_features=6, max_kl=0.05, neutral=rows)
+    trainer = build(architecture, max_steps=1, learning_rate=0.0, max_features=6, max_kl=0.05, neutral=rows)
     trainer.train()
     log = trainer.state.log_history[0]
     # Two of the rows that the mean over all of them is bounded for.

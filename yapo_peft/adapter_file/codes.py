@@ -30,10 +30,15 @@ def pack_codes(codes: dict[str, Tensor], saes: dict[str, SAEIdentity | None]) ->
         For each sparse code, `<name>.indices` (int32, ascending), `<name>.values` (float32), `<name>.sae` (uint8, the
         hash of the SAE, in case the config beside the file is replaced) and `<name>.digest` (uint8, a hash of these
         three); for dense ones only the values and the digest.
+
+    Raises:
+        AdapterFileError: A code holds NaN or infinity.
     """
     packed = {}
     for name, code in codes.items():
         code, sae = whole(code).to(torch.float32), saes[name]
+        if not code.isfinite().all():
+            raise AdapterFileError(f"{name!r} holds values that are NaN or infinite, so it cannot be saved.")
         parts = {_VALUES: code}
         if sae is not None:
             indices = code.nonzero().squeeze(-1)

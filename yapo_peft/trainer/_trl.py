@@ -27,6 +27,7 @@ from .._utils import evaluating
 from ..errors import UnsupportedOperationError
 from ..scoring.lm_head import AnswerHead
 from .checkpoints import last_whole_checkpoint, require_resumable
+from .data import require_end
 from .objective import take_pairs
 
 
@@ -80,6 +81,7 @@ class TRLSeams(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """The seam for dataset checks: only here are both the pairs and their tokens known."""
+        require_end(dataset, processing_class)
         tokenize = super()._prepare_dataset
         return self._prepared(
             dataset, dataset_name, args, lambda: tokenize(dataset, processing_class, args, dataset_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,22 @@ from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import steered_layers
 from .config import YaPOTrainingConfig
 
+# The least learning rate that is not warned about, by its unit; the paper's, in raw units, is 5e-4.
+_LEAST_RATE = {"activation": 1e-3, "raw": 1e-4}
+
+
+def _warn_of_small_rate(args: YaPOTrainingConfig) -> None:
+    """Warns of a learning rate that moves a code by next to nothing, such as TRL's and LoRA's."""
+    least = _LEAST_RATE[args.learning_rate_unit]
+    if 0 < args.learning_rate < least:
+        unit = "typical activations" if args.learning_rate_unit == "activation" else "the SAE's activations"
+        warnings.warn(
+            f"learning_rate={args.learning_rate} moves an entry of a code by no more than that in a step, in units of "
+            f"{unit}, which has next to no effect: leave it out (0.03 typical activations), or give at least {least}.",
+            UserWarning,
+            stacklevel=4,  # who creates the trainer
+        )
+
 
 def require_arguments(args: Any, ref_model: Any = None, **kwargs: Any) -> None:
     """Raises unless arguments of a trainer are those of a `YaPOTrainer`.
@@ -27,6 +44,8 @@ def require_arguments(args: Any, ref_model: Any = None, **kwargs: Any) -> None:
     """
     if args is not None and not isinstance(args, YaPOTrainingConfig):
         raise ConfigError(f"args is a {type(args).__name__}: YaPOTrainer takes a YaPOTrainingConfig.")
+    if args is not None:
+        _warn_of_small_rate(args)
     if ref_model is not None:
         raise UnsupportedOperationError("ref_model is not supported: the reference is the same model without steering.")
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 from ..scoring.checks import require_length
 from ..scoring.packing import TOKENIZED
 from ..scoring.pairs import require_answer
@@ -97,7 +97,23 @@ def prepared_pairs(dataset: Any, name: str, args: DPOConfig, tokenize: Callable[
             UserWarning,
             stacklevel=2,
         )
+    cut = sum(tokens > args.max_length for tokens in _tokens_of_pairs(tokenized)) if args.max_length else 0
+    if cut:
+        warnings.warn(
+            f"{cut} of {left} pairs of the {name} dataset are cut to max_length={args.max_length}, so that the ends of "
+            "their answers are not trained on; `sweep` measures whole answers. Raise max_length to train on them too.",
+            UserWarning,
+            stacklevel=2,
+        )
     return _with_lengths(tokenized, args)
+
+
+def require_end(dataset: Any, tokenizer: Any) -> None:
+    """Raises `ConfigError` if answers are texts, which TRL ends with the EOS token, and the tokenizer has none."""
+    first = next(iter(dataset), None)
+    is_text = isinstance(first, dict) and isinstance(first.get("chosen"), str)
+    if is_text and getattr(tokenizer, "eos_token", "") is None:
+        raise ConfigError("The tokenizer has no eos_token, which ends each answer: set tokenizer.eos_token.")
 
 
 def require_context(dataset: Any, name: str, args: DPOConfig, base: Any) -> None:
@@ -111,11 +127,18 @@ def require_context(dataset: Any, name: str, args: DPOConfig, base: Any) -> None
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             require_context(part, f"{name}[{key!r}]", args, base)
-    elif base is not None and isinstance(dataset, Dataset) and set(TOKENIZED) <= set(dataset.column_names):
-        rows = cast(Iterable[Any], dataset.select_columns(list(TOKENIZED)))
-        tokens = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    elif base is not None and (lengths := _tokens_of_pairs(dataset)):
+        tokens = max(lengths)
         what = f"A pair of {name}, cut to max_length={args.max_length},"
         require_length(base, min(tokens, args.max_length or tokens), what)
+
+
+def _tokens_of_pairs(dataset: Any) -> list[int]:
+    """Tokens of each pair's prompt and longer answer; none for streams, and for images, which TRL tokenizes later."""
+    if not isinstance(dataset, Dataset) or not set(TOKENIZED) <= set(dataset.column_names):
+        return []
+    rows = cast(Iterable[Any], dataset.select_columns(list(TOKENIZED)))
+    return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
 
 
 def _with_lengths(dataset: Any, args: DPOConfig) -> Any:
