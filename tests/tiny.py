@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
 )
 
 from yapo_peft.tuner.hooks import REPEATS_HOOKS
@@ -48,6 +49,8 @@ def make_model(
         config = LlamaConfig(**shape)
     elif architecture == "gemma2":
         config = Gemma2Config(**shape, query_pre_attn_scalar=8, sliding_window=16)
+    elif architecture == "qwen3":
+        config = Qwen3Config(**shape)
     elif architecture == "gemma3":
         config = Gemma3TextConfig(**shape, query_pre_attn_scalar=8, sliding_window=16)
     else:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .pairs import PairArguments, reads_pairs
 
 app = typer.Typer(no_args_is_help=True, help="Create preference pairs.")
 
@@ -17,15 +18,11 @@ def _group() -> None: ...  # pyright: ignore[reportUnusedFunction]
 
 
 @app.command()
+@reads_pairs("rejected", "options", "answer")
 def reject(
     model: options.Model,
-    dataset: Annotated[str, typer.Option(help="Prompts with chosen answers: a file or a Hub dataset.")],
+    data: PairArguments,
     output_dir: Annotated[Path, typer.Option(help="Output folder, shared by all processes.")],
-    prompt: options.Prompt = "prompt",
-    chosen: options.Chosen = "chosen",
-    split: options.Split = "train",
-    limit: options.Limit = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Do not apply the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
     batch_size: options.BatchSize = 8,
     shard_size: Annotated[
@@ -48,19 +45,20 @@ def reject(
     """
     from accelerate import PartialState
 
-    from yapo_peft.data import generate_rejected, load_pairs
+    from yapo_peft.data import generate_rejected
 
-    from .loading import first_rows, load_model, load_tokenizer
+    from .loading import load_model, load_tokenizer
 
-    rows = load_pairs(dataset, prompt=prompt, chosen=chosen, rejected=None, chat=not plain, split=split)
+    tokenizer = load_tokenizer(model)
+    rows = data.load(tokenizer)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling:
         sampling = {"do_sample": True, **sampling} if temperature != 0 else {"do_sample": False}
     pairs = generate_rejected(
         load_model(model, dtype),
-        load_tokenizer(model),
-        first_rows(rows, limit),
+        tokenizer,
+        rows,
         output_dir,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

@@ -7,22 +7,17 @@ from typing import Annotated
 import typer
 
 from . import options
+from .pairs import PairArguments, reads_pairs
 
 
+@reads_pairs(required=False, limit=32)
 def explain(
     adapter: options.Adapter,
+    data: PairArguments,
     multiplier: Annotated[float, typer.Option(help="Multiplier.")] = 1.0,
     top: Annotated[int, typer.Option(min=1, help="Features to list per layer, by reach.")] = 20,
     tokens: Annotated[int, typer.Option(min=1, help="Promoted and suppressed tokens to list per feature.")] = 8,
     labels: Annotated[bool, typer.Option(help="Fetch labels from Neuronpedia.")] = True,
-    dataset: Annotated[
-        str | None, typer.Option(help="Preference pairs to measure how often each feature acts.")
-    ] = None,
-    prompt: options.Prompt = "prompt",
-    chosen: options.Chosen = "chosen",
-    rejected: options.Rejected = "rejected",
-    split: options.Split = "train",
-    limit: options.Limit = 32,
     batch_size: options.BatchSize = 8,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
@@ -30,17 +25,17 @@ def explain(
 ) -> None:
     """List the features that an adapter steers, with the tokens that each promotes and suppresses.
 
+    With --dataset, also how often each acts on these pairs.
+
     `yapo explain my-adapter --top 10`
     """
     from yapo_peft.interpret import explain as explained
 
-    from .loading import load_adapter, load_tokenizer, read_pairs
+    from .loading import load_adapter, load_tokenizer
     from .output import print_table
 
     tokenizer = load_tokenizer(adapter, base)
-    texts = None
-    if dataset is not None:
-        texts = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit).to_list()
+    texts = None if data.dataset is None else data.load(tokenizer).to_list()
     table = explained(
         load_adapter(adapter, dtype, base),
         tokenizer=tokenizer,

@@ -18,7 +18,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
-from yapo_peft.data import load_pairs
 from yapo_peft.tuner.adapters import adapter_of
 
 
@@ -121,20 +120,6 @@ def require_effect(model: Any, adapter_name: str = "default") -> None:
     """Raises `ConfigError` if all entries of an adapter's codes are zero."""
     if not any(bool(layer.code(adapter_name).any()) for layer in adapter_of(model, adapter_name)[2]):
         raise ConfigError("All entries of the adapter are zero, so it would have no effect.")
-
-
-def read_pairs(
-    source: str, tokenizer: Any, prompt: str, chosen: str, rejected: str, split: str, limit: int | None
-) -> Any:
-    """Loads pairs, as messages if the tokenizer has a chat template, else as texts."""
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    pairs = load_pairs(source, prompt=prompt, chosen=chosen, rejected=rejected, chat=chat, split=split)
-    return first_rows(pairs, limit)
-
-
-def first_rows(rows: Any, limit: int | None) -> Any:
-    """The first rows of a dataset; all if `limit` is None."""
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 @cache

@@ -65,18 +65,6 @@ NewFolder = Annotated[
     Path, typer.Option("--out", callback=_new_folder, help="Output folder; must be empty or not exist.")
 ]
 
-Dataset = Annotated[
-    str, typer.Option(help="Preference pairs: a CSV, JSON or Parquet file, a saved dataset, or a Hub dataset.")
-]
-Prompt = Annotated[str, typer.Option(help="Column with prompts.")]
-Chosen = Annotated[str, typer.Option(help="Column with chosen answers.")]
-Rejected = Annotated[str, typer.Option(help="Column with rejected answers.")]
-Split = Annotated[str, typer.Option(help="Split of a Hub or saved dataset.")]
-Limit = Annotated[
-    int | None,
-    typer.Option(min=1, help="Maximum number of rows (of text: blocks of 256 tokens). Default: all."),
-]
-
 Layers = Annotated[str, typer.Option(metavar="NUMBERS", help="Layers to steer, such as 14 or 14,15; -1 is the last.")]
 SaeRelease = Annotated[str | None, typer.Option(help="SAE release in SAELens; see `yapo sae list`.")]
 SaeId = Annotated[list[str] | None, typer.Option(help="SAE in the release; repeat for each layer.")]

@@ -8,16 +8,13 @@ from typing import Annotated
 import typer
 
 from . import options
+from .pairs import PairArguments, reads_pairs
 
 
+@reads_pairs(limit=32)
 def report(
     adapter: options.Adapter,
-    dataset: options.Dataset,
-    prompt: options.Prompt = "prompt",
-    chosen: options.Chosen = "chosen",
-    rejected: options.Rejected = "rejected",
-    split: options.Split = "train",
-    pairs: Annotated[int, typer.Option(min=1, help="Maximum number of pairs.")] = 32,
+    data: PairArguments,
     text: Annotated[
         Path | None, typer.Option(help="Text file for side effects and contexts. Default: the pairs.")
     ] = None,
@@ -50,14 +47,14 @@ def report(
     from yapo_peft.report.contents import training_history
     from yapo_peft.report.page import require_card, require_page
 
-    from .loading import load_adapter, load_tokenizer, read_pairs
+    from .loading import load_adapter, load_tokenizer
 
     require_page(out)
     if card:
         require_card(adapter)
     tokenizer = load_tokenizer(adapter, base)
     contents = collect_report(
-        dataset=read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, pairs).to_list(),
+        dataset=data.load(tokenizer).to_list(),
         text=None if text is None else options.paragraphs(text),
         questions=None if questions is None else load_choices(questions),
         model=load_adapter(adapter, dtype, base),

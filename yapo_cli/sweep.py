@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import typer
 
 from . import options
+from .pairs import PairArguments, reads_pairs
 
 
+@reads_pairs()
 def sweep(
     adapter: options.Adapter,
-    dataset: Annotated[
-        str,
-        typer.Option(help="Preference pairs, multiple-choice questions or a text file, depending on the measure."),
-    ],
+    data: PairArguments,
     measure: Annotated[
         Literal["preference", "choice", "damage"],
-        typer.Option(help="Margin and accuracy on pairs, accuracy on questions, or KL on text."),
+        typer.Option(
+            help="Margin and accuracy on pairs, accuracy on multiple-choice questions, or KL on a text file, in "
+            "blocks of 256 tokens."
+        ),
     ] = "preference",
     multipliers: options.Multipliers = options.Numbers((-2.0, -1.0, 0.0, 1.0, 2.0)),
-    prompt: options.Prompt = "prompt",
-    chosen: options.Chosen = "chosen",
-    rejected: options.Rejected = "rejected",
-    split: options.Split = "train",
-    limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
@@ -41,20 +38,20 @@ def sweep(
     """
     from yapo_peft import plot_dose_response
     from yapo_peft import sweep as measured
-    from yapo_peft.data import load_choices
     from yapo_peft.data.sources import BUILDERS
     from yapo_peft.evaluation import Damage, MultipleChoice
     from yapo_peft.evaluation.plots import require_dose_response, require_plot_path
 
-    from .loading import first_rows, load_adapter, load_tokenizer, read_pairs
+    from .loading import load_adapter, load_tokenizer
     from .output import print_table
 
-    if measure != "preference" and (prompt, chosen, rejected) != ("prompt", "chosen", "rejected"):
-        raise typer.BadParameter(
-            f"--prompt, --chosen and --rejected are columns of pairs, which --measure {measure} does not read."
-        )
-    if measure == "damage" and Path(dataset).suffix in BUILDERS:
-        raise typer.BadParameter(f"--dataset {dataset}: damage is measured on running text: pass a plain text file.")
+    if measure != "preference":
+        unread = ("chosen", "rejected", "system", "plain")
+        unread += ("prompt", "options", "answer", "where") if measure == "damage" else ()
+        data.require_defaults(*unread, why=f"--measure {measure} does not read it.")
+    source = cast(str, data.dataset)
+    if measure == "damage" and Path(source).suffix in BUILDERS:
+        raise typer.BadParameter(f"--dataset {source}: damage is measured on running text: pass a plain text file.")
     if out is not None and out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder: pass a file.")
     if picture is not None:
@@ -62,13 +59,11 @@ def sweep(
         require_dose_response(multipliers)
     tokenizer = load_tokenizer(adapter, base)
     if measure == "damage":
-        rows = [options.read_text(Path(dataset))]
-    elif measure == "choice":
-        rows = first_rows(load_choices(dataset, split=split), limit)
+        rows = [options.read_text(Path(source))]
     else:
-        rows = read_pairs(dataset, tokenizer, prompt, chosen, rejected, split, limit)
+        rows = data.load_questions() if measure == "choice" else data.load(tokenizer)
     model = load_adapter(adapter, dtype, base)
-    what = {"preference": None, "choice": MultipleChoice("text", "characters"), "damage": Damage(max_blocks=limit)}
+    what = {"preference": None, "choice": MultipleChoice("text", "characters"), "damage": Damage(max_blocks=data.limit)}
     scores = measured(model, rows, tokenizer, multipliers, measure=what[measure], batch_size=batch_size)
     print_table(scores.summary(), as_json)
     if out is not None:

@@ -70,8 +70,47 @@ def test_load_pairs_extracts_shared_prompt():
 
 
 def test_load_pairs_without_rejected_column(source):
-    pairs = load_pairs(source("csv"), prompt="question", chosen="matching", rejected=None)
-    assert pairs.column_names == ["prompt", "chosen"]
+    for options in ({"prompt": "question", "chosen": "matching"}, {}):
+        pairs = load_pairs(source("csv"), **options, rejected=None)
+        assert pairs.column_names == ["prompt", "chosen"]
+        assert pairs["chosen"] == [pair["chosen"] for pair in PAIRS]
+
+
+CULTURE = {"prompt-mcq": "w1?", "chosen-mcq": "w2", "rejected_gemma_2_2b_it_mcq": "w3", "country": "UK"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "w1?", "matching": "w2", "not_matching": "w3"},
+        CULTURE,
+        {"prompt": "w1?", "chosen": PAIRS[0]["prompt"] + said("w2"), "rejected": PAIRS[0]["prompt"] + said("w3")},
+        {"chosen": PAIRS[0]["prompt"] + said("w2"), "rejected": PAIRS[0]["prompt"] + said("w3")},
+    ],
+    ids=["BiPO", "Deep-Culture-Lense", "UltraFeedback", "implicit prompt"],
+)
+def test_known_columns_need_no_names(row):
+    assert load_pairs(Dataset.from_list([row])).to_list() == PAIRS[:1]
+
+
+def test_several_columns_of_rejected_answers_are_named():
+    rows = Dataset.from_list([CULTURE | {"rejected_llama_mcq": "w4"}])
+    with pytest.raises(DatasetError, match=r"2 columns of rejected answers: .*'rejected_gemma_2_2b_it_mcq'"):
+        load_pairs(rows)
+    assert load_pairs(rows, prompt="prompt-mcq", chosen="chosen-mcq", rejected="rejected_llama_mcq")[0]["rejected"] == (
+        said("w4")
+    )
+
+
+def test_a_prompt_can_be_put_together_from_columns():
+    rows = Dataset.from_list([{"prompt-mcq": "w1", "n": 7, "chosen": "w2", "rejected": "w3", "prompt": "w9"}])
+    assert load_pairs(rows, prompt="{prompt-mcq} in {n}")[0]["prompt"] == said("w1 in 7", "user")
+    with pytest.raises(DatasetError, match=r"no column 'm': .*columns 'prompt-mcq'"):
+        load_pairs(rows, prompt="{m}?")
+    with pytest.raises(DatasetError, match=r"prompt='\{n:d\}' is not a template .*: formats are not supported"):
+        load_pairs(rows, prompt="{n:d}")
+    with pytest.raises(DatasetError, match=r"prompt='\{n' is not a template such as '\{context\} \{question\}'"):
+        load_pairs(rows, prompt="{n")
 
 
 def test_empty_and_equal_pairs_are_left_out_with_warning():
@@ -89,7 +128,11 @@ def test_empty_and_equal_pairs_are_left_out_with_warning():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, DatasetError, r"no column 'prompt', 'chosen', 'rejected': name one of its columns 'question',"),
+        (
+            {"prompt": "qestion"},
+            DatasetError,
+            r"no column 'qestion', 'chosen', 'rejected' \(did you mean 'question'\?\)",
+        ),
         ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
         ({**BIPO, "keep": ["prompt"]}, ConfigError, "The column 'prompt' would be overwritten"),
         ({**BIPO, "streaming": True}, DatasetError, "streaming=True"),

@@ -60,6 +60,7 @@ MODELS = {
     "google/gemma-2-2b-it": "gemma2",
     "google/gemma-3-1b-it": "gemma3",
     "meta-llama/Llama-3.1-8B-Instruct": "llama",
+    "Qwen/Qwen3-1.7B": "qwen3",
 }
 
 
@@ -185,8 +186,9 @@ def stand_ins(tokenizer) -> None:
 
     def from_pretrained(release, sae_id, device="cpu"):
         assert sae_id in get_pretrained_saes_directory()[release].saes_map, (release, sae_id)
-        layer = re.search(r"layer_(\d+)|^l(\d+)r", sae_id)
-        return make_sae(d_in=D_MODEL, d_sae=D_MODEL, layer=int(layer[1] or layer[2]))
+        layer = re.search(r"layer_?(\d+)|^l(\d+)r", sae_id)
+        index = int(layer[1] or layer[2])
+        return make_sae(d_in=D_MODEL, d_sae=D_MODEL, layer=index, seed=index)
 
     sae_lens.SAE.from_pretrained = from_pretrained
     real = load_dataset
@@ -221,7 +223,7 @@ def stand_ins(tokenizer) -> None:
         from yapo_peft.scripts.yapo import main as train
         from yapo_peft.scripts.yapo import parse
 
-        train(*parse(launched.training_script_args, fail_with_unknown_args=False)[:5])
+        train(*parse(launched.training_script_args, fail_with_unknown_args=False)[:6])
 
     accelerate.commands.launch.launch_command = in_this_process
 

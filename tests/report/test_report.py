@@ -115,7 +115,7 @@ def test_report_command_on_a_saved_adapter(pairs, saved_adapter, tmp_path, capsy
     (tmp_path / "text.txt").write_text("w1 w2 w3\n\nw4 w5")
     out = tmp_path / "pages" / "report.html"
     arguments = [
-        "report", str(saved_adapter), "--dataset", str(tmp_path / "pairs.jsonl"), "--out", str(out), "--pairs", "4",
+        "report", str(saved_adapter), "--dataset", str(tmp_path / "pairs.jsonl"), "--out", str(out), "--limit", "4",
         "--text", str(tmp_path / "text.txt"), "--multipliers", "-1,1", "--attributed", "2", "--answers", "1",
     ]  # fmt: skip
     assert main(arguments) == 0

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from tiny import make_model, preference_rows, random_ids
 
 from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
-from yapo_peft.scripts.yapo import SteeringArguments, make_parser, parse
+from yapo_peft.scripts.yapo import SteeringArguments, TrainingPairs, make_parser, parse
 from yapo_peft.tuner.adapters import steered_layers
 
 # Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.
@@ -114,7 +114,7 @@ def parsed(*arguments):
 
 
 def test_parser_takes_the_flags_of_trl_and_of_the_adapter():
-    _, training, model, _, steering = parsed(
+    _, training, model, *_, steering = parsed(
         *("--model_name_or_path", "m", "--beta", "0.2", "--direction", "both", "--output_dir", "x"),
         *("--layers", "-1", "3", "--sae_release", "r", "--sae_id", "a", "b", "--positions", "last"),
     )
@@ -157,7 +157,12 @@ GOOD = ("--model_name_or_path", "m", "--layers", "2", "--sae_path", "s", "--outp
     [
         (("--lora_r", "32"), "lora_r=32 belongs to LoRA"),
         (("--use_dora",), "use_dora=True belongs to LoRA"),
-        ((), "nothing to train on: give dataset_name"),
+        ((), "nothing to train on: give --dataset, dataset_name"),
+        (("--dataset", "a", "--dataset_name", "b"), "dataset and dataset_name are given: keep one"),
+        (("--dataset_name", __file__), "is a file or a saved dataset: pass it with --dataset"),
+        (("--dataset_name", "b", "--system", "x"), "--system x: it is read with --dataset only"),
+        (("--method", "bipo", "--space", "sae"), "method=bipo makes no adapter of space='sae'"),
+        (("--method", "sas", "--space", "dense"), "method=sas makes no adapter of space='dense'"),
         (("--positions", "first"), "positions='first'"),
     ],
 )
@@ -166,6 +171,47 @@ def test_bad_options_are_rejected_before_anything_is_loaded(options, message):
 
     with pytest.raises(ConfigError, match=message):
         main(*parsed(*GOOD, *options))
+
+
+def test_a_share_of_the_pairs_or_another_file_is_held_out(tmp_path, tokenizer):
+    for name, first in (("a", 0), ("b", 100)):
+        rows = [{"prompt": f"w{first + i}", "chosen": "w2", "rejected": "w3"} for i in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def load(eval_split):
+        pairs = TrainingPairs(str(tmp_path / "a.jsonl"), eval_split=eval_split)
+        return [part and [row["prompt"][0]["content"] for row in part] for part in pairs.load_both(tokenizer, seed=0)]
+
+    train, test = load("0.3")
+    assert (len(train), len(test), len({*train, *test})) == (7, 3, 10)
+    assert load("0.3") == [train, test]
+    assert load(None) == [[f"w{i}" for i in range(10)], None]
+    assert load(str(tmp_path / "b.jsonl"))[1] == [f"w{100 + i}" for i in range(10)]
+    for share in ("0", "1", "0.01", "nan"):
+        with pytest.raises(ConfigError, match=f"eval_split={share} of 10 pairs: must be a share"):
+            load(share)
+
+
+@pytest.mark.parametrize(
+    ("method", "space", "loss"),
+    [("yapo", "sae", "sigmoid"), ("bipo", "dense", "sigmoid"), ("reps", "sae", "reps"), ("caa", "dense", "sigmoid")],
+)
+def test_a_method_is_one_word(method, space, loss):
+    *_, steering = found = parsed(*GOOD, "--method", method)
+    assert (steering.config().space, found[1].loss_type) == (space, [loss])
+    assert steering.config().sae_path == (["s"] if space == "sae" else None)
+
+
+@pytest.mark.parametrize("method", ["caa", "sas"])
+def test_what_is_not_trained_is_fitted_and_calibrated(workplace, tmp_path, method):
+    from yapo_peft.scripts.yapo import main
+
+    options = [*GOOD, "--model_name_or_path", str(workplace / "model"), "--sae_path", str(workplace / "sae")]
+    options += ["--dataset", str(workplace / "data" / "train.jsonl"), "--output_dir", str(tmp_path / "out")]
+    main(*parsed(*options, "--use_cpu", "--method", method, "--max_kl", "0.001"))
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.peft_config["default"].space == {"caa": "dense", "sas": "sae"}[method]
+    assert max(model.peft_config["default"].damage.values()) == pytest.approx(0.001, rel=0.05)
 
 
 def test_missing_split_lists_the_available_ones(workplace):

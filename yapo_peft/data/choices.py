@@ -83,7 +83,9 @@ def load_choices(
     return Dataset.from_list(found)
 
 
-def choice_pairs(dataset: Dataset, *, form: str = "text", wrong: str = "random", seed: int = 0) -> Dataset:
+def choice_pairs(
+    dataset: Dataset, *, form: str = "text", wrong: str = "random", seed: int = 0, chat: bool = True
+) -> Dataset:
     """Creates preference pairs from multiple-choice questions: the correct option is chosen, a wrong one rejected.
 
     Args:
@@ -91,9 +93,10 @@ def choice_pairs(dataset: Dataset, *, form: str = "text", wrong: str = "random",
         form: Whether answers are the "text" of an option, or its "letter", with the options in the prompt.
         wrong: Whether to use a "random" wrong option, or to create a pair for "each".
         seed: Seed of the random options.
+        chat: Whether to create messages, for chat models, instead of texts.
 
     Returns:
-        Conversational pairs, with the dataset's other columns.
+        The pairs, with the dataset's other columns.
 
     Raises:
         ConfigError: An argument is invalid, or a column has the name of a created one.
@@ -110,14 +113,11 @@ def choice_pairs(dataset: Dataset, *, form: str = "text", wrong: str = "random",
         answers = letters(len(options)) if form == "letter" else options
         others = [index for index in range(len(options)) if index != right]
         for index in others if wrong == "each" else [draw.choice(others)]:
-            pairs.append(
-                {
-                    "prompt": [{"role": "user", "content": choice_prompt(question, options, form)}],
-                    "chosen": [{"role": "assistant", "content": answers[right]}],
-                    "rejected": [{"role": "assistant", "content": answers[index]}],
-                    **row,
-                }
-            )
+            texts = {"prompt": choice_prompt(question, options, form)}
+            texts |= {"chosen": answers[right], "rejected": answers[index]}
+            roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+            cells = {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
+            pairs.append((cells if chat else texts) | row)
     return Dataset.from_list(pairs)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Any, cast
 
 from datasets import Dataset
 
@@ -13,6 +16,8 @@ from ..scoring.pairs import text_of
 from .sources import load_rows, require_columns, require_free
 
 PAIR = ("prompt", "chosen", "rejected")
+# Other names of these columns, which are found without being given: those of BiPO's files and of Deep-Culture-Lense.
+_OTHER_NAMES = (("question", "matching", "not_matching"), ("prompt-mcq", "chosen-mcq", "rejected_*_mcq"))
 # Columns beside the pair's that TRL's tokenization reads.
 _READ_BY_TRL = ("tools", "chat_template_kwargs", "images", "image")
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
@@ -31,11 +36,14 @@ def load_pairs(
 ) -> Dataset:
     """Loads preference pairs with TRL's columns `prompt`, `chosen` and `rejected`.
 
-    BiPO's files are `load_pairs("train.csv", prompt="question", chosen="matching", rejected="not_matching")`.
+    If no column is named, and the dataset has none of these names, those of BiPO's files (`question`, `matching`,
+    `not_matching`) and of Deep-Culture-Lense (`prompt-mcq`, `chosen-mcq`, `rejected_<model>_mcq`) are found, and
+    answers that start with their prompts.
 
     Args:
         source: As for `load_rows`.
-        prompt: Column with the prompts, as texts or messages; None if `chosen` and `rejected` start with the prompt.
+        prompt: Column with the prompts, as texts or messages; a template of several columns, such as
+            "{context} {question}"; or None if `chosen` and `rejected` start with the prompt.
         chosen: Column with the preferred answers; a conversation that starts with the prompt is cut to what follows it.
         rejected: Column with the other answers; None if there are none yet, to create them with `generate_rejected`.
         chat: Whether to convert texts to user and assistant messages, for chat models.
@@ -56,6 +64,10 @@ def load_pairs(
         raise ConfigError("prompt=None needs two answers, to find the prompt that both start with: pass rejected=.")
     require_free(keep or [], PAIR)
     rows = load_rows(source, split, **options)
+    if (prompt, chosen, rejected) in (PAIR, (*PAIR[:2], None)):
+        prompt, chosen, rejected = _names_in(rows.column_names, rejected is not None)
+    if prompt is not None and prompt not in rows.column_names and "{" in prompt:
+        rows, prompt = _with_template(rows, prompt), "prompt"
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     columns = {ours: theirs for ours, theirs in names.items() if theirs is not None}
     require_columns(rows, [*columns.values(), *(keep or [])])
@@ -110,6 +122,40 @@ def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = 
         return {"prompt": [{**prompt[0], "content": joined}, *prompt[1:]]}
 
     return dataset.map(add, desc="Adding the system prompt")
+
+
+def _names_in(columns: list[str], has_rejected: bool) -> tuple[str | None, str, str | None]:
+    """The names that a dataset has for the columns of pairs; ours if it has none that are known."""
+    ours = PAIR if has_rejected else (*PAIR[:2], None)
+    if has_rejected and "prompt" not in columns and {"chosen", "rejected"} <= set(columns):
+        return None, "chosen", "rejected"
+    if {name for name in ours if name} <= set(columns):
+        return ours
+    for prompt, chosen, pattern in _OTHER_NAMES:
+        found = [name for name in columns if fnmatch(name, pattern)]
+        if len(found) > 1 and {prompt, chosen} <= set(columns) and has_rejected:
+            raise DatasetError(f"The dataset has {len(found)} columns of rejected answers: choose one of {found}.")
+        if {prompt, chosen} <= set(columns) and (found or not has_rejected):
+            return prompt, chosen, found[0] if has_rejected else None
+    return ours
+
+
+def _with_template(rows: Dataset, template: str) -> Dataset:
+    """Adds prompts that are put together from several columns."""
+    try:
+        pieces = list(Formatter().parse(template))
+        if any(spec or conversion for *_, spec, conversion in pieces):
+            raise ValueError("formats are not supported")
+    except ValueError as error:
+        example = "'{context} {question}'"
+        raise DatasetError(f"prompt={template!r} is not a template such as {example}: {error}.") from error
+    require_columns(rows, [name for _, name, *_ in pieces if name is not None])
+    prompts = [
+        "".join(text if name is None else f"{text}{row[name]}" for text, name, *_ in pieces)
+        for row in cast(Iterable[dict[str, Any]], rows)
+    ]
+    kept = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
+    return kept.add_column("prompt", cast(Any, prompts))
 
 
 def _with_prompts(rows: Dataset, chosen: str, rejected: str) -> Dataset:

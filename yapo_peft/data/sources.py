@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,9 +86,11 @@ def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
         there = ", ".join(map(repr, dataset.column_names))
+        near = [match for name in missing for match in get_close_matches(name, dataset.column_names, 1)]
+        meant = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
         raise DatasetError(
-            f"The dataset has no column {', '.join(map(repr, missing))}: name one of its columns {there}, such as "
-            "prompt='question'."
+            f"The dataset has no column {', '.join(map(repr, missing))}{meant}: name one of its columns {there}, such "
+            "as prompt='question'."
         )
 
 

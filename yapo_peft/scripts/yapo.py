@@ -1,4 +1,4 @@
-"""`trl dpo` for steering adapters: the same parser, flags and YAML configs, plus options for the adapter.
+"""`trl dpo` for steering adapters: the same parser, flags and YAML configs, plus options for adapter, pairs and method.
 
     python -m yapo_peft.scripts.yapo \
         --model_name_or_path google/gemma-2-2b-it --dtype bfloat16 \
@@ -12,14 +12,58 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, cast
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from yaml import YAMLError
 
-from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig
+from yapo_cli.pairs import PairArguments
+from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig, calibrate
+from yapo_peft.methods import fit_caa, fit_sas, measure_contrast
 from yapo_peft.trainer.config import PUBLISHED
+
+# What each method sets, unless an option does.
+METHODS: dict[str, dict[str, Any]] = {
+    "yapo": {},
+    "bipo": {"space": "dense"},
+    "reps": {"loss_type": ["reps"]},
+    "caa": {"space": "dense"},
+    "sas": {},
+}
+_FITS: dict[str, Any] = {"caa": fit_caa, "sas": fit_sas}
+
+
+@dataclass
+class TrainingPairs(PairArguments):
+    """Which pairs to train on, and which to hold out."""
+
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Pairs to evaluate on: a share of --dataset, such as 0.1, or another dataset."}
+    )
+
+    def load_both(self, tokenizer: Any, seed: int) -> tuple[Any, Any]:
+        """Loads the pairs to train on, and those to evaluate on, None without `eval_split`.
+
+        Raises:
+            ConfigError: `eval_split` is not a share.
+            DatasetError: As `load`.
+        """
+        pairs = self.load(tokenizer)
+        if self.eval_split is None:
+            return pairs, None
+        try:
+            share = float(self.eval_split)
+        except ValueError:
+            return pairs, replace(self, dataset=self.eval_split).load(tokenizer)
+        if not 0 < share < 1 or not 1 <= round(share * len(pairs)) < len(pairs):
+            raise ConfigError(
+                f"eval_split={self.eval_split} of {len(pairs)} pairs: must be a share that leaves pairs to train "
+                "on and to evaluate on, such as 0.1, or a dataset."
+            )
+        parts = pairs.train_test_split(round(share * len(pairs)), seed=seed)
+        return parts["train"], parts["test"]
 
 
 @dataclass
@@ -33,6 +77,13 @@ class SteeringArguments:
     sae_path: list[str] | None = None
     multiplier: float = YaPOConfig.multiplier
     positions: str = YaPOConfig.positions
+    method: Literal["yapo", "bipo", "reps", "caa", "sas"] = field(
+        default="yapo",
+        metadata={
+            "help": "yapo; bipo, a dense vector with the same loss; reps, another loss; or caa and sas, which are "
+            "fitted to the pairs without training, and then calibrated to max_kl."
+        },
+    )
     published: bool = field(
         default=False, metadata={"help": "Start from the paper's hyper-parameters instead of the defaults."}
     )
@@ -45,8 +96,15 @@ class SteeringArguments:
         """
         if not self.layers:
             raise ConfigError("There is no layer to steer: give --layers, or layers in the YAML config.")
-        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "published"}
-        if self.sae_release is not None and len(self.sae_release) == 1:
+        ours = ("published", "method")
+        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in ours}
+        is_dense = METHODS[self.method].get("space") == "dense"
+        if (is_dense and self.space != "dense") or (self.method == "sas" and self.space != "sae"):
+            raise ConfigError(f"method={self.method} makes no adapter of space={self.space!r}: leave space out.")
+        if is_dense:
+            # So that only the method's name differs between two runs.
+            values |= dict.fromkeys(("sae_release", "sae_id", "sae_path"))
+        elif self.sae_release is not None and len(self.sae_release) == 1:
             values["sae_release"] = self.sae_release[0]
         return YaPOConfig(**values)
 
@@ -57,29 +115,46 @@ for _option in fields(SteeringArguments):
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    """TRL's parser for `trl dpo`, with the options of `YaPOTrainingConfig` and `SteeringArguments`."""
-    types = (ScriptArguments, YaPOTrainingConfig, ModelConfig, DatasetMixtureConfig, SteeringArguments)
+    """TRL's parser for `trl dpo`, with our training config, and the options of pairs and of the adapter."""
+    types = (ScriptArguments, YaPOTrainingConfig, ModelConfig, DatasetMixtureConfig, TrainingPairs, SteeringArguments)
     return TrlParser(cast(Any, types), prog=prog)
 
 
 def parse(arguments: list[str] | None = None, prog: str | None = None, **options: Any) -> tuple[Any, ...]:
-    """Parses arguments and their YAML config; with `published`, the paper's hyper-parameters are the defaults.
+    """Parses arguments and their YAML config; `published` and `method` change the defaults.
 
     Args:
         arguments: The command line; that of this process if None.
         prog: Name of the command in its help.
         **options: As for `TrlParser.parse_args_and_config`.
     """
-    arguments, parser = sys.argv[1:] if arguments is None else arguments, make_parser(prog)
+    arguments, parser = _joined(sys.argv[1:] if arguments is None else arguments), make_parser(prog)
     # TRL takes the path of the config out of the list that it is given.
     try:
         found = parser.parse_args_and_config(list(arguments), **options)
     except (ValueError, YAMLError) as error:
         raise ConfigError(f"The arguments or their YAML config cannot be read: {error}") from error
-    if next(part.published for part in found if isinstance(part, SteeringArguments)):
-        parser.set_defaults(**PUBLISHED)
+    steering = next(part for part in found if isinstance(part, SteeringArguments))
+    defaults = METHODS[steering.method] | (PUBLISHED if steering.published else {})
+    if defaults:
+        parser.set_defaults(**defaults)
         found = parser.parse_args_and_config(list(arguments), **options)
     return found
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Gives the values of a repeated --where to the first, because the last one would replace the others."""
+    values: list[str] = []
+    others: list[str] = []
+    is_value = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_value = name == "--where" or (is_value and not argument.startswith("--"))
+        if name == "--where":
+            values += [value] if equals else []
+        else:
+            (values if is_value else others).append(argument)
+    return [*others, "--where", *values] if values else others
 
 
 def main(
@@ -87,9 +162,10 @@ def main(
     training_args: YaPOTrainingConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    pairs: TrainingPairs,
     steering_args: SteeringArguments,
 ) -> None:
-    """Trains, saves and, if asked, pushes an adapter.
+    """Trains or fits, saves and, if asked, pushes an adapter.
 
     Raises:
         ConfigError: An option has an invalid value or belongs to LoRA.
@@ -107,13 +183,14 @@ def main(
         "dtype": model_args.dtype,
         **cast(dict[str, Any], training_args.model_init_kwargs or {}),
     }
-    dataset = _load_dataset(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = _load_pairs(script_args, training_args, model_args, dataset_args, pairs)
+    if steering_args.method in _FITS:
+        return _fit(steering_args.method, peft_config, train_dataset, training_args, model_args)
     trainer = YaPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split),
-        eval_dataset=_split(dataset, script_args.dataset_test_split) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config,
     )
@@ -127,21 +204,72 @@ def main(
     trainer.end()
 
 
-def _load_dataset(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
-    from datasets import load_dataset
+def _load_pairs(
+    script_args: ScriptArguments,
+    training_args: YaPOTrainingConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    pairs: TrainingPairs,
+) -> tuple[Any, Any]:
+    """Pairs to train on, and to evaluate on or None."""
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import IntervalStrategy
     from trl import get_dataset
 
-    if dataset_args.datasets and script_args.dataset_name:
+    given = {"dataset": pairs.dataset, "dataset_name": script_args.dataset_name, "datasets": dataset_args.datasets}
+    given = {name: value for name, value in given.items() if value}
+    if len(given) != 1:
+        found = " and ".join(given)
+        what = f"{found} are given: keep one" if given else "There is nothing to train on: give --dataset"
+        raise ConfigError(f"{what}, dataset_name, or datasets in a YAML config.")
+    if pairs.dataset is None:
+        unread = [option.name for option in fields(pairs)]
+        pairs.require_defaults(*unread, why="it is read with --dataset only.")
+        evaluates = training_args.eval_strategy != "no"
+        dataset: Any = get_dataset(dataset_args) if dataset_args.datasets else _load_by_name(script_args)
+        test = _split(dataset, script_args.dataset_test_split) if evaluates else None
+        return _split(dataset, script_args.dataset_train_split), test
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    train, test = pairs.load_both(tokenizer, training_args.seed)
+    if test is not None and training_args.eval_strategy == "no":
+        training_args.eval_strategy = IntervalStrategy.EPOCH
+    if test is None and training_args.eval_strategy != "no":
         raise ConfigError(
-            f"datasets and dataset_name={script_args.dataset_name!r} are both given: keep the mixture or the one name."
+            f"eval_strategy={training_args.eval_strategy!s} needs pairs to evaluate on: give --eval_split."
         )
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    if script_args.dataset_name:
-        return load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
-    raise ConfigError("There is nothing to train on: give dataset_name, or datasets in a YAML config.")
+    return train, test
+
+
+def _load_by_name(script_args: ScriptArguments) -> Any:
+    from datasets import load_dataset
+
+    name = cast(str, script_args.dataset_name)
+    if Path(name).is_file() or any((Path(name) / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")):
+        raise ConfigError(f"dataset_name={name!r} is a file or a saved dataset: pass it with --dataset instead.")
+    return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+
+
+def _fit(method: str, config: YaPOConfig, pairs: Any, args: YaPOTrainingConfig, model_args: ModelConfig) -> None:
+    """Fits an adapter to pairs without training, and scales it to the bound of trained ones."""
+    from accelerate import PartialState
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not PartialState().is_main_process:
+        return
+    name = cast(str, model_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    base: Any = AutoModelForCausalLM.from_pretrained(name, **cast(dict[str, Any], args.model_init_kwargs))
+    model: Any = get_peft_model(base.to(args.device), config)
+    _FITS[method](model, measure_contrast(model, pairs, tokenizer, batch_size=args.per_device_train_batch_size))
+    if args.max_kl is not None:
+        calibrate(model, tokenizer, args.max_kl)
+    model.save_pretrained(args.output_dir)
+    print(f"The adapter is in {args.output_dir}.")
 
 
 def _split(dataset: Any, name: str) -> Any:

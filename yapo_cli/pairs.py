@@ -1,0 +1,143 @@
+"""The options that say which preference pairs to read, the same in every command."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Annotated, Any, cast, get_type_hints
+
+import typer
+
+# The parameter of a command that gets the arguments.
+_GETS = "data"
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class PairArguments:
+    """Which preference pairs to read, and how."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata=_help("Preference pairs: a CSV, JSON or Parquet file, a saved dataset, or a Hub dataset."),
+    )
+    prompt: str = field(
+        default="prompt",
+        metadata=_help(
+            "Column with prompts, or a template such as '{context} {question}'; '' if answers start with theirs."
+        ),
+    )
+    chosen: str = field(default="chosen", metadata=_help("Column with chosen answers."))
+    rejected: str | None = field(default="rejected", metadata=_help("Column with rejected answers."))
+    options: str = field(
+        default="options",
+        metadata=_help("Column with options of multiple-choice questions: the right one is chosen, another rejected."),
+    )
+    answer: str = field(default="answer", metadata=_help("Column with the right option of a multiple-choice question."))
+    where: list[str] | None = field(
+        default=None, metadata=_help("Keep only rows with this value, as column=value; repeat for more.")
+    )
+    system: str | None = field(default=None, metadata=_help("System prompt to add to each prompt."))
+    plain: bool = field(default=False, metadata=_help("Leave texts as they are, without the chat template."))
+    split: str = field(default="train", metadata=_help("Split of a Hub or saved dataset."))
+    limit: int | None = field(default=None, metadata=_help("Maximum number of rows. Default: all."))
+
+    def load(self, tokenizer: Any) -> Any:
+        """Loads the pairs: as messages if the tokenizer has a chat template, unless `plain`.
+
+        Raises:
+            ConfigError: `where` is not of the form column=value.
+            DatasetError: The dataset cannot be read, or does not have these columns or rows.
+        """
+        from yapo_peft.data import choice_pairs, load_pairs, with_system_prompt
+
+        chat, rows = not self.plain and bool(getattr(tokenizer, "chat_template", None)), self._rows()
+        if self._is_choice(rows.column_names):
+            pairs = choice_pairs(self._choices(rows), chat=chat)
+        else:
+            columns: Any = {"prompt": self.prompt or None, "chosen": self.chosen, "rejected": self.rejected}
+            pairs = load_pairs(rows, **columns, chat=chat)
+        if self.system is not None:
+            pairs = with_system_prompt(pairs, self.system)
+        return self._first(pairs)
+
+    def load_questions(self) -> Any:
+        """Loads multiple-choice questions. Raises as `load`."""
+        return self._first(self._choices(self._rows()))
+
+    def require_defaults(self, *names: str, why: str) -> None:
+        """Raises `ConfigError` if one of these options is given, because it would have no effect."""
+        from yapo_peft import ConfigError
+
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in names and value != option.default:
+                raise ConfigError(f"--{option.name} {value}: {why}")
+
+    def _rows(self) -> Any:
+        from yapo_peft import ConfigError
+        from yapo_peft.data import load_rows, where
+
+        rows, wanted = load_rows(cast(str, self.dataset), self.split), {}
+        for condition in self.where or []:
+            column, equals, value = condition.partition("=")
+            if not equals:
+                raise ConfigError(f"--where {condition!r}: must be column=value, such as country=UK.")
+            # Values are texts here, and may be numbers or booleans there.
+            there = rows.unique(column) if column in rows.column_names else []
+            wanted.setdefault(column, []).extend([found for found in there if str(found) == value] or [value])
+        return where(rows, **wanted) if wanted else rows
+
+    def _is_choice(self, columns: list[str]) -> bool:
+        return self.chosen not in columns and {self.options, self.answer} <= set(columns)
+
+    def _choices(self, rows: Any) -> Any:
+        from yapo_peft.data import load_choices
+
+        question = "question" if self.prompt == "prompt" and "prompt" not in rows.column_names else self.prompt
+        return load_choices(rows, question=question, options=self.options, answer=self.answer)
+
+    def _first(self, rows: Any) -> Any:
+        return rows if self.limit is None else rows.select(range(min(self.limit, len(rows))))
+
+
+def reads_pairs(*left_out: str, required: bool = True, **defaults: Any) -> Callable[[Callable[..., None]], Any]:
+    """Adds the options of `PairArguments` to a command, which gets them as `data`.
+
+    Args:
+        *left_out: Options that the command does not have.
+        required: Whether --dataset is.
+        **defaults: Where they differ.
+    """
+    types = get_type_hints(PairArguments)
+    options = [option for option in fields(PairArguments) if option.name not in left_out]
+    added: list[inspect.Parameter] = []
+    for option in options:
+        name = option.name
+        is_required = required and name == "dataset"
+        kind = str if is_required else types[name]
+        flag = typer.Option(f"--{name}", help=option.metadata["help"], min=1 if name == "limit" else None)
+        default = inspect.Parameter.empty if is_required else defaults.get(name, option.default)
+        kwargs: dict[str, Any] = {"default": default, "annotation": Annotated[kind, flag]}
+        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **kwargs))
+
+    def add(command: Callable[..., None]) -> Any:
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = {option.name: values.pop(option.name) for option in options}
+            command(**values, **{_GETS: PairArguments(**dict.fromkeys(left_out), **given)})
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        listed: list[inspect.Parameter] = []
+        for parameter in own:
+            listed += added if parameter.name == _GETS else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        cast(Any, run).__signature__ = inspect.Signature(listed)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+        return run
+
+    return add
