@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float16", choices=["float32", "float16", "bfloat16"], help="dtype of the saved SAE"
     )
-    parser.add_argument("--bf16", action="store_true", help="mixed precision: faster on GPUs and on CPUs with AMX")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision: faster on CPUs with AMX")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

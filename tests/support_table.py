@@ -33,9 +33,9 @@ AREAS = (
 HEAD = """\
 # What works, and what does not
 
-Each row stands for tests, and this page is written from their markers by `make support`; a test compares the two. What
-a row says works is run with every change; what it says is refused raises an error (or a warning, where PEFT goes on
-without it), and a test checks that it does.
+Look up whether a feature of PEFT, transformers, TRL or accelerate works with steering adapters. Each row is tested with
+every change: "works" means that tests use the feature, and "not supported" that a test checks for the error (or for the
+warning, where PEFT goes on without it). The page is generated from the tests by `make support`.
 """
 
 
@@ -55,7 +55,7 @@ class _Markers:
 
 def _status(refused: str | None = None, needs: str | None = None) -> str:
     if refused is not None:
-        return f"refused: {refused}"
+        return f"not supported: {refused}"
     return "works" if needs is None else f"needs {needs}; untested here"
 
 
@@ -76,7 +76,7 @@ def support_table() -> str:
             for (of, text, status), files in markers.features.items()
             if of == area
         ]
-        order = sorted(rows, key=lambda row: ("| refused" in row, "| needs" in row))
+        order = sorted(rows, key=lambda row: ("| not supported" in row, "| needs" in row))
         parts.append("\n".join([f"## {area}\n", "| feature | status | tests |", "|---|---|---|", *order]) + "\n")
     return "\n".join(parts)
 

@@ -55,6 +55,8 @@ class Study:
         self.measure_all([(behaviour, method, first) for behaviour in wanted for method in self.methods.values()])
         if "culture" in self.config and self.is_wanted("culture"):
             self.culture()
+        if self.only == ["tuning"]:
+            return
         write_report(self)
         again = [method for method in self.methods.values() if method.is_random]
         self.measure_all([(b, method, seed) for seed in others for b in wanted for method in again])
@@ -160,7 +162,8 @@ def main() -> None:
         study.tune(make=False)
     else:
         study.run()
-    print(write_report(study))
+    if options.only != ["tuning"]:
+        print(write_report(study))
 
 
 def same_config(config: dict[str, Any], kept: Path) -> None:

@@ -79,6 +79,7 @@ def test_load_pairs_without_rejected_column(source):
 CULTURE = {"prompt-mcq": "w1?", "chosen-mcq": "w2", "rejected_gemma_2_2b_it_mcq": "w3", "country": "UK"}
 
 
+@pytest.mark.feature("Data", "Columns of TRL, UltraFeedback, BiPO and Deep-Culture-Lense, without naming them")
 @pytest.mark.parametrize(
     "row",
     [

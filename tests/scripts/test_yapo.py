@@ -192,6 +192,7 @@ def test_a_share_of_the_pairs_or_another_file_is_held_out(tmp_path, tokenizer):
             load(share)
 
 
+@pytest.mark.feature("TRL", "`yapo train --method`: YaPO, BiPO, RePS, CAA or SAS")
 @pytest.mark.parametrize(
     ("method", "space", "loss"),
     [("yapo", "sae", "sigmoid"), ("bipo", "dense", "sigmoid"), ("reps", "sae", "reps"), ("caa", "dense", "sigmoid")],

@@ -40,7 +40,7 @@ def expected(model, h, multiplier):
         return layer(h[None])[0]
 
 
-@pytest.mark.feature("vLLM", "Each kind of SAE, at each per_token, as in transformers")
+@pytest.mark.feature("vLLM", "Each kind of SAE, as in transformers")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])

@@ -106,7 +106,7 @@ def test_a_mixed_batch_answers_as_transformers(llama, llm):
     llama.check(llm, drawn_prompts(len(EACH)), EACH)
 
 
-@pytest.mark.feature("vLLM", "Several adapters of one request, also with positions of their own")
+@pytest.mark.feature("vLLM", "Several adapters in one request, also with different positions")
 def test_several_adapters_of_a_request_add_up(llama, llm):
     steerings = [
         {"both": 1.0, "dense": -0.5},

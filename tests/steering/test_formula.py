@@ -81,7 +81,7 @@ def test_a_feature_that_overflows_half_precision_leaves_no_nan():
 
 
 @pytest.mark.feature(
-    "transformers", "Llama, Gemma 2, Gemma 3 and GPT-2 blocks in fp32, bf16 and fp16: logits of the published forward"
+    "transformers", "Llama, Gemma 2, Gemma 3 and GPT-2 layers in fp32, bf16 and fp16: logits of the published forward"
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

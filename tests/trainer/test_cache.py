@@ -66,7 +66,7 @@ OPTIONS = {
 
 
 @pytest.mark.feature(
-    "Speed", "`cache_activations=True`: the same codes and metrics from the blocks above, for each option"
+    "Speed", "`cache_activations=True`: the same codes and metrics from the layers above, for each option"
 )
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cached_activations_train_as_the_whole_model(train, name):

@@ -36,7 +36,7 @@ def slow_reps(batch, code, direction):
     return loss.detach(), code.grad
 
 
-@pytest.mark.feature("Training", "RePS, and a loss of one's own")
+@pytest.mark.feature("Training", "RePS, and your own loss")
 @pytest.mark.parametrize("direction", ["batch", "example", "both"])
 @pytest.mark.parametrize("space", ["sae", "dense"])
 @pytest.mark.parametrize("cached", [False, True])

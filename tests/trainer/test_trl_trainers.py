@@ -175,7 +175,7 @@ def received_by_vllm(model):
     return {name: parameter.clone() for name, parameter in Sender(model)._iter_named_params()}
 
 
-@pytest.mark.feature("TRL", "`use_vllm` where multiplier x code is nowhere negative and the block has a bias (GPT-2)")
+@pytest.mark.feature("TRL", "`use_vllm` where multiplier x code is nowhere negative and the layer has a bias (GPT-2)")
 def test_vllm_gets_the_merged_weights():
     model = get_peft_model(make_model("gpt2"), YaPOConfig(layers=2, sae=make_sae()))
     set_code(model, random_code().abs())

@@ -141,7 +141,7 @@ def test_a_steering_that_is_not_constant_is_refused_with_the_reason(case, method
 
 @pytest.mark.feature(
     "PEFT",
-    "`merge_and_unload` into blocks without a bias for it (Gemma, Qwen), or quantised ones",
+    "`merge_and_unload` into layers without a bias for it (Gemma, Qwen), or quantised ones",
     refused="the architecture has no parameter that could hold it",
 )
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
@@ -153,8 +153,8 @@ def test_an_architecture_without_a_bias_is_refused(architecture):
 
 @pytest.mark.feature(
     "PEFT",
-    "`merge_adapter` in place into blocks without a bias (Llama)",
-    refused="the model would get parameters that its config does not tell of",
+    "`merge_adapter` in place into layers without a bias (Llama)",
+    refused="the model would get parameters that its config does not mention",
 )
 def test_merging_in_place_adds_no_parameters():
     model = steered()

@@ -153,7 +153,7 @@ def test_without_a_prompt_the_bos_token_is_the_prompt():
 
 
 @pytest.mark.feature(
-    "transformers", "Gemma 3n (its blocks put out four streams)", refused="there is no one hidden state"
+    "transformers", "Gemma 3n (its layers return four streams)", refused="there is no one hidden state"
 )
 def test_blocks_with_several_streams_are_refused():
     own = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}

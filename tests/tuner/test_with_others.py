@@ -68,7 +68,7 @@ def test_lora_before(nested, tmp_path):
         assert all(".lora_" in name for name in names)
 
 
-@pytest.mark.feature("With LoRA", "LoRA injected after, also into the steered block")
+@pytest.mark.feature("With LoRA", "LoRA injected after, also into the steered layer")
 def test_lora_after():
     model = steer(make_model())
     inject_lora(model.base_model.model)
