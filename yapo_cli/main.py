@@ -27,7 +27,7 @@ from . import (
     sweep,
     train,
 )
-from .output import only_json
+from .output import only_json, quiet_libraries
 
 _MAKE, _USE, _MEASURE, _HERE = "Create adapters", "Use adapters", "Evaluate adapters", "Environment"
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with only_json("--json" in argv):
+        with quiet_libraries(), only_json("--json" in argv):
             app(args=argv, prog_name="yapo")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,6 +32,16 @@ def only_json(wanted: bool) -> Generator[None]:
 
 
 _stdout: TextIO | None = None
+
+
+@contextmanager
+def quiet_libraries() -> Generator[None]:
+    """Leaves out what libraries tell developers: coming changes of their interfaces, and kernels that are not there."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 def print_table(table: pd.DataFrame, as_json: bool) -> None:

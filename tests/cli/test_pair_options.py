@@ -22,7 +22,7 @@ COMMANDS = {
 NAMES = set(PairArguments.__dataclass_fields__)
 
 
-@pytest.mark.feature("Commands", "The same options for pairs in `train`, `fit`, `sweep`, `explain`, `report` and `data reject`")
+@pytest.mark.feature("Commands", "The same options for pairs wherever pairs are read")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_have_the_same_options(name):
     command, left_out = COMMANDS[name]

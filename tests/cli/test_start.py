@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 from typer.main import get_command
 
 from yapo_cli import main
 from yapo_cli.main import app
+from yapo_peft import ConfigError
 
 
 def every_command(command=None, path=()):
@@ -62,3 +64,13 @@ def test_doctor_reports_packages_and_devices(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "pip install -U 'peft<0.22,>=0.21.2'" in printed
     assert "pip install 'yapo-peft[app]'" in printed
+
+
+def test_what_libraries_tell_developers_is_left_out(capsys, monkeypatch):
+    def load(*_):
+        warnings.warn("it will be renamed", FutureWarning, stacklevel=1)
+        raise ConfigError("The adapter is not there.")
+
+    monkeypatch.setattr("yapo_cli.loading.load_tokenizer", load)
+    assert main(["explain", "adapter"]) == 2
+    assert capsys.readouterr().err == "yapo explain: The adapter is not there.\n"

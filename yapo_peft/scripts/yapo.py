@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from yaml import YAMLError
 
+from yapo_cli.output import quiet_libraries
 from yapo_cli.pairs import PairArguments
 from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig, calibrate
 from yapo_peft.methods import fit_caa, fit_sas, measure_contrast
@@ -294,7 +295,8 @@ def _require_no_lora(model_args: ModelConfig) -> None:
 def run() -> None:
     """Trains with the command line of this process; errors that are the user's to mend end it without a traceback."""
     try:
-        main(*parse(fail_with_unknown_args=False))
+        with quiet_libraries():
+            main(*parse(fail_with_unknown_args=False))
     except (YaPOError, OSError) as error:
         raise SystemExit(f"yapo train: {error}") from error
 
