@@ -74,6 +74,39 @@ def test_calls_within_the_generate_of_another_thread_are_refused(act):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("multipliers", [(2.0, -2.0), (2.0, None), (None, 2.0), (None, None)])
+def test_forward_passes_of_two_threads_are_right_or_refused(multipliers):
+    model = make_model()
+    first, second = ({} if value is None else {"multipliers": value} for value in multipliers)
+
+    def run(**kwargs):
+        with torch.no_grad():
+            return model(IDS, **kwargs).logits
+
+    expected, others, found = [run(**first), run(**second)], [], []
+
+    def other():
+        try:
+            found.append(run(**second))
+        except UnsupportedOperationError as error:
+            others.append(error)
+
+    def hook(*_):
+        if not found and not others and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    assert torch.equal(run(**first), expected[0])
+    handle.remove()
+    assert len(others) == (multipliers != (None, None))
+    assert all(torch.equal(logits, expected[1]) for logits in found)
+    # Nothing is left of either.
+    assert torch.equal(run(**second), expected[1])
+    assert torch.equal(run(**first), expected[0])
+
+
 def test_many_threads_get_right_answers_or_errors():
     model = make_model()
     alone = {multiplier: ask(model, multipliers=multiplier) for multiplier in (-2.0, 0.0, 2.0)}

@@ -5,105 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from threading import Lock, get_ident
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..steering.learning import ActiveFeatures
+from .claims import Claims
 
 if TYPE_CHECKING:
     from .layer import YaPOLayer
-
-
-# What a claim changes: the multipliers of a model, or the state of one of its calls.
-Kind = Literal["multiplier", "call"]
-
-
-@dataclass(eq=False)
-class Claim:
-    """A `with` block that changes the state of a model.
-
-    Attributes:
-        kind: What it changes.
-        before: The state that is restored after it.
-        thread: The thread that entered it.
-    """
-
-    kind: Kind
-    before: Any = None
-    thread: int = field(default_factory=get_ident)
-
-
-# The claims of the current thread or asynchronous task, and of those that it was started from.
-_OWN: ContextVar[frozenset[Claim]] = ContextVar("claims", default=frozenset())
-# Not an attribute: models are copied and pickled.
-_LOCK = Lock()
-
-
-class Claims:
-    """The claims on a model, innermost last."""
-
-    def __init__(self) -> None:
-        self._claims: list[Claim] = []
-
-    @contextmanager
-    def claim(self, kind: Kind) -> Generator[Claim]:
-        """Claims the model's state within a `with` block.
-
-        Raises:
-            UnsupportedOperationError: As `require_free`.
-        """
-        mine = Claim(kind)
-        with _LOCK:
-            self.require_free(kind)
-            self._claims.append(mine)
-        _OWN.set(_OWN.get() | {mine})
-        try:
-            yield mine
-        finally:
-            with _LOCK:
-                self._claims.remove(mine)
-            _OWN.set(_OWN.get() - {mine})
-
-    def require_free(self, kind: Kind) -> None:
-        """Raises if another thread or task changes the state that would be changed or used.
-
-        Raises:
-            UnsupportedOperationError: The two overlap.
-        """
-        if self.overlap(kind):
-            raise UnsupportedOperationError(
-                "Another call is steering this model. Multipliers are part of its state, so calls that overlap would "
-                "steer each other: let one finish before the next starts (a lock), put both into one batch with a "
-                "multiplier per row, or give each its own copy of the model."
-            )
-
-    def overlap(self, kind: Kind) -> bool:
-        """Whether another thread or task changes the state that would be changed or used.
-
-        A thread may call a model while another one steers it within `steering`, which may have started it to stream the
-        answer. A task may not: it would have inherited the claim.
-        """
-        # Compiled code cannot ask which thread it runs in.
-        if not self._claims or torch.compiler.is_compiling():
-            return False
-        own, thread = _OWN.get(), get_ident()
-        others = [claim for claim in self._claims if claim not in own]
-        return any(claim.kind == "call" or kind == "multiplier" or claim.thread == thread for claim in others)
-
-    def is_steered(self) -> bool:
-        """Whether the model is within `steering`."""
-        return any(claim.kind == "multiplier" for claim in self._claims)
-
-    def later(self, claim: Claim) -> Claim | None:
-        """The next claim of the same kind that was entered after one, and has not ended."""
-        after = self._claims[self._claims.index(claim) + 1 :]
-        return next((other for other in after if other.kind == claim.kind), None)
 
 
 class Call:
@@ -225,8 +137,9 @@ class Call:
         )
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        self.claims.require_free("call")
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        is_positional = any(positions != "all" for layer in self.layers for positions in layer.positions.values())
+        self.claims.enter_forward(is_positional or inputs.get("multipliers") is not None)
         if inputs.get("adapter_names") is not None:
             raise ConfigError("adapter_names= is a feature of PeftModel: wrap the model with get_peft_model.")
         self.labels = inputs.get("labels")
@@ -246,7 +159,7 @@ class Call:
 
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
         """Clears per-call state, so that direct calls of submodules don't see stale labels."""
-        if self.claims.overlap("call"):
+        if not self.claims.leave_forward():
             return  # this call was refused
         self.labels = self.attention_mask = self.multipliers = None
         self.uncounted = False
