@@ -11,6 +11,7 @@ import typer
 from . import (
     calibrate,
     combine,
+    compare,
     data,
     doctor,
     evaluate,
@@ -52,6 +53,7 @@ app.command("app", rich_help_panel=_USE)(playground.playground)
 app.command("export", rich_help_panel=_USE)(export.export)
 app.command("push", rich_help_panel=_USE)(push.push)
 app.command("sweep", rich_help_panel=_MEASURE)(sweep.sweep)
+app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("explain", rich_help_panel=_MEASURE)(explain.explain)
 app.command("report", rich_help_panel=_MEASURE)(report.report)

@@ -151,11 +151,7 @@ def _gains(effect: Scores, damage: Scores) -> tuple[Scores, Scores]:
         Scores(scores.table[[row in both for row in map(tuple, scores.table[cell].to_numpy())]], scores.metrics)
         for scores in (effect, damage)
     )
-    keys = [*cell, "example"]
-    base = effect.table[effect.table["multiplier"] == 0].set_index(keys)["margin"]
-    rows = effect.table.join(base.rename("base"), on=keys)
-    rows = rows.assign(gain=rows["margin"] - rows["base"])[[*keys, "multiplier", "gain"]]
-    return Scores(rows, ("gain",)), damage
+    return effect.gains("margin"), damage
 
 
 def _at_damage(levels: list[float], gains: Scores, damage: Scores) -> pd.DataFrame:

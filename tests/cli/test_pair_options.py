@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from yapo_cli import data, explain, fit, report, sweep
+from yapo_cli import compare, data, explain, fit, report, sweep
 from yapo_cli.pairs import PairArguments
 from yapo_peft import ConfigError
 from yapo_peft.scripts.yapo import make_parser, parse
@@ -16,6 +16,7 @@ COMMANDS = {
     "fit sas": (fit.sas, set()),
     "sweep": (sweep.sweep, set()),
     "report": (report.report, set()),
+    "compare": (compare.compare, set()),
     "explain": (explain.explain, set()),
     "data reject": (data.reject, {"rejected", "options", "answer"}),
 }

@@ -228,3 +228,18 @@ def test_label_rejects_names_of_columns(name):
     scores = Scores(pd.DataFrame({"multiplier": [0.0], "example": [0], "margin": [1.0]}), ("margin",))
     with pytest.raises(ConfigError, match=f"'{name}' is already a column"):
         scores.labelled(**{name: 1})
+
+
+def test_gains_are_paired_with_each_example_at_multiplier_0():
+    margins = np.random.default_rng(0).normal(scale=100, size=30)
+    rows = [
+        {"multiplier": m, "example": i, "method": "a", "margin": margin + 2 * m + 0.01 * m * i}
+        for m in (0.0, 1.0) for i, margin in enumerate(margins)
+    ]  # fmt: skip
+    gains = Scores(pd.DataFrame(rows), ("margin",)).gains("margin").summary().set_index("multiplier").loc[1.0]
+    assert gains["gain"] == pytest.approx(2 + 0.01 * 14.5)
+    assert gains["gain_high"] - gains["gain_low"] < 0.1
+    with pytest.raises(ConfigError, match="measured from multiplier 0: measure all examples at it"):
+        Scores(pd.DataFrame(rows[1:]), ("margin",)).gains("margin")
+    with pytest.raises(ConfigError, match="There is no metric 'kl'; the scores have 'margin'"):
+        Scores(pd.DataFrame(rows), ("margin",)).gains("kl")

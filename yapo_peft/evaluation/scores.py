@@ -76,6 +76,24 @@ class Scores:
             )
         return Scores(table, first.metrics)
 
+    def gains(self, metric: str) -> Scores:
+        """How far a metric of each example is from its own value at multiplier 0, as the metric `gain`.
+
+        Intervals of gains are paired ones: how much examples differ without steering is not in them.
+
+        Raises:
+            ConfigError: There is no such metric, or multiplier 0 was not measured.
+        """
+        if metric not in self.metrics:
+            raise ConfigError(f"There is no metric {metric!r}; the scores have {', '.join(map(repr, self.metrics))}.")
+        keys = [*self.labels, "example"]
+        table: Any = self.table
+        base = table[table["multiplier"] == 0].set_index(keys)[metric].rename("base")
+        rows = table.join(base, on=keys)
+        if len(base) * table["multiplier"].nunique() < len(table):
+            raise ConfigError("Gains are measured from multiplier 0: measure all examples at it too.")
+        return Scores(rows.assign(gain=rows[metric] - rows["base"])[[*keys, "multiplier", "gain"]], ("gain",))
+
     def summary(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Means over examples, and over seeds where there are several, with bootstrap intervals.
 

@@ -127,7 +127,7 @@ class Claims:
 
 def _overlaps() -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        "Another call is steering this model. Multipliers are part of its state, so calls that overlap would steer "
-        "each other: let one finish before the next starts (a lock), put both into one batch with a multiplier per row, "
-        "or give each its own copy of the model."
+        "Another call is steering this model. Multipliers are part of its state, so calls that overlap would "
+        "steer each other: let one finish before the next starts (a lock), put both into one batch with a multiplier "
+        "per row, or give each its own copy of the model."
     )

@@ -1,0 +1,117 @@
+"""`yapo compare`: compare adapters at equal damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .pairs import PairArguments, reads_pairs
+
+if TYPE_CHECKING:
+    from yapo_peft.evaluation import Scores
+
+
+@reads_pairs()
+def compare(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or Hub repositories.")],
+    data: PairArguments,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file to measure damage on. Default: the neutral text that max_kl trains on."),
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of up to 256 tokens of the text to read.")] = 32,
+    levels: Annotated[
+        options.Numbers,
+        typer.Option(parser=options.numbers, metavar="NUMBERS", help="Damage to compare at: KL in nats per token."),
+    ] = options.Numbers((0.1, 0.3)),
+    multipliers: options.Multipliers = options.Numbers((-2.5, -1.0, 0.0, 1.0, 2.5)),
+    batch_size: options.BatchSize = 8,
+    base: options.BaseModel = None,
+    dtype: options.DType = "auto",
+    picture: Annotated[Path | None, typer.Option(help="Save a plot of gain against damage, such as gains.png.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare adapters by how far they move the margin of pairs, in both directions, where they do the same damage.
+
+    `yapo compare yapo-adapter bipo-adapter --dataset test.csv --text wiki.txt`
+    """
+    from yapo_peft.evaluation import Scores
+    from yapo_peft.evaluation.plots import plot_matched_damage, require_plot_path
+
+    from .output import print_table
+
+    names = _names(adapters)
+    if 0.0 not in multipliers or not min(multipliers) < 0 < max(multipliers):
+        raise typer.BadParameter(f"--multipliers {','.join(map(str, multipliers))}: must be on both sides of 0, and 0.")
+    if not levels or min(levels) <= 0:
+        raise typer.BadParameter(f"--levels {','.join(map(str, levels))}: must be positive.")
+    if picture is not None:
+        require_plot_path(picture)
+    source = None if text is None else options.read_text(text)
+    measured = [_measure(name, data, source, blocks, multipliers, batch_size, base, dtype) for name in adapters]
+    effects, damages = (
+        Scores.concat([scores.labelled(adapter=name) for name, scores in zip(names, part, strict=True)])
+        for part in zip(*measured, strict=True)
+    )
+    table = _both_sides(effects.gains("margin"), damages, list(levels))
+    print_table(table, as_json)
+    for row in table[table["gain"].isna()].to_dict("records"):
+        sign = "+" if row["direction"] == "up" else "-"
+        typer.echo(f"{row['adapter']} does not reach a KL of {row['kl']:g} at {sign}: extend --multipliers.", err=True)
+    if picture is not None:
+        curve = _both_sides(effects.gains("margin"), damages, [max(levels) * step / 8 for step in range(9)])
+        curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])
+        title = f"{Path(str(data.dataset)).name}: gain at equal damage"
+        plot_matched_damage(curve.sort_values("kl"), picture, title, metric="gain")
+
+
+def _names(adapters: list[str]) -> list[str]:
+    """Short names of adapters that tell them apart."""
+    names = [Path(adapter).name for adapter in adapters]
+    if len(set(names)) < len(names):
+        names = adapters
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"{' '.join(adapters)}: an adapter is given twice.")
+    return names
+
+
+def _measure(
+    adapter: str,
+    data: PairArguments,
+    text: str | None,
+    blocks: int,
+    multipliers: Any,
+    batch_size: int,
+    base: str | None,
+    dtype: str,
+) -> tuple[Scores, Scores]:
+    """Preference and damage of one adapter."""
+    from yapo_peft import sweep
+    from yapo_peft.evaluation import Damage
+    from yapo_peft.scoring.neutral import packaged_text
+
+    from .loading import load_adapter, load_tokenizer
+
+    tokenizer = load_tokenizer(adapter, base)
+    pairs, model = data.load(tokenizer), load_adapter(adapter, dtype, base)
+    rows = [row["text"] for row in packaged_text() if "text" in row] if text is None else [text]
+    effect = sweep(model, pairs, tokenizer, multipliers, batch_size=batch_size)
+    damage = sweep(model, rows, tokenizer, multipliers, measure=Damage(max_blocks=blocks), batch_size=batch_size)
+    return effect, damage
+
+
+def _both_sides(gains: Scores, damages: Scores, levels: list[float]) -> Any:
+    """The table of gains at each level of damage, at positive multipliers ("up") and at negative ones ("down")."""
+    import pandas as pd
+
+    from yapo_peft.evaluation import at_matched_damage
+
+    found: list[Any] = []
+    for direction in ("up", "down"):
+        table = at_matched_damage(gains, damages, levels, metric="gain", negative=direction == "down")
+        table.insert(1, "direction", direction)
+        found.append(table)
+    return pd.concat(found, ignore_index=True)
