@@ -104,9 +104,14 @@ def _class_of(name: str, revision: str | None) -> Any:
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or own is None else own
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a folder or Hub repository has a YaPO adapter."""
+    return isinstance(_adapter_config(name), YaPOConfig)
+
+
 def load_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any:
     """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
-    if not isinstance(_adapter_config(name), YaPOConfig):
+    if not is_adapter(name):
         raise ConfigError(f"{name!r} is not a YaPO adapter: pass an adapter.")
     return load_model(name, dtype, base)
 

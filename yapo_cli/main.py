@@ -25,6 +25,7 @@ from . import (
     push,
     report,
     sae,
+    steer,
     sweep,
     train,
 )
@@ -43,6 +44,7 @@ app = typer.Typer(
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("train", rich_help_panel=_MAKE, add_help_option=False, context_settings=_PASSED_ON)(train.train)
 app.add_typer(fit.app, name="fit", rich_help_panel=_MAKE)
+app.command("steer", rich_help_panel=_MAKE)(steer.steer)
 app.command("prune", rich_help_panel=_MAKE)(prune.prune)
 app.command("calibrate", rich_help_panel=_MAKE)(calibrate.calibrate)
 app.command("combine", rich_help_panel=_MAKE)(combine.combine)

@@ -255,6 +255,34 @@ def test_fit_prune_and_combine_match_the_library(run, saved_adapter, tokenizer, 
     ]  # fmt: skip
 
 
+@pytest.mark.feature("Commands", "`yapo steer`: adapters of chosen features, and edits of adapters")
+def test_steer_makes_and_edits_adapters(run, saved_adapter, tmp_path):
+    inference_sae(make_sae(), tmp_path / "sae")
+    options = ("--sae-path", tmp_path / "sae", "--positions", "completion")
+    made, edited = tmp_path / "made", tmp_path / "edited"
+    status, _, stderr = run(
+        "steer", tmp_path / "base", "--feature", "2:7=3.5", "--feature=2:1=-1", *options, "--out", made
+    )
+    assert status == 0, stderr
+    assert run("steer", made, "--feature", "2:7=0", "--feature", "2:9=1", "--out", edited)[0] == 0
+    expected = {made: {7: 3.5, 1: -1.0}, edited: {1: -1.0, 9: 1.0}}
+    for folder, entries in expected.items():
+        model = AutoPeftModelForCausalLM.from_pretrained(folder)
+        (code,) = codes(model)
+        assert {int(index): float(code[index]) for index in code.nonzero()} == entries
+        assert model.peft_config["default"].positions == "completion"
+    for wrong, message in (
+        (("--feature", "7=3"), "must be LAYER:FEATURE=VALUE"),
+        (("--feature", "2:7=1", "--feature", "2:7=2"), "given twice"),
+        (("--feature", "2:7=1", "--positions", "last"), "has its own"),
+        (("--feature", "2:1=0", "--feature", "2:9=0"), "All entries of the adapter are zero"),
+    ):
+        status, _, stderr = run("steer", edited, *wrong, "--out", tmp_path / "wrong")
+        assert status == 2
+        assert message in " ".join(stderr.replace("│", "").split())
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.feature("Commands", "`yapo calibrate`: multiplier 1 is a stated damage")
 def test_calibrate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
     text, out = tmp_path / "neutral.txt", tmp_path / "calibrated"

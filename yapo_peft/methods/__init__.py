@@ -1,5 +1,6 @@
 """Fits, imports and prunes codes without training."""
 
+from .by_hand import set_features
 from .caa import fit_caa
 from .contrast import AnswerStatistics, Contrast, FeatureStatistics, measure_contrast
 from .migrate import import_vectors
@@ -17,4 +18,5 @@ __all__ = [
     "import_vectors",
     "measure_contrast",
     "prune",
+    "set_features",
 ]

@@ -1,0 +1,72 @@
+"""`yapo steer`: make or edit an adapter by hand."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def steer(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub repository of a model, or of an adapter to edit.")
+    ],
+    feature: Annotated[
+        list[str],
+        typer.Option(
+            metavar="LAYER:FEATURE=VALUE",
+            help="What multiplier 1 adds to a feature's activation, such as 14:1965=8; 0 removes it. Repeat for more.",
+        ),
+    ],
+    out: options.NewFolder,
+    sae_release: options.SaeRelease = None,
+    sae_id: options.SaeId = None,
+    sae_path: options.SaePath = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Tokens to steer: all (default), completion or last.", show_default=False)
+    ] = None,
+    base: options.BaseModel = None,
+    dtype: options.DType = "auto",
+) -> None:
+    """Steer chosen SAE features, without training: make an adapter of a model, or edit one.
+
+    `yapo steer google/gemma-2-2b-it --feature 15:1965=8 --sae-release ... --sae-id ... --out my-adapter`
+    """
+    from yapo_peft.adapter_file.saving import save_adapter
+    from yapo_peft.methods import set_features
+
+    from .loading import attach_adapter, is_adapter, load_adapter, require_effect
+
+    features = _read(feature)
+    if is_adapter(source):
+        given = {"--sae-release": sae_release, "--sae-id": sae_id, "--sae-path": sae_path, "--positions": positions}
+        unread = [name for name, value in given.items() if value]
+        if unread:
+            raise typer.BadParameter(f"{unread[0]}: the adapter {source} has its own.")
+        model = load_adapter(source, dtype, base)
+    else:
+        if base is not None:
+            raise typer.BadParameter(f"--model {base}: {source} is a model.")
+        saes = {"sae_release": sae_release, "sae_id": sae_id or None, "sae_path": sae_path or None}
+        model = attach_adapter(source, dtype, layers=sorted(features), positions=positions or "all", **saes)
+    set_features(model, features)
+    require_effect(model)
+    typer.echo(f"Saved to {save_adapter(model, out)}.")
+
+
+def _read(texts: list[str]) -> dict[int, dict[int, float]]:
+    """Reads "14:1965=8"."""
+    found: dict[int, dict[int, float]] = {}
+    for text in texts:
+        place, _, value = text.partition("=")
+        layer, _, index = place.partition(":")
+        try:
+            entry = int(layer), int(index), float(value)
+        except ValueError:
+            raise typer.BadParameter(f"--feature {text}: must be LAYER:FEATURE=VALUE, such as 14:1965=8.") from None
+        if entry[1] in found.setdefault(entry[0], {}):
+            raise typer.BadParameter(f"--feature {text}: the feature is given twice.")
+        found[entry[0]][entry[1]] = entry[2]
+    return found

@@ -1,0 +1,40 @@
+"""Steers chosen features, without data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..tuner.adapters import layers_of, write_codes
+
+
+def set_features(
+    model: nn.Module, features: Mapping[int, Mapping[int, float]], adapter_name: str | None = None
+) -> None:
+    """Sets entries of a sparse adapter's code by hand; others keep their values, which are 0 in a new adapter.
+
+    Args:
+        model: A model with a sparse adapter.
+        features: For each layer, the index of each feature and how much multiplier 1 adds to its activation, in the
+            SAE's units; below 0 it lowers the feature where it is active, and 0 leaves it alone.
+        adapter_name: The adapter; the active one if None.
+
+    Raises:
+        ConfigError: The adapter does not exist, is dense or does not steer a layer, its SAE has no such feature, or
+            a value is not finite. Nothing is changed.
+    """
+    name, layers = layers_of(model, adapter_name, "sae", "Setting features")
+    codes = {layer.index: layer.code(name).detach().clone() for layer in layers}
+    for index, entries in features.items():
+        if index not in codes:
+            raise ConfigError(f"Adapter {name!r} steers layers {', '.join(map(str, codes))}, not {index}.")
+        for feature, value in entries.items():
+            if not 0 <= feature < len(codes[index]):
+                raise ConfigError(f"Feature {feature} of layer {index}: its SAE has {len(codes[index])}, from 0 on.")
+            if not math.isfinite(value):
+                raise ConfigError(f"Feature {feature} of layer {index} is set to {value}: must be a finite number.")
+            codes[index][feature] = value
+    write_codes(model, name, layers, codes.values())
