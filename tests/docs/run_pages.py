@@ -126,7 +126,7 @@ def furnish(tokenizer) -> dict:
         "bf16": False, "eval_strategy": "no",
     }  # fmt: skip
     Path("dpo.yaml").write_text(json.dumps(config))
-    Path("sample.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8")
+    Path("sample.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8 " * 50)
     sae = make_sae(d_in=D_MODEL, d_sae=D_MODEL, layer=LAYER)
     inference_sae(sae, Path("folder/of/the/sae"))
     inference_sae(make_sae(d_in=D_MODEL, d_sae=D_MODEL, layer=14), Path("path/of/the/sae"))
