@@ -31,7 +31,7 @@ def compare(
     batch_size: options.BatchSize = 8,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
-    picture: Annotated[Path | None, typer.Option(help="Save a plot of gain against damage, such as gains.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of gain against damage, such as gains.png.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compare adapters by how far they move the margin of pairs, in both directions, where they do the same damage.
@@ -48,8 +48,8 @@ def compare(
         raise typer.BadParameter(f"--multipliers {','.join(map(str, multipliers))}: must be on both sides of 0, and 0.")
     if not levels or min(levels) <= 0:
         raise typer.BadParameter(f"--levels {','.join(map(str, levels))}: must be positive.")
-    if picture is not None:
-        require_plot_path(picture)
+    if plot is not None:
+        require_plot_path(plot)
     source = None if text is None else options.read_text(text)
     measured = [_measure(name, data, source, blocks, multipliers, batch_size, base, dtype) for name in adapters]
     effects, damages = (
@@ -61,11 +61,11 @@ def compare(
     for row in table[table["gain"].isna()].to_dict("records"):
         sign = "+" if row["direction"] == "up" else "-"
         typer.echo(f"{row['adapter']} does not reach a KL of {row['kl']:g} at {sign}: extend --multipliers.", err=True)
-    if picture is not None:
+    if plot is not None:
         curve = _both_sides(effects.gains("margin"), damages, [max(levels) * step / 8 for step in range(9)])
         curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])
         title = f"{Path(str(data.dataset)).name}: gain at equal damage"
-        plot_matched_damage(curve.sort_values("kl"), picture, title, metric="gain")
+        plot_matched_damage(curve.sort_values("kl"), plot, title, metric="gain")
 
 
 def _names(adapters: list[str]) -> list[str]:

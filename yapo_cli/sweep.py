@@ -29,7 +29,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Save each example's metrics to this JSON file (see `Scores.load`).")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Save a plot, such as doses.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot, such as doses.png.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure an adapter over a range of multipliers, with 95 % intervals.
@@ -54,8 +54,8 @@ def sweep(
         raise typer.BadParameter(f"--dataset {source}: damage is measured on running text: pass a plain text file.")
     if out is not None and out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder: pass a file.")
-    if picture is not None:
-        require_plot_path(picture)
+    if plot is not None:
+        require_plot_path(plot)
         require_dose_response(multipliers)
     tokenizer = load_tokenizer(adapter, base)
     if measure == "damage":
@@ -68,5 +68,5 @@ def sweep(
     print_table(scores.summary(), as_json)
     if out is not None:
         scores.save(out)
-    if picture is not None:
-        plot_dose_response(scores, picture, f"{Path(adapter).name}: {measure}")
+    if plot is not None:
+        plot_dose_response(scores, plot, f"{Path(adapter).name}: {measure}")

@@ -1,4 +1,4 @@
-"""Draws the pictures of the concept pages: python docs/concepts/draw.py"""
+"""Draws the figures of the concept pages: python docs/concepts/draw.py"""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def training() -> Figure:
 
 def main() -> None:
     """Draws all of them beside this file."""
-    matplotlib.rcParams["svg.hashsalt"] = "yapo"  # the same picture, the same file
+    matplotlib.rcParams["svg.hashsalt"] = "yapo"  # the same figure, the same file
     matplotlib.rcParams["svg.fonttype"] = "none"
     for draw in (clipping, training):
         path = Path(__file__).with_name(f"{draw.__name__}.svg")

@@ -91,7 +91,7 @@ def test_top_features_and_a_picture_are_in_the_card(tokenizer):
     table.at[0, "promotes"] = ["a|b", "c`d", " e\nf"]
     table.at[1, "link"] = "https://neuronpedia.org/tiny/1/5"
     table.at[1, "label"] = "one | two"
-    card = model_card(model, features=table, picture="doses.png").content
+    card = model_card(model, features=table, plot="doses.png").content
     assert "![Effect by multiplier](doses.png)" in card
     rows = [line for line in card.splitlines() if "constant |" in line or "input-dependent |" in line]
     assert len(rows) == 10
@@ -116,18 +116,18 @@ def test_findings_go_into_a_card_that_is_there(tokenizer, at_end):
     table = explain(model, tokenizer=tokenizer, tokens=2)
     written = "# Mine\n\nMy words.\n" + ("" if at_end else "\n## Versions\n\n- all\n\n## Thanks\n\nTo you.\n")
     card = ModelCard(f"---\ntags:\n- mine\nlicense: mit\n---\n\n{written}")
-    once = add_findings(card, features=table, picture="doses.png")
+    once = add_findings(card, features=table, plot="doses.png")
     assert once.data.tags == ["mine"]
     assert re.findall("^## (.*)", once.text, re.MULTILINE) == ["What it does", "Features"] + (
         [] if at_end else ["Versions", "Thanks"]
     )
-    again = add_findings(once, features=table.tail(1), picture="others.png")
+    again = add_findings(once, features=table.tail(1), plot="others.png")
     assert "My words." in again.text
     assert "doses.png" not in again.text
     assert again.text.count("## Features") == 1
     assert again.text.count("| constant |") + again.text.count("| input-dependent |") == 1
     assert "To you." in again.text or at_end
-    assert add_findings(again, features=table, picture="doses.png").content == once.content
+    assert add_findings(again, features=table, plot="doses.png").content == once.content
     assert "What it does" not in card.text
 
 

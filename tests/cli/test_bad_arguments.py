@@ -33,7 +33,7 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("generate", "{base}", "w1"), "is not a YaPO adapter"),
         (("generate", "{adapter}", "--chat", "--json"), "omit --json and --plain"),
         (("sweep", "{adapter}", "--dataset", "nowhere.csv"), "The file 'nowhere.csv' does not exist"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses"), "the extension must be one of"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "doses"), "the extension must be one of"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--chosen", "best"), "no column 'best'"),
         (("prune", "{adapter}", "--features", "5", "--out", "{adapter}"), "is not empty"),
         (("combine", "{adapter}", "{adapter}", "--weights", "1", "--out", "new"), "1 numbers for 2 adapters"),
@@ -63,7 +63,7 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
             ("sweep", "{adapter}", "--dataset", "{latin}", "--measure", "damage", "--chosen", "x"),
             "are columns of pairs",
         ),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--picture", "doses.xyz"), "the extension must be one of"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "doses.xyz"), "the extension must be one of"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--out", "{parent}"), "is a folder: pass a file"),
         (("sweep", "{adapter}", "--dataset", "{damaged}"), "cannot be read as jsonl"),
         (

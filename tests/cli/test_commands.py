@@ -146,7 +146,7 @@ def test_sweep_saves_scores_and_a_plot(run, saved_adapter, pairs_file, tmp_path,
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 w6 " * 100)
     files = {"preference": pairs_file, "choice": tmp_path / "questions.json", "damage": tmp_path / "text.txt"}
     options = ("--measure", measure, "--multipliers", "-1,0,1", "--limit", 2, "--json")
-    outputs = ("--out", tmp_path / "scores.json", "--picture", tmp_path / "doses.png")
+    outputs = ("--out", tmp_path / "scores.json", "--plot", tmp_path / "doses.png")
     status, printed, stderr = run("sweep", saved_adapter, "--dataset", files[measure], *options, *outputs)
     assert status == 0, stderr
     rows = json.loads(printed)
@@ -173,7 +173,7 @@ def test_compare_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs
     options = ("--dataset", pairs_file, "--text", tmp_path / "text.txt", "--multipliers", "-4,-1,0,1,4")
     plot = tmp_path / "gains.png"
     status, printed, stderr = run(
-        "compare", *adapters.values(), *options, "--levels", "0.001,90", "--json", "--picture", plot
+        "compare", *adapters.values(), *options, "--levels", "0.001,90", "--json", "--plot", plot
     )
     assert status == 0, stderr
     found = pd.DataFrame(json.loads(printed))
@@ -196,7 +196,7 @@ def test_compare_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs
     [
         (("--multipliers", "1,2"), "must be on both sides of 0, and 0"),
         (("--levels", "0"), "must be positive"),
-        (("--picture", "gains.xyz"), "xyz"),
+        (("--plot", "gains.xyz"), "xyz"),
         ((), "an adapter is given twice"),
     ],
 )

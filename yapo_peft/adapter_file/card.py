@@ -44,7 +44,7 @@ def model_card(
     metrics: Mapping[str, float] | None = None,
     training: Mapping[str, Any] | None = None,
     features: Any = None,
-    picture: str | None = None,
+    plot: str | None = None,
     chat: bool = False,
 ) -> ModelCard:
     """Writes the card of an adapter.
@@ -60,7 +60,7 @@ def model_card(
         metrics: Its evaluation, by name.
         training: Settings of the training, by name.
         features: The table that `yapo_peft.interpret.explain` returned; its first rows are listed.
-        picture: Name of an image beside the card, such as a dose-response plot.
+        plot: Name of an image beside the card, such as a dose-response plot.
         chat: Whether the snippet uses the tokenizer's chat template.
 
     Returns:
@@ -87,22 +87,22 @@ def model_card(
         repo_id=repo_id,
         metrics=metrics,
         rows=_rows(features),
-        picture=picture,
+        plot=plot,
         chat=chat,
         tags=getattr(getattr(model, "base_model", model), "model_tags", None),
     )
 
 
-def add_findings(card: ModelCard, *, features: Any = None, picture: str | None = None) -> ModelCard:
+def add_findings(card: ModelCard, *, features: Any = None, plot: str | None = None) -> ModelCard:
     """Returns a copy of a card with a table of features and a plot, in place of those that it had.
 
     Args:
         card: The card of an adapter.
         features: The table that `yapo_peft.interpret.explain` returned; its first rows are listed.
-        picture: Name of an image beside the card.
+        plot: Name of an image beside the card.
     """
     card = ModelCard(card.content)
-    found = _TEMPLATES.get_template("findings.md.jinja").render(rows=_rows(features), picture=picture)
+    found = _TEMPLATES.get_template("findings.md.jinja").render(rows=_rows(features), plot=plot)
     for section in re.findall(r"^## .*?(?=^## |\Z)", found, re.MULTILINE | re.DOTALL):
         title = re.escape(section.split("\n", 1)[0])
         own = re.search(rf"^{title} *\n.*?(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""Measures of a steered model, one file each, their comparison and their pictures."""
+"""Measures of a steered model, one file each, their comparison and their plots."""
 
 from .choice import GeneratedChoice, MultipleChoice
 from .culture import cultural_scores, normalised_localization_gap, robust_cultural_accuracy

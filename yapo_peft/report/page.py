@@ -19,7 +19,7 @@ from . import plots
 from .contents import ReportContents, collect_report
 from .marking import marked_tokens
 
-PICTURE = "dose-response.png"
+PLOT = "dose-response.png"
 
 
 def write_report(
@@ -71,10 +71,8 @@ def write_short_form(contents: ReportContents, folder: str | Path) -> Path:
         ImportError: matplotlib is not installed.
     """
     file = require_card(folder)
-    picture = plot_dose_response(
-        contents.preference, file.with_name(PICTURE), contents.title, metrics=["accuracy", "margin"]
-    )
-    card = add_findings(ModelCard.load(file), features=_by_contribution(contents), picture=picture.name)
+    plot = plot_dose_response(contents.preference, file.with_name(PLOT), contents.title, metrics=["accuracy", "margin"])
+    card = add_findings(ModelCard.load(file), features=_by_contribution(contents), plot=plot.name)
     with replacing(file) as partial:
         card.save(partial)
     return file
