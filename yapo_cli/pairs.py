@@ -91,10 +91,14 @@ class PairArguments:
             # Values are texts here, and may be numbers or booleans there.
             there = rows.unique(column) if column in rows.column_names else []
             wanted.setdefault(column, []).extend([found for found in there if str(found) == value] or [value])
-        return where(rows, **wanted) if wanted else rows
+        try:
+            return where(rows, **wanted) if wanted else rows
+        except TypeError:
+            raise ConfigError("--where dataset=...: rename the column 'dataset' first.") from None
 
     def _is_choice(self, columns: list[str]) -> bool:
-        return self.chosen not in columns and {self.options, self.answer} <= set(columns)
+        is_default = self.chosen == "chosen" and self.rejected == "rejected"
+        return is_default and "chosen" not in columns and {self.options, self.answer} <= set(columns)
 
     def _choices(self, rows: Any) -> Any:
         from yapo_peft.data import load_choices

@@ -127,7 +127,7 @@ def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = 
 def _names_in(columns: list[str], has_rejected: bool) -> tuple[str | None, str, str | None]:
     """The names that a dataset has for the columns of pairs; ours if it has none that are known."""
     ours = PAIR if has_rejected else (*PAIR[:2], None)
-    if has_rejected and "prompt" not in columns and {"chosen", "rejected"} <= set(columns):
+    if has_rejected and {"prompt", "question"}.isdisjoint(columns) and {"chosen", "rejected"} <= set(columns):
         return None, "chosen", "rejected"
     if {name for name in ours if name} <= set(columns):
         return ours

@@ -90,7 +90,7 @@ class Scores:
         table: Any = self.table
         base = table[table["multiplier"] == 0].set_index(keys)[metric].rename("base")
         rows = table.join(base, on=keys)
-        if len(base) * table["multiplier"].nunique() < len(table):
+        if not table.set_index(keys).index.isin(base.index).all():
             raise ConfigError("Gains are measured from multiplier 0: measure all examples at it too.")
         return Scores(rows.assign(gain=rows[metric] - rows["base"])[[*keys, "multiplier", "gain"]], ("gain",))
 

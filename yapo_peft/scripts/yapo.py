@@ -136,6 +136,8 @@ def parse(arguments: list[str] | None = None, prog: str | None = None, **options
     except (ValueError, YAMLError) as error:
         raise ConfigError(f"The arguments or their YAML config cannot be read: {error}") from error
     steering = next(part for part in found if isinstance(part, SteeringArguments))
+    if steering.method not in METHODS:
+        raise ConfigError(f"method={steering.method!r}: must be one of {', '.join(METHODS)}.")
     defaults = METHODS[steering.method] | (PUBLISHED if steering.published else {})
     if defaults:
         parser.set_defaults(**defaults)

@@ -46,6 +46,10 @@ class Claims:
         # The threads that are within a forward pass, and whether that has a state of its own.
         self._forwards: list[tuple[int, bool]] = []
 
+    def __reduce__(self) -> tuple[type[Claims], tuple[()]]:
+        # Copies and pickles are nobody's yet.
+        return Claims, ()
+
     @contextmanager
     def claim(self, kind: Kind) -> Generator[Claim]:
         """Claims the model's state within a `with` block.
