@@ -61,7 +61,7 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "pass a plain text file"),
         (
             ("sweep", "{adapter}", "--dataset", "{latin}", "--measure", "damage", "--chosen", "x"),
-            "are columns of pairs",
+            "--measure damage does not read it",
         ),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "doses.xyz"), "the extension must be one of"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--out", "{parent}"), "is a folder: pass a file"),
