@@ -106,6 +106,11 @@ def test_several_columns_of_rejected_answers_are_named():
 def test_a_prompt_can_be_put_together_from_columns():
     rows = Dataset.from_list([{"prompt-mcq": "w1", "n": 7, "chosen": "w2", "rejected": "w3", "prompt": "w9"}])
     assert load_pairs(rows, prompt="{prompt-mcq} in {n}")[0]["prompt"] == said("w1 in 7", "user")
+    missing = Dataset.from_list(
+        [{"a": None, "chosen": "w2", "rejected": "w3"}, {"a": "w1", "chosen": "w2", "rejected": "w3"}]
+    )
+    with pytest.warns(UserWarning, match="1 of 2 pairs are left out"):
+        assert load_pairs(missing, prompt="{a}")["prompt"] == [said("w1", "user")]
     with pytest.raises(DatasetError, match=r"no column 'm': .*columns 'prompt-mcq'"):
         load_pairs(rows, prompt="{m}?")
     with pytest.raises(DatasetError, match=r"prompt='\{n:d\}' is not a template .*: formats are not supported"):

@@ -242,3 +242,8 @@ def test_command_exits_with_the_error_of_the_script(workplace):
     run = subprocess.run([*command, "--dataset_train_split", "training"], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "no split 'training'" in run.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_contradicts_the_method_is_refused():
+    with pytest.raises(ConfigError, match=r"method=reps and loss_type=\['sigmoid'\] contradict"):
+        parsed(*GOOD, "--method", "reps", "--loss_type", "sigmoid")

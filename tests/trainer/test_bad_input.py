@@ -127,9 +127,7 @@ def test_dropped_pairs_are_counted_in_a_warning(build):
 def test_pairs_that_are_cut_are_counted_in_a_warning(build):
     rows = preference_rows(8)
     rows[5]["chosen"][0]["content"] = " ".join(["w1"] * 40)
-    with pytest.warns(
-        UserWarning, match="1 of 8 pairs of the train dataset are cut to max_length=30, so that the ends"
-    ):
+    with pytest.warns(UserWarning, match="1 of 8 pairs of the train dataset are cut to max_length=30, so that parts"):
         build(train_dataset=Dataset.from_list(rows), max_length=30)
 
 

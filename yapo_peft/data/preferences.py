@@ -151,7 +151,7 @@ def _with_template(rows: Dataset, template: str) -> Dataset:
         raise DatasetError(f"prompt={template!r} is not a template such as {example}: {error}.") from error
     require_columns(rows, [name for _, name, *_ in pieces if name is not None])
     prompts = [
-        "".join(text if name is None else f"{text}{row[name]}" for text, name, *_ in pieces)
+        "".join(text if name is None or row[name] is None else f"{text}{row[name]}" for text, name, *_ in pieces)
         for row in cast(Iterable[dict[str, Any]], rows)
     ]
     kept = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows

@@ -142,6 +142,9 @@ def parse(arguments: list[str] | None = None, prog: str | None = None, **options
     if defaults:
         parser.set_defaults(**defaults)
         found = parser.parse_args_and_config(list(arguments), **options)
+    losses = next(part.loss_type for part in found if isinstance(part, YaPOTrainingConfig))
+    if steering.method == "reps" and losses != ["reps"]:
+        raise ConfigError(f"method=reps and loss_type={losses} contradict each other: leave loss_type out.")
     return found
 
 

@@ -100,8 +100,8 @@ def prepared_pairs(dataset: Any, name: str, args: DPOConfig, tokenize: Callable[
     cut = sum(tokens > args.max_length for tokens in _tokens_of_pairs(tokenized)) if args.max_length else 0
     if cut:
         warnings.warn(
-            f"{cut} of {left} pairs of the {name} dataset are cut to max_length={args.max_length}, so that the ends of "
-            "their answers are not trained on; `sweep` measures whole answers. Raise max_length to train on them too.",
+            f"{cut} of {left} pairs of the {name} dataset are cut to max_length={args.max_length}, so that parts of "
+            "them are not trained on; `sweep` measures whole pairs. Raise max_length to train on all of them.",
             UserWarning,
             stacklevel=2,
         )
