@@ -68,6 +68,7 @@ OPTIONS = {
 @pytest.mark.feature(
     "Speed", "`cache_activations=True`: the same codes and metrics from the layers above, for each option"
 )
+@pytest.mark.filterwarnings("ignore:.*are cut to max_length=13")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cached_activations_train_as_the_whole_model(train, name):
     if name == "checkpointing" and REPEATS_HOOKS:

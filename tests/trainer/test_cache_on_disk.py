@@ -106,6 +106,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*are cut to max_length=13")
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_model_sae_dataset_and_dtype_has_its_own_cache(train, change, tmp_path):
     train(True, init={})
@@ -151,6 +152,7 @@ def test_activations_of_another_model_are_rejected(train, tmp_path):
         train(True, init={})
 
 
+@pytest.mark.filterwarnings("ignore:.*are cut to max_length=13")
 @pytest.mark.feature("Speed", "Space is estimated beforehand; too little of it is an error before the work")
 def test_too_little_disk_space_fails_before_any_computation(train, tmp_path, monkeypatch, capsys):
     train(True, init={})

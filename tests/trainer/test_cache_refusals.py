@@ -63,6 +63,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*are cut to max_length=13")
 @pytest.mark.filterwarnings("ignore:.*keep_end")
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_options_fail_before_any_computation(train, name, tmp_path):
