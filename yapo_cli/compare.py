@@ -56,13 +56,14 @@ def compare(
         Scores.concat([scores.labelled(adapter=name) for name, scores in zip(names, part, strict=True)])
         for part in zip(*measured, strict=True)
     )
-    table = _both_sides(effects.gains("margin"), damages, list(levels))
+    gains = effects.gains("margin")
+    table = _both_sides(gains, damages, list(levels))
     print_table(table, as_json)
     for row in table[table["gain"].isna()].to_dict("records"):
         sign = "+" if row["direction"] == "up" else "-"
         typer.echo(f"{row['adapter']} does not reach a KL of {row['kl']:g} at {sign}: extend --multipliers.", err=True)
     if plot is not None:
-        curve = _both_sides(effects.gains("margin"), damages, [max(levels) * step / 8 for step in range(9)])
+        curve = _both_sides(gains, damages, [max(levels) * step / 8 for step in range(9)])
         curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])
         title = f"{Path(str(data.dataset)).name}: gain at equal damage"
         plot_matched_damage(curve.sort_values("kl"), plot, title, metric="gain")
@@ -70,12 +71,10 @@ def compare(
 
 def _names(adapters: list[str]) -> list[str]:
     """Short names of adapters that tell them apart."""
-    names = [Path(adapter).name for adapter in adapters]
-    if len(set(names)) < len(names):
-        names = adapters
-    if len(set(names)) < len(names):
+    if len(set(adapters)) < len(adapters):
         raise typer.BadParameter(f"{' '.join(adapters)}: an adapter is given twice.")
-    return names
+    names = [Path(adapter).name for adapter in adapters]
+    return names if len(set(names)) == len(names) else adapters
 
 
 def _measure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from typing import Annotated, Any, cast, get_type_hints
 
@@ -91,10 +91,7 @@ class PairArguments:
             # Values are texts here, and may be numbers or booleans there.
             there = rows.unique(column) if column in rows.column_names else []
             wanted.setdefault(column, []).extend([found for found in there if str(found) == value] or [value])
-        try:
-            return where(rows, **wanted) if wanted else rows
-        except TypeError:
-            raise ConfigError("--where dataset=...: rename the column 'dataset' first.") from None
+        return where(rows, **wanted) if wanted else rows
 
     def _is_choice(self, columns: list[str]) -> bool:
         is_default = self.chosen == "chosen" and self.rejected == "rejected"
@@ -108,6 +105,39 @@ class PairArguments:
 
     def _first(self, rows: Any) -> Any:
         return rows if self.limit is None else rows.select(range(min(self.limit, len(rows))))
+
+
+@dataclass
+class TrainingPairs(PairArguments):
+    """Which pairs to train on, and which to hold out."""
+
+    eval_split: str | None = field(
+        default=None, metadata=_help("Pairs to evaluate on: a share of --dataset, such as 0.1, or another dataset.")
+    )
+
+    def load_both(self, tokenizer: Any, seed: int) -> tuple[Any, Any]:
+        """Loads the pairs to train on, and those to evaluate on, None without `eval_split`.
+
+        Raises:
+            ConfigError: `eval_split` is not a share.
+            DatasetError: As `load`.
+        """
+        from yapo_peft import ConfigError
+
+        pairs = self.load(tokenizer)
+        if self.eval_split is None:
+            return pairs, None
+        try:
+            share = float(self.eval_split)
+        except ValueError:
+            return pairs, replace(self, dataset=self.eval_split).load(tokenizer)
+        if not 0 < share < 1 or not 1 <= round(share * len(pairs)) < len(pairs):
+            raise ConfigError(
+                f"eval_split={self.eval_split} of {len(pairs)} pairs: must be a share that leaves pairs to train "
+                "on and to evaluate on, such as 0.1, or a dataset."
+            )
+        parts = pairs.train_test_split(round(share * len(pairs)), seed=seed)
+        return parts["train"], parts["test"]
 
 
 def reads_pairs(*left_out: str, required: bool = True, **defaults: Any) -> Callable[[Callable[..., None]], Any]:

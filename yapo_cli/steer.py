@@ -49,7 +49,7 @@ def steer(
     else:
         if base is not None:
             raise typer.BadParameter(f"--model {base}: {source} is a model.")
-        saes = {"sae_release": sae_release, "sae_id": sae_id or None, "sae_path": sae_path or None}
+        saes = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
         model = attach_adapter(source, dtype, layers=sorted(features), positions=positions or "all", **saes)
     set_features(model, features)
     require_effect(model)

@@ -55,8 +55,6 @@ class Study:
         self.measure_all([(behaviour, method, first) for behaviour in wanted for method in self.methods.values()])
         if "culture" in self.config and self.is_wanted("culture"):
             self.culture()
-        if self.only == ["tuning"]:
-            return
         write_report(self)
         again = [method for method in self.methods.values() if method.is_random]
         self.measure_all([(b, method, seed) for seed in others for b in wanted for method in again])
@@ -160,10 +158,11 @@ def main() -> None:
     study = Study(config, options.data, options.out, options.only)
     if options.report:
         study.tune(make=False)
+    elif options.only == ["tuning"]:
+        return study.tune()
     else:
         study.run()
-    if options.only != ["tuning"]:
-        print(write_report(study))
+    print(write_report(study))
 
 
 def same_config(config: dict[str, Any], kept: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from tiny import make_model, preference_rows, random_ids
 
+from yapo_cli.pairs import TrainingPairs
 from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
-from yapo_peft.scripts.yapo import SteeringArguments, TrainingPairs, make_parser, parse
+from yapo_peft.scripts.yapo import SteeringArguments, make_parser, parse
 from yapo_peft.tuner.adapters import steered_layers
 
 # Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from .._utils import choice
 from ..errors import ConfigError, DatasetError
-from .sources import load_rows, require_columns, require_free
+from .sources import as_message, load_rows, require_columns, require_free
 
 AnswerForm = Literal["text", "letter"]
 Wrong = Literal["random", "each"]
@@ -115,9 +115,8 @@ def choice_pairs(
         for index in others if wrong == "each" else [draw.choice(others)]:
             texts = {"prompt": choice_prompt(question, options, form)}
             texts |= {"chosen": answers[right], "rejected": answers[index]}
-            roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-            cells = {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
-            pairs.append((cells if chat else texts) | row)
+            cells = {name: as_message(name, text) for name, text in texts.items()} if chat else texts
+            pairs.append(cells | row)
     return Dataset.from_list(pairs)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 from string import Formatter
 from typing import Any, cast
@@ -13,14 +13,13 @@ from datasets import Dataset
 
 from ..errors import ConfigError, DatasetError
 from ..scoring.pairs import text_of
-from .sources import load_rows, require_columns, require_free
+from .sources import as_message, load_rows, require_columns, require_free
 
 PAIR = ("prompt", "chosen", "rejected")
 # Other names of these columns, which are found without being given: those of BiPO's files and of Deep-Culture-Lense.
 _OTHER_NAMES = (("question", "matching", "not_matching"), ("prompt-mcq", "chosen-mcq", "rejected_*_mcq"))
 # Columns beside the pair's that TRL's tokenization reads.
 _READ_BY_TRL = ("tools", "chat_template_kwargs", "images", "image")
-_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
 
 def load_pairs(
@@ -132,11 +131,15 @@ def _names_in(columns: list[str], has_rejected: bool) -> tuple[str | None, str, 
     if {name for name in ours if name} <= set(columns):
         return ours
     for prompt, chosen, pattern in _OTHER_NAMES:
-        found = [name for name in columns if fnmatch(name, pattern)]
-        if len(found) > 1 and {prompt, chosen} <= set(columns) and has_rejected:
+        if not {prompt, chosen} <= set(columns):
+            continue
+        if not has_rejected:
+            return prompt, chosen, None
+        found = fnmatch.filter(columns, pattern)
+        if len(found) > 1:
             raise DatasetError(f"The dataset has {len(found)} columns of rejected answers: choose one of {found}.")
-        if {prompt, chosen} <= set(columns) and (found or not has_rejected):
-            return prompt, chosen, found[0] if has_rejected else None
+        if found:
+            return prompt, chosen, found[0]
     return ours
 
 
@@ -186,7 +189,7 @@ def _cell(value: Any, column: str, index: int, chat: bool) -> Any:
     """Converts a cell to a text or to messages."""
     if value is None or isinstance(value, str):
         text = (value or "").strip() if chat else value or ""
-        return [{"role": _ROLES[column], "content": text}] if chat else text
+        return as_message(column, text) if chat else text
     if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
         raise DatasetError(
             f"Row {index} has {column}={value!r}: must be a text, or a list of messages with 'role' and 'content'."

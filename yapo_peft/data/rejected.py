@@ -20,7 +20,7 @@ from .._utils import at_least, evaluating, hash_model, mixed_seed, replacing
 from ..errors import ConfigError, DatasetError
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids, rendering, text_of
-from .sources import require_columns
+from .sources import as_message, require_columns
 
 
 def generate_rejected(
@@ -136,7 +136,7 @@ def _pairs(dataset: Dataset, answers: list[dict[str, Any]], state: PartialState)
     for index, row in enumerate(cast(Iterable[dict[str, Any]], dataset)):
         found = by_row[index]
         as_messages = not isinstance(row["prompt"], str)
-        rejected = [{"role": "assistant", "content": found["answer"]}] if as_messages else found["answer"]
+        rejected = as_message("rejected", found["answer"]) if as_messages else found["answer"]
         pair = {**row, "rejected": rejected, "finished": found["finished"]}
         key = json.dumps([pair["prompt"], pair["chosen"], rejected], sort_keys=True)
         if not found["answer"]:

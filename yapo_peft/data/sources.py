@@ -47,7 +47,7 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
     return cast(Dataset, load_dataset(str(source), split=split, **options))
 
 
-def where(dataset: Dataset, **values: Any) -> Dataset:
+def where(dataset: Dataset, /, **values: Any) -> Dataset:
     """Selects rows by the values of columns, such as `where(rows, country="UK", split=["train", "dev"])`.
 
     Args:
@@ -75,6 +75,11 @@ def where(dataset: Dataset, **values: Any) -> Dataset:
         asked = ", ".join(f"{name}={_plain(wanted)}" for name, wanted in allowed.items())
         raise DatasetError(f"No row has {asked} at the same time, though each value occurs: drop one of them.")
     return dataset.select(chosen)
+
+
+def as_message(column: str, text: str) -> list[dict[str, str]]:
+    """The messages of a cell of pairs that is a text: the user's in the column `prompt`, the assistant's in others."""
+    return [{"role": "user" if column == "prompt" else "assistant", "content": text}]
 
 
 def require_columns(dataset: Dataset, names: Sequence[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import nn
 
+from .._utils import is_finite
 from ..errors import ConfigError
 from ..tuner.adapters import layers_of, write_codes
 
@@ -34,7 +34,7 @@ def set_features(
         for feature, value in entries.items():
             if not 0 <= feature < len(codes[index]):
                 raise ConfigError(f"Feature {feature} of layer {index}: its SAE has {len(codes[index])}, from 0 on.")
-            if not math.isfinite(value):
+            if not is_finite(value):
                 raise ConfigError(f"Feature {feature} of layer {index} is set to {value}: must be a finite number.")
             codes[index][feature] = value
     write_codes(model, name, layers, codes.values())

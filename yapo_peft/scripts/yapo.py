@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,8 +20,9 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from yaml import YAMLError
 
 from yapo_cli.output import quiet_libraries
-from yapo_cli.pairs import PairArguments
+from yapo_cli.pairs import TrainingPairs
 from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig, calibrate
+from yapo_peft._utils import choice
 from yapo_peft.methods import fit_caa, fit_sas, measure_contrast
 from yapo_peft.trainer.config import PUBLISHED
 
@@ -34,37 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "sas": {},
 }
 _FITS: dict[str, Any] = {"caa": fit_caa, "sas": fit_sas}
-
-
-@dataclass
-class TrainingPairs(PairArguments):
-    """Which pairs to train on, and which to hold out."""
-
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on: a share of --dataset, such as 0.1, or another dataset."}
-    )
-
-    def load_both(self, tokenizer: Any, seed: int) -> tuple[Any, Any]:
-        """Loads the pairs to train on, and those to evaluate on, None without `eval_split`.
-
-        Raises:
-            ConfigError: `eval_split` is not a share.
-            DatasetError: As `load`.
-        """
-        pairs = self.load(tokenizer)
-        if self.eval_split is None:
-            return pairs, None
-        try:
-            share = float(self.eval_split)
-        except ValueError:
-            return pairs, replace(self, dataset=self.eval_split).load(tokenizer)
-        if not 0 < share < 1 or not 1 <= round(share * len(pairs)) < len(pairs):
-            raise ConfigError(
-                f"eval_split={self.eval_split} of {len(pairs)} pairs: must be a share that leaves pairs to train "
-                "on and to evaluate on, such as 0.1, or a dataset."
-            )
-        parts = pairs.train_test_split(round(share * len(pairs)), seed=seed)
-        return parts["train"], parts["test"]
 
 
 @dataclass
@@ -136,8 +106,7 @@ def parse(arguments: list[str] | None = None, prog: str | None = None, **options
     except (ValueError, YAMLError) as error:
         raise ConfigError(f"The arguments or their YAML config cannot be read: {error}") from error
     steering = next(part for part in found if isinstance(part, SteeringArguments))
-    if steering.method not in METHODS:
-        raise ConfigError(f"method={steering.method!r}: must be one of {', '.join(METHODS)}.")
+    choice(METHODS, method=steering.method)
     defaults = METHODS[steering.method] | (PUBLISHED if steering.published else {})
     if defaults:
         parser.set_defaults(**defaults)
@@ -218,7 +187,6 @@ def _load_pairs(
     pairs: TrainingPairs,
 ) -> tuple[Any, Any]:
     """Pairs to train on, and to evaluate on or None."""
-    from transformers import AutoTokenizer
     from transformers.trainer_utils import IntervalStrategy
     from trl import get_dataset
 
@@ -235,12 +203,7 @@ def _load_pairs(
         dataset: Any = get_dataset(dataset_args) if dataset_args.datasets else _load_by_name(script_args)
         test = _split(dataset, script_args.dataset_test_split) if evaluates else None
         return _split(dataset, script_args.dataset_train_split), test
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    train, test = pairs.load_both(tokenizer, training_args.seed)
+    train, test = pairs.load_both(_load_tokenizer(model_args, training_args), training_args.seed)
     if test is not None and training_args.eval_strategy == "no":
         training_args.eval_strategy = IntervalStrategy.EPOCH
     if test is None and training_args.eval_strategy != "no":
@@ -259,16 +222,24 @@ def _load_by_name(script_args: ScriptArguments) -> Any:
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
 
 
+def _load_tokenizer(model_args: ModelConfig, args: YaPOTrainingConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+
+
 def _fit(method: str, config: YaPOConfig, pairs: Any, args: YaPOTrainingConfig, model_args: ModelConfig) -> None:
     """Fits an adapter to pairs without training, and scales it to the bound of trained ones."""
     from accelerate import PartialState
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if not PartialState().is_main_process:
         return
     name = cast(str, model_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    tokenizer = _load_tokenizer(model_args, args)
     base: Any = AutoModelForCausalLM.from_pretrained(name, **cast(dict[str, Any], args.model_init_kwargs))
     model: Any = get_peft_model(base.to(args.device), config)
     _FITS[method](model, measure_contrast(model, pairs, tokenizer, batch_size=args.per_device_train_batch_size))
