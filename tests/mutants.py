@@ -135,14 +135,14 @@ MUTANTS = (
     ),
     _mutant(
         "position-shifted",
-        "tuner/positions.py",
+        "tuner/call.py",
         "predicts[:, :-1] = scored[:, 1:]",
         "predicts[:, :] = scored",
         "tests/tuner/test_positions.py",
     ),
     _mutant(
         "prompt-off-by-one",
-        "tuner/positions.py",
+        "tuner/call.py",
         "index >= call.prompt_length",
         "index > call.prompt_length",
         "tests/tuner/test_positions.py",

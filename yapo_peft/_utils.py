@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from pathlib import Path
@@ -64,6 +64,24 @@ def finite(**values: object) -> None:
     for name, value in values.items():
         if not is_finite(value):
             raise ConfigError(f"{name}={value!r}: must be a finite number, such as 1.0 or -0.5.")
+
+
+def as_rows(multipliers: Tensor | Sequence[float] | float | None) -> Tensor | None:
+    """Converts multipliers to a tensor: one per row, `(batch,)`, or one for all rows, `()`.
+
+    Raises:
+        ConfigError: The multipliers are not finite numbers in float32.
+    """
+    if multipliers is None:
+        return None
+    message = f"multipliers={multipliers!r}: give one finite number per row of the batch, (batch,), or one for all."
+    try:
+        rows = torch.as_tensor(multipliers)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(message) from error
+    if rows.dim() > 1 or rows.dtype == torch.bool or rows.is_complex() or not rows.float().isfinite().all():
+        raise ConfigError(message)
+    return rows
 
 
 def is_finite(value: object) -> bool:

@@ -8,7 +8,7 @@ import torch
 from damage import code_of, make_adapter
 from tiny import make_sae, random_code, set_code
 
-from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, steering
+from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig, set_multiplier, steering
 
 IDS = torch.tensor([[11, 12, 13]])
 
@@ -29,8 +29,8 @@ def logits(model):
         return model(IDS).logits
 
 
-def while_generating(model, act, multipliers=2.0):
-    """Runs `act` in another thread within the first step of a `generate` of this one; returns what it raised."""
+def while_calling(model, act, call):
+    """Runs `act` in another thread within the first forward pass of a call of this one; returns what both gave."""
     errors, done = [], []
 
     def run():
@@ -47,31 +47,82 @@ def while_generating(model, act, multipliers=2.0):
             thread.join()
 
     handle = model.get_input_embeddings().register_forward_hook(hook)
-    answer = ask(model, multipliers=multipliers)
+    answer = call(model)
     handle.remove()
     return answer, errors
 
 
+def disable(model):
+    with model.disable_adapter():
+        pass
+
+
+CHANGES = {
+    "generate with another multiplier": lambda model: ask(model, multipliers=-2.0),
+    "generate": ask,
+    "steering": lambda model: steering(model, 0.5).__enter__(),
+    "adapter_names": lambda model: model(IDS, adapter_names=["__base__"]),
+    "set_multiplier": lambda model: set_multiplier(model, 0.5),
+    "disable_adapter": disable,
+    "set_adapter": lambda model: model.set_adapter("other"),
+}
+
+
 @pytest.mark.feature("Beyond PEFT", "Overlapping calls of one model in threads or tasks", refused="named")
 @pytest.mark.parametrize(
-    "act",
-    [
-        lambda model: ask(model, multipliers=-2.0),
-        lambda model: ask(model),
-        logits,
-        lambda model: steering(model, 0.5).__enter__(),
-        lambda model: model(IDS, adapter_names=["__base__"]),
-    ],
-    ids=["generate with another multiplier", "generate", "a forward pass", "steering", "adapter_names"],
+    ("name", "during"),
+    [*((name, "generate") for name in [*CHANGES, "a forward pass"]), *((name, "a forward pass") for name in CHANGES)],
 )
-def test_calls_within_the_generate_of_another_thread_are_refused(act):
+def test_calls_and_changes_within_the_call_of_another_thread_are_refused(name, during):
     model = make_model()
-    alone, before = ask(model, multipliers=2.0), logits(model)
-    answer, errors = while_generating(model, lambda: act(model))
+    model.add_adapter("other", YaPOConfig(layers=2, sae=make_sae()))
+    calls = {"generate": lambda model: ask(model, multipliers=2.0), "a forward pass": lambda m: logits(m).tolist()}
+    call = calls[during]
+    alone, before = call(model), logits(model)
+    act = {**CHANGES, "a forward pass": logits}[name]
+    answer, errors = while_calling(model, lambda: act(model), call)
     assert [type(error) for error in errors] == [UnsupportedOperationError]
     assert "Another call is steering this model" in str(errors[0])
     assert answer == alone
     assert torch.equal(logits(model), before)
+
+
+def test_an_interrupted_forward_pass_leaves_nothing_behind():
+    model, found = make_model(), []
+    expected = ask(model, multipliers=-2.0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS, labels=IDS, multipliers=2.0)
+    handle.remove()
+    thread = threading.Thread(target=lambda: found.append(ask(model, multipliers=-2.0)))
+    thread.start()
+    thread.join()
+    assert found == [expected]
+    logits(model)
+    assert model.base_model.model.model.layers[2].yapo.call.labels is None
+
+
+def test_a_call_within_a_call_leaves_the_multipliers_of_the_outer_one():
+    model = make_model()
+    with torch.no_grad():
+        expected = model(IDS, multipliers=2.0).logits
+    inner = []
+
+    def call_again(*_):
+        if not inner:
+            inner.append(None)
+            inner[0] = logits(model)
+
+    handle = model.get_input_embeddings().register_forward_hook(call_again)
+    with torch.no_grad():
+        found = model(IDS, multipliers=2.0).logits
+    handle.remove()
+    assert torch.equal(inner[0], logits(model))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("multipliers", [(2.0, -2.0), (2.0, None), (None, 2.0), (None, None)])

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._utils import finite
+from .._utils import as_rows, finite
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from ..steering.formula import Multiplier
-from .call import as_rows
 from .config import YaPOConfig, digest_of
 from .hooks import require_single_hooks
 from .layer import YaPOLayer
@@ -120,8 +119,9 @@ def steering(
 ) -> Generator[None]:
     """Steers with another multiplier within a `with` block, and restores the previous state afterwards.
 
-    Contexts can be nested. Which parameters are trainable does not change. The multiplier is part of the model's state,
-    so threads and tasks that share a model cannot steer it differently at the same time: the second one gets an error.
+    Contexts can be nested. Which parameters are trainable does not change. The multiplier is part of the model's state:
+    threads and tasks that share a model cannot steer it at the same time, the second one gets an error. A thread that
+    only calls the model is steered, because it may have been started to stream the answer: let it end within the block.
 
     Args:
         model: A `PeftModel`, or a transformers model with a YaPO adapter.
@@ -130,7 +130,7 @@ def steering(
 
     Raises:
         ConfigError: The model has no such adapter, or the multiplier is not finite.
-        UnsupportedOperationError: Another thread or task steers the model.
+        UnsupportedOperationError: Another thread or task steers the model, or is within a call of it.
     """
     layers = _layers_with(model, adapter_name)
     multiplier = _checked(multiplier)
@@ -173,9 +173,11 @@ def set_multiplier(model: nn.Module, multiplier: Multiplier | Sequence[float], a
 
     Raises:
         ConfigError: The model has no such adapter, or the multiplier is not finite.
+        UnsupportedOperationError: Another thread or task steers the model, or is within a call of it.
     """
     layers = _layers_with(model, adapter_name)
     multiplier = _checked(multiplier)
+    layers[0].call.claims.require_free("multiplier")
     for layer in layers:
         for name in [adapter_name] if adapter_name is not None else layer.active_adapters:
             if name in layer.multiplier:

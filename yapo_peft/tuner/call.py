@@ -1,142 +1,26 @@
-"""What steering needs to know about the current call of a model, of which there is one at a time."""
+"""What steering needs to know about the current call of a model, and which of its tokens are steered."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from threading import Lock, get_ident
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .._utils import as_rows
 from ..errors import ConfigError, UnsupportedOperationError
 from ..steering.learning import ActiveFeatures
+from .claims import OUTSIDE, Claims, State
 
 if TYPE_CHECKING:
     from .layer import YaPOLayer
 
 
-# What a claim changes: the multipliers of a model, or the state of one of its calls.
-Kind = Literal["multiplier", "call"]
-
-
-@dataclass(eq=False)
-class Claim:
-    """A `with` block that changes the state of a model.
-
-    Attributes:
-        kind: What it changes.
-        before: The state that is restored after it.
-        thread: The thread that entered it.
-    """
-
-    kind: Kind
-    before: Any = None
-    thread: int = field(default_factory=get_ident)
-
-
-# The claims of the current thread or asynchronous task, and of those that it was started from.
-_OWN: ContextVar[frozenset[Claim]] = ContextVar("claims", default=frozenset())
-# Not an attribute: models are copied and pickled.
-_LOCK = Lock()
-
-
-class Claims:
-    """The claims on a model, innermost last."""
-
-    def __init__(self) -> None:
-        self._claims: list[Claim] = []
-        # The threads that are within a forward pass, and whether that has a state of its own.
-        self._forwards: list[tuple[int, bool]] = []
-
-    def __reduce__(self) -> tuple[type[Claims], tuple[()]]:
-        # Copies and pickles are nobody's yet.
-        return Claims, ()
-
-    @contextmanager
-    def claim(self, kind: Kind) -> Generator[Claim]:
-        """Claims the model's state within a `with` block.
-
-        Raises:
-            UnsupportedOperationError: As `require_free`.
-        """
-        mine = Claim(kind)
-        with _LOCK:
-            self.require_free(kind)
-            self._claims.append(mine)
-        _OWN.set(_OWN.get() | {mine})
-        try:
-            yield mine
-        finally:
-            with _LOCK:
-                self._claims.remove(mine)
-            _OWN.set(_OWN.get() - {mine})
-
-    def require_free(self, kind: Kind) -> None:
-        """Raises if another thread or task changes the state that would be changed or used.
-
-        A thread may call a model while another one steers it within `steering`, which may have started it to stream the
-        answer. A task may not: it would have inherited the claim.
-
-        Raises:
-            UnsupportedOperationError: The two overlap.
-        """
-        # Compiled code cannot ask which thread it runs in.
-        if not self._claims or torch.compiler.is_compiling():
-            return
-        own, thread = _OWN.get(), get_ident()
-        others = [claim for claim in self._claims if claim not in own]
-        if any(claim.kind == "call" or kind == "multiplier" or claim.thread == thread for claim in others):
-            raise _overlaps()
-
-    def enter_forward(self, has_state: bool) -> None:
-        """Records a forward pass of this thread, until `leave_forward`.
-
-        Args:
-            has_state: Whether its multipliers, or the tokens that it steers, are its own.
-
-        Raises:
-            UnsupportedOperationError: Another thread is within a forward pass, and one of the two has such a state.
-        """
-        if torch.compiler.is_compiling():
-            return
-        me = get_ident()
-        with _LOCK:
-            self.require_free("call")
-            others = [state for thread, state in self._forwards if thread != me]
-            if any(others) or (has_state and others):
-                raise _overlaps()
-            self._forwards.append((me, has_state))
-
-    def leave_forward(self) -> bool:
-        """Ends the last forward pass of this thread; returns whether there is one, which was not refused."""
-        if torch.compiler.is_compiling():
-            return True
-        me = get_ident()
-        with _LOCK:
-            index = next((i for i in reversed(range(len(self._forwards))) if self._forwards[i][0] == me), None)
-            return index is not None and bool(self._forwards.pop(index))
-
-    def is_steered(self) -> bool:
-        """Whether the model is within `steering`."""
-        return any(claim.kind == "multiplier" for claim in self._claims)
-
-    def later(self, claim: Claim) -> Claim | None:
-        """The next claim of the same kind that was entered after one, and has not ended."""
-        after = self._claims[self._claims.index(claim) + 1 :]
-        return next((other for other in after if other.kind == claim.kind), None)
-
-
-def _overlaps() -> UnsupportedOperationError:
-    return UnsupportedOperationError(
-        "Another call is steering this model. Multipliers are part of its state, so calls that overlap would "
-        "steer each other: let one finish before the next starts (a lock), put both into one batch with a multiplier "
-        "per row, or give each its own copy of the model."
-    )
+Positions = Literal["all", "completion", "last"]
+POSITIONS: tuple[str, ...] = get_args(Positions)
 
 
 class Call:
@@ -159,13 +43,9 @@ class Call:
     def __init__(self, model: nn.Module) -> None:
         self.claims = Claims()
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.labels: Tensor | None = None
-        self.attention_mask: Tensor | None = None
-        self.uncounted = False
-        self.past_length: int | Tensor = 0
+        self._state = OUTSIDE
         self.prompt_length: int | None = None
         self.adapter_names: list[str] | None = None
-        self.multipliers: Tensor | None = None
         self.generation: object | None = None
         self.features: ActiveFeatures | None = None
         self.layers: list[YaPOLayer] = []
@@ -260,7 +140,9 @@ class Call:
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         is_positional = any(positions != "all" for layer in self.layers for positions in layer.positions.values())
-        self.claims.enter_forward(is_positional or inputs.get("multipliers") is not None)
+        has_state = is_positional or inputs.get("multipliers") is not None
+        if not torch.compiler.is_compiling():
+            self.claims.enter_forward(has_state, self._state)
         if inputs.get("adapter_names") is not None:
             raise ConfigError("adapter_names= is a feature of PeftModel: wrap the model with get_peft_model.")
         self.labels = inputs.get("labels")
@@ -279,15 +161,21 @@ class Call:
         return args, {name: value for name, value in kwargs.items() if name != "multipliers"}
 
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Clears per-call state, so that direct calls of submodules don't see stale labels."""
-        if not self.claims.leave_forward():
-            return  # this call was refused
-        self.labels = self.attention_mask = self.multipliers = None
-        self.uncounted = False
-        self.past_length = 0
+        """Restores the state of before, so that direct calls of submodules don't see stale labels."""
+        self._state = OUTSIDE if torch.compiler.is_compiling() else self.claims.leave_forward()
+
+    @property
+    def _state(self) -> State:
+        """What a forward pass changes."""
+        return self.labels, self.attention_mask, self.uncounted, self.past_length, self.multipliers
+
+    @_state.setter
+    def _state(self, value: State) -> None:
+        self.labels, self.attention_mask, self.uncounted, self.past_length, self.multipliers = value
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of prompt tokens, given the arguments of `generate`."""
     candidates = (kwargs.get("inputs_embeds"), args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
     # Without a prompt, `generate` starts from the BOS token.
     return next((int(inputs.shape[1]) for inputs in candidates if inputs is not None), 1)
@@ -302,19 +190,58 @@ def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:
     )
 
 
-def as_rows(multipliers: Tensor | Sequence[float] | float | None) -> Tensor | None:
-    """Converts multipliers to a tensor: one per row, `(batch,)`, or one for all rows, `()`.
+def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None:
+    """Selects which of the current tokens an adapter steers.
+
+    - "all": every token.
+    - "completion": tokens of the completion. With labels, those whose label is not -100; in `generate`, those after
+      the prompt; otherwise those passed once the cache is not empty (what is passed before is the prompt).
+    - "last": every token from which the next one is predicted. With labels, those whose next label is not -100; in
+      `generate`, the last one of the prompt and all after it; otherwise the last attended token of each row.
+
+    Args:
+        positions: One of `POSITIONS`.
+        hidden: The current hidden states, `(batch, seq, d_model)`.
+        call: The current call of the model.
+
+    Returns:
+        A boolean mask `(batch, seq)`, or None for all tokens.
 
     Raises:
-        ConfigError: The multipliers are not finite numbers in float32.
+        UnsupportedOperationError: Token positions are unknown, and there are no labels.
     """
-    if multipliers is None:
+    if positions == "all":
         return None
-    message = f"multipliers={multipliers!r}: give one finite number per row of the batch, (batch,), or one for all."
-    try:
-        rows = torch.as_tensor(multipliers)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ConfigError(message) from error
-    if rows.dim() > 1 or rows.dtype == torch.bool or rows.is_complex() or not rows.float().isfinite().all():
-        raise ConfigError(message)
-    return rows
+    batch, seq = hidden.shape[:2]
+    if call.labels is not None:
+        scored = call.labels.to(hidden.device) != -100
+        if positions == "completion":
+            return scored
+        predicts = torch.zeros_like(scored)
+        predicts[:, :-1] = scored[:, 1:]
+        return predicts | scored
+    if call.uncounted:
+        raise UnsupportedOperationError(
+            f"positions={positions!r} cannot tell prompts and answers apart where several sequences are packed into a "
+            "row (generate_batch) or the model keeps a state instead of a cache (Mamba, RWKV): use an adapter of "
+            "positions='all', or generate with use_cache=False."
+        )
+    index = call.past_length + torch.arange(seq, device=hidden.device)
+    if call.prompt_length is not None:
+        after_prompt = (index >= call.prompt_length).expand(batch, seq)
+        end = call.prompt_length
+    else:
+        past_length = int(call.past_length)
+        after_prompt = torch.full((batch, seq), positions == "completion" and past_length > 0, device=hidden.device)
+        end = past_length + seq
+    if positions == "completion":
+        return after_prompt
+    return after_prompt | (index == _last_attended(call.attention_mask, end, hidden.device))
+
+
+def _last_attended(attention_mask: Tensor | None, end: int, device: torch.device) -> Tensor:
+    """Index of the last attended token among the first `end` of each row, `(batch, 1)`, or of all rows, `(1,)`."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < end:
+        return torch.tensor([end - 1], device=device)
+    attended = attention_mask[:, :end].to(device) != 0
+    return (attended * torch.arange(end, device=device)).argmax(dim=1, keepdim=True)

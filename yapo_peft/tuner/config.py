@@ -20,7 +20,7 @@ from ..adapter_file.reading import require_whole
 from ..errors import AdapterFileError, ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae, register_sae
 from ..sae.identity import is_hash
-from .positions import POSITIONS
+from .call import POSITIONS
 
 if TYPE_CHECKING:
     from sae_lens import SAE

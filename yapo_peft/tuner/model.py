@@ -111,7 +111,14 @@ class YaPOModel(BaseTuner):
             self.set_adapter(remaining)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        """As PEFT's, but leaves other methods' adapters in the model alone."""
+        """As PEFT's, but leaves other methods' adapters in the model alone.
+
+        Raises:
+            UnsupportedOperationError: They would be disabled within a call of another thread or task.
+        """
+        call = self._call()
+        if call is not None and not enabled:
+            call.claims.require_free("multiplier")
         for module in [*steered_layers(self.model), *self._saved_modules().values()]:
             module.enable_adapters(enabled)
 
@@ -134,6 +141,7 @@ class YaPOModel(BaseTuner):
 
         Raises:
             ConfigError: Others would become active within `steering`, which activates those of before again.
+            UnsupportedOperationError: Others would become active within a call of another thread or task.
         """
         call = self._call()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -142,6 +150,8 @@ class YaPOModel(BaseTuner):
                 f"set_adapter({adapter_name!r}) within steering(): the multiplier is that of {self.active_adapters}. "
                 "Leave the block first, or name the adapter with steering(model, multiplier, adapter_name)."
             )
+        if call is not None and names != list(self.active_adapters):
+            call.claims.require_free("multiplier")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
