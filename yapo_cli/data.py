@@ -49,6 +49,8 @@ def reject(
 
     from .loading import load_model, load_tokenizer
 
+    if temperature == 0 and top_p is not None:
+        raise typer.BadParameter(f"--top-p {top_p}: greedy answers (--temperature 0) are not sampled.")
     tokenizer = load_tokenizer(model)
     rows = data.load(tokenizer)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}

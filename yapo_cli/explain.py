@@ -34,6 +34,9 @@ def explain(
     from .loading import load_adapter, load_tokenizer
     from .output import print_table
 
+    if data.dataset is None:
+        unread = ("prompt", "chosen", "rejected", "options", "answer", "where", "system", "plain", "split")
+        data.require_defaults(*unread, why="it is read with --dataset only.")
     tokenizer = load_tokenizer(adapter, base)
     texts = None if data.dataset is None else data.load(tokenizer).to_list()
     table = explained(

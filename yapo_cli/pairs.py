@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
 
 import typer
@@ -47,6 +48,26 @@ class PairArguments:
     split: str = field(default="train", metadata=_help("Split of a Hub or saved dataset."))
     limit: int | None = field(default=None, metadata=_help("Maximum number of rows. Default: all."))
 
+    def __post_init__(self) -> None:
+        """Checks values of a YAML config, which may have any type.
+
+        Raises:
+            ConfigError: One does.
+        """
+        from yapo_peft import ConfigError
+        from yapo_peft._utils import at_least
+
+        if isinstance(self.where, str):
+            self.where = [self.where]
+        if self.limit is not None:
+            at_least(1, limit=self.limit)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in ("limit", "where", "plain") and not isinstance(value, str | None):
+                raise ConfigError(f"{option.name}={value!r}: must be a text.")
+        if not isinstance(self.where, list | None) or not all(isinstance(each, str) for each in self.where or []):
+            raise ConfigError(f"where={self.where!r}: must be texts of the form column=value, such as country=UK.")
+
     def load(self, tokenizer: Any) -> Any:
         """Loads the pairs: as messages if the tokenizer has a chat template, unless `plain`.
 
@@ -57,7 +78,7 @@ class PairArguments:
         from yapo_peft.data import choice_pairs, load_pairs, with_system_prompt
 
         chat, rows = not self.plain and bool(getattr(tokenizer, "chat_template", None)), self._rows()
-        if self._is_choice(rows.column_names):
+        if self._are_choices(rows.column_names):
             pairs = choice_pairs(self._choices(rows), chat=chat)
         else:
             columns: Any = {"prompt": self.prompt or None, "chosen": self.chosen, "rejected": self.rejected}
@@ -82,20 +103,33 @@ class PairArguments:
     def _rows(self) -> Any:
         from yapo_peft import ConfigError
         from yapo_peft.data import load_rows, where
+        from yapo_peft.data.sources import distinct, is_file
 
-        rows, wanted = load_rows(cast(str, self.dataset), self.split), {}
+        source = cast(str, self.dataset)
+        if is_file(Path(source)):
+            self.require_defaults("split", why=f"{source} is a file, which has one split.")
+        rows, wanted = load_rows(source, self.split), {}
         for condition in self.where or []:
             column, equals, value = condition.partition("=")
             if not equals:
                 raise ConfigError(f"--where {condition!r}: must be column=value, such as country=UK.")
             # Values are texts here, and may be numbers or booleans there.
-            there = rows.unique(column) if column in rows.column_names else []
+            there = distinct(rows, column) if column in rows.column_names else []
             wanted.setdefault(column, []).extend([found for found in there if str(found) == value] or [value])
         return where(rows, **wanted) if wanted else rows
 
-    def _is_choice(self, columns: list[str]) -> bool:
+    def _are_choices(self, columns: list[str]) -> bool:
+        from yapo_peft.data.preferences import pair_columns
+
+        why = "options and answers are those of multiple-choice questions, which name no other column of answers."
+        if {self.options, self.answer} - {"options", "answer", None}:
+            self.require_defaults("chosen", "rejected", why=why)
+            return True
         is_default = self.chosen == "chosen" and self.rejected == "rejected"
-        return is_default and "chosen" not in columns and {self.options, self.answer} <= set(columns)
+        if not is_default or not {self.options, self.answer} <= set(columns):
+            return False
+        pairs = pair_columns(columns, self.prompt or None, self.chosen, self.rejected)
+        return not {name for name in pairs if name is not None} <= set(columns)
 
     def _choices(self, rows: Any) -> Any:
         from yapo_peft.data import load_choices
@@ -112,7 +146,11 @@ class TrainingPairs(PairArguments):
     """Which pairs to train on, and which to hold out."""
 
     eval_split: str | None = field(
-        default=None, metadata=_help("Pairs to evaluate on: a share of --dataset, such as 0.1, or another dataset.")
+        default=None,
+        metadata=_help(
+            "Pairs to evaluate on, after each epoch unless --eval_strategy says when: a share of --dataset, such as "
+            "0.1, a split of it, such as test, or another dataset. caa and sas leave them out."
+        ),
     )
 
     def load_both(self, tokenizer: Any, seed: int) -> tuple[Any, Any]:
@@ -130,7 +168,10 @@ class TrainingPairs(PairArguments):
         try:
             share = float(self.eval_split)
         except ValueError:
-            return pairs, replace(self, dataset=self.eval_split).load(tokenizer)
+            # Datasets on the Hub have a slash in their names, or are named by paths here.
+            is_split = "/" not in self.eval_split and not Path(self.eval_split).exists()
+            other = {"split": self.eval_split} if is_split and not Path(self.eval_split).suffix else None
+            return pairs, replace(self, **(other or {"dataset": self.eval_split, "split": "train"})).load(tokenizer)
         if not 0 < share < 1 or not 1 <= round(share * len(pairs)) < len(pairs):
             raise ConfigError(
                 f"eval_split={self.eval_split} of {len(pairs)} pairs: must be a share that leaves pairs to train "

@@ -30,9 +30,7 @@ def launch(arguments: list[str]) -> int:
 
     from yapo_peft.scripts.yapo import parse
 
-    *_, steering, from_config, from_command_line = parse(
-        arguments, "yapo train", return_remaining_strings=True, separate_remaining_strings=True
-    )
+    (*_, steering), from_config, from_command_line = parse(arguments, "yapo train")
     steering.config()  # validates once, rather than in every process
     launcher = resolve_accelerate_config_argument(from_config + from_command_line)
     script = _subtract_subsequence(arguments, from_command_line)

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from yapo_cli import compare, data, explain, fit, report, sweep
 from yapo_cli.pairs import PairArguments
-from yapo_peft import ConfigError
+from yapo_peft import ConfigError, DatasetError
 from yapo_peft.scripts.yapo import make_parser, parse
 
 COMMANDS = {
@@ -35,7 +35,7 @@ def test_commands_have_the_same_options(name):
 def test_train_has_them_too_and_reads_a_repeated_one():
     assert {action.dest for action in make_parser()._actions} >= NAMES | {"eval_split"}
     given = ["--output_dir", "x", "--where", "a=1", "--plain", "--where=b=2", "--where", "c=3", "d=4", "--prompt", "p"]
-    *_, pairs, _ = parse(given)
+    (*_, pairs, _), _, _ = parse(given)
     assert (pairs.where, pairs.plain, pairs.prompt) == (["a=1", "b=2", "c=3", "d=4"], True, "p")
     # Where a list is expected, the first option goes on.
     assert given[2] == "--where"
@@ -90,6 +90,33 @@ def test_rows_are_selected_by_values_of_any_type(tmp_path, tokenizer):
         load("country")
     with pytest.raises(Exception, match=r"No row has country='France': use one of 'UK', 'Iran', 'Peru'"):
         load("country=France")
+
+
+UNREAD = {
+    "split": ({"split": "test"}, "--split test: {file} is a file, which has one split"),
+    "answers": ({"options": "o", "chosen": "x"}, "--chosen x: options and answers are those of multiple-choice"),
+    "options": ({"options": "o"}, "no column 'o', 'answer'"),
+    "system": ({"system": 5}, "system=5: must be a text"),
+    "where": ({"where": {"country": "UK"}}, "where=.* must be texts of the form column=value"),
+    "limit": ({"limit": 2.5}, "limit=2.5: must be a whole number"),
+    "list": ({"where": ["tags=x"]}, "The column 'tags' has lists or mappings"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_options_without_effect_and_values_of_other_types_are_named(tmp_path, tokenizer, name):
+    options, message = UNREAD[name]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({**SAID, "tags": ["x"]}))
+    with pytest.raises((ConfigError, DatasetError), match=message.format(file=file)):
+        PairArguments(str(file), **options).load(tokenizer)
+
+
+def test_columns_of_options_beside_known_pairs_are_not_read(tmp_path, tokenizer):
+    row = {"question": "w1?", "matching": "w2", "not_matching": "w3", "options": ["w4", "w5"], "answer": 0}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    pairs = PairArguments(str(tmp_path / "pairs.jsonl"), plain=True).load(tokenizer)
+    assert pairs.to_list() == [SAID]
 
 
 def test_sweep_names_options_that_a_measure_does_not_read(run, saved_adapter, tmp_path):

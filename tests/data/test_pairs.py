@@ -119,6 +119,44 @@ def test_a_prompt_can_be_put_together_from_columns():
         load_pairs(rows, prompt="{n")
 
 
+def test_columns_that_are_not_named_are_found_beside_those_that_are():
+    rows = [{"prompt-mcq": "q", "chosen-mcq": "a", "rejected_x_mcq": "b", "rejected_y_mcq": "c", "question": "d"}]
+    pairs = load_pairs(Dataset.from_list(rows), rejected="rejected_y_mcq", chat=False)
+    assert pairs.to_list() == [{"prompt": "q", "chosen": "a", "rejected": "c"}]
+    rows = [{"question": "q", "matching": "a", "not_matching": "b"}]
+    swapped = load_pairs(Dataset.from_list(rows), chosen="not_matching", rejected="matching", chat=False)
+    assert swapped.to_list() == [{"prompt": "q", "chosen": "b", "rejected": "a"}]
+
+
+def test_numbers_of_a_csv_file_are_texts_and_longer_rows_are_named(tmp_path):
+    file = tmp_path / "pairs.CSV"
+    file.write_text("year,prompt,chosen,rejected\n2020,3,4,5\n,6,7,8.5\n")
+    first, second = load_pairs(file, prompt="{year}: {prompt}", chat=False).to_list()
+    assert first == {"prompt": "2020: 3", "chosen": "4", "rejected": "5"}
+    assert second == {"prompt": ": 6", "chosen": "7", "rejected": "8.5"}
+    for rows in ("A,b,c,d\nE,f,g,h\n", "A,b,c\nE,f,g,h\n"):
+        file.write_text("prompt,chosen,rejected\n" + rows)
+        with pytest.raises(DatasetError, match=r"pairs\.CSV"):
+            load_pairs(file)
+    file.write_text("prompt,chosen,rejected\nA,b,c,d\n")
+    with pytest.raises(DatasetError, match="rows with more fields than its header"):
+        load_pairs(file)
+
+
+def test_templates_are_for_texts():
+    rows = [{"a": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"}]
+    with pytest.raises(DatasetError, match=r"Row 0 has a=.* a template needs texts or numbers"):
+        load_pairs(Dataset.from_list(rows), prompt="{a}")
+
+
+def test_missing_answers_of_implicit_prompts_are_counted():
+    rows = [("Q: a", "Q: b"), ("", "Q: b"), ("Q: x", None)]
+    dataset = Dataset.from_list([{"chosen": chosen, "rejected": rejected} for chosen, rejected in rows])
+    with pytest.warns(UserWarning, match="2 of 3 pairs are left out: 2 without a prompt or an answer"):
+        pairs = load_pairs(dataset, chat=False)
+    assert len(pairs) == 1
+
+
 def test_empty_and_equal_pairs_are_left_out_with_warning():
     rows = [("", "w2", "w3"), ("w1", "w2", None), ("w1", "w2 ", "w2"), ("w1", "w2", "w3"), ("w1", " ", "w3")]
     dataset = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
@@ -137,7 +175,7 @@ def test_empty_and_equal_pairs_are_left_out_with_warning():
         (
             {"prompt": "qestion"},
             DatasetError,
-            r"no column 'qestion', 'chosen', 'rejected' \(did you mean 'question'\?\)",
+            r"no column 'qestion' \(did you mean 'question'\?\)",
         ),
         ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
         ({**BIPO, "keep": ["prompt"]}, ConfigError, "The column 'prompt' would be overwritten"),
@@ -153,7 +191,7 @@ def test_load_pairs_rejects_wrong_column_mapping(source, options, error, message
 @pytest.mark.parametrize(
     ("row", "chat", "message"),
     [
-        ({"prompt": 3}, True, "Row 0 has prompt=3: must be a text, or a list of messages"),
+        ({"prompt": {"text": "w1"}}, True, "Row 0 has prompt={.*}: must be a text, or a list of messages"),
         ({"prompt": [{"from": "human"}]}, True, "Row 0 has prompt=.*'role' and 'content'"),
         ({"prompt": said("w1", "user")}, False, "Row 0 has messages in 'prompt'"),
     ],

@@ -223,7 +223,7 @@ def stand_ins(tokenizer) -> None:
         from yapo_peft.scripts.yapo import main as train
         from yapo_peft.scripts.yapo import parse
 
-        train(*parse(launched.training_script_args, fail_with_unknown_args=False)[:6])
+        train(*parse(launched.training_script_args)[0])
 
     accelerate.commands.launch.launch_command = in_this_process
 

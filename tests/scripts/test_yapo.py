@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM
 from tiny import make_model, preference_rows, random_ids
 
 from yapo_cli.pairs import TrainingPairs
-from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig
+from yapo_peft import ConfigError, DatasetError, YaPOConfig, YaPOTrainingConfig
 from yapo_peft.scripts.yapo import SteeringArguments, make_parser, parse
 from yapo_peft.tuner.adapters import steered_layers
 
@@ -111,7 +112,7 @@ def test_fsdp2_through_accelerate(workplace, trained):
 
 
 def parsed(*arguments):
-    return parse(list(arguments))
+    return parse(list(arguments))[0]
 
 
 def test_parser_takes_the_flags_of_trl_and_of_the_adapter():
@@ -158,10 +159,13 @@ GOOD = ("--model_name_or_path", "m", "--layers", "2", "--sae_path", "s", "--outp
     [
         (("--lora_r", "32"), "lora_r=32 belongs to LoRA"),
         (("--use_dora",), "use_dora=True belongs to LoRA"),
-        ((), "nothing to train on: give --dataset, dataset_name"),
+        ((), "nothing to train on: give --dataset, --dataset_name"),
         (("--dataset", "a", "--dataset_name", "b"), "dataset and dataset_name are given: keep one"),
         (("--dataset_name", __file__), "is a file or a saved dataset: pass it with --dataset"),
         (("--dataset_name", "b", "--system", "x"), "--system x: it is read with --dataset only"),
+        (("--dataset", "b", "--dataset_test_split", "x"), "dataset_test_split='x' is read with dataset_name only"),
+        (("--learning_rate", "-1"), "learning_rate=-1.0: must be a finite number"),
+        (("--num_proceses", "2"), "'num_proceses' is not an option .* did you mean num_processes"),
         (("--method", "bipo", "--space", "sae"), "method=bipo makes no adapter of space='sae'"),
         (("--method", "sas", "--space", "dense"), "method=sas makes no adapter of space='dense'"),
         (("--positions", "first"), "positions='first'"),
@@ -172,6 +176,21 @@ def test_bad_options_are_rejected_before_anything_is_loaded(options, message):
 
     with pytest.raises(ConfigError, match=message):
         main(*parsed(*GOOD, *options))
+
+
+def test_misspelt_keys_of_a_yaml_config_are_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rat: 0.1\nnum_processes: 1\n")
+    with pytest.raises(ConfigError, match=r"'learning_rat' is not an option .* did you mean learning_rate"):
+        parsed(*GOOD, "--config", str(tmp_path / "config.yaml"))
+
+
+def test_a_split_of_the_dataset_is_one_to_evaluate_on(tmp_path, tokenizer):
+    parts = {name: Dataset.from_list([{"prompt": name, "chosen": "w2", "rejected": "w3"}]) for name in ("train", "dev")}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    _, test = TrainingPairs(str(tmp_path / "saved"), plain=True, eval_split="dev").load_both(tokenizer, seed=0)
+    assert test["prompt"] == ["dev"]
+    with pytest.raises(DatasetError, match="no split 'test'"):
+        TrainingPairs(str(tmp_path / "saved"), eval_split="test").load_both(tokenizer, seed=0)
 
 
 def test_a_share_of_the_pairs_or_another_file_is_held_out(tmp_path, tokenizer):

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..errors import ConfigError, DatasetError
 from ..scoring.pairs import text_of
-from .sources import as_message, load_rows, require_columns, require_free
+from .sources import as_message, as_text, load_rows, require_columns, require_free
 
 PAIR = ("prompt", "chosen", "rejected")
 # Other names of these columns, which are found without being given: those of BiPO's files and of Deep-Culture-Lense.
@@ -35,9 +35,9 @@ def load_pairs(
 ) -> Dataset:
     """Loads preference pairs with TRL's columns `prompt`, `chosen` and `rejected`.
 
-    If no column is named, and the dataset has none of these names, those of BiPO's files (`question`, `matching`,
-    `not_matching`) and of Deep-Culture-Lense (`prompt-mcq`, `chosen-mcq`, `rejected_<model>_mcq`) are found, and
-    answers that start with their prompts.
+    Columns that are not named are also found by the names of BiPO's files (`question`, `matching`, `not_matching`) and
+    of Deep-Culture-Lense (`prompt-mcq`, `chosen-mcq`, `rejected_<model>_mcq`). Answers without a column of prompts may
+    start with theirs.
 
     Args:
         source: As for `load_rows`.
@@ -63,8 +63,7 @@ def load_pairs(
         raise ConfigError("prompt=None needs two answers, to find the prompt that both start with: pass rejected=.")
     require_free(keep or [], PAIR)
     rows = load_rows(source, split, **options)
-    if (prompt, chosen, rejected) in (PAIR, (*PAIR[:2], None)):
-        prompt, chosen, rejected = _names_in(rows.column_names, rejected is not None)
+    prompt, chosen, rejected = pair_columns(rows.column_names, prompt, chosen, rejected)
     if prompt is not None and prompt not in rows.column_names and "{" in prompt:
         rows, prompt = _with_template(rows, prompt), "prompt"
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -123,24 +122,32 @@ def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = 
     return dataset.map(add, desc="Adding the system prompt")
 
 
-def _names_in(columns: list[str], has_rejected: bool) -> tuple[str | None, str, str | None]:
-    """The names that a dataset has for the columns of pairs; ours if it has none that are known."""
-    ours = PAIR if has_rejected else (*PAIR[:2], None)
-    if has_rejected and {"prompt", "question"}.isdisjoint(columns) and {"chosen", "rejected"} <= set(columns):
+def pair_columns(
+    columns: list[str], prompt: str | None = "prompt", chosen: str = "chosen", rejected: str | None = "rejected"
+) -> tuple[str | None, str, str | None]:
+    """The names of the columns of pairs in a dataset: the given ones, but known other names for TRL's that it lacks.
+
+    Raises:
+        DatasetError: There are several columns of rejected answers, and none is named.
+    """
+    given = (prompt, chosen, rejected)
+    if given == PAIR and {"prompt", "question"}.isdisjoint(columns) and {"chosen", "rejected"} <= set(columns):
         return None, "chosen", "rejected"
-    if {name for name in ours if name} <= set(columns):
-        return ours
-    for prompt, chosen, pattern in _OTHER_NAMES:
-        if not {prompt, chosen} <= set(columns):
+    if {name for name, ours in zip(given, PAIR, strict=True) if name == ours} <= set(columns):
+        return given
+    for names in _OTHER_NAMES:
+        found = [
+            fnmatch.filter(columns, theirs) if name == ours else [name]
+            for name, ours, theirs in zip(given, PAIR, names, strict=True)
+        ]
+        if not all(found):
             continue
-        if not has_rejected:
-            return prompt, chosen, None
-        found = fnmatch.filter(columns, pattern)
-        if len(found) > 1:
-            raise DatasetError(f"The dataset has {len(found)} columns of rejected answers: choose one of {found}.")
-        if found:
-            return prompt, chosen, found[0]
-    return ours
+        if len(found[2]) > 1:
+            raise DatasetError(
+                f"The dataset has {len(found[2])} columns of rejected answers: choose one of {found[2]}."
+            )
+        return tuple(name for (name,) in found)  # pyright: ignore[reportReturnType]
+    return given
 
 
 def _with_template(rows: Dataset, template: str) -> Dataset:
@@ -154,20 +161,31 @@ def _with_template(rows: Dataset, template: str) -> Dataset:
         raise DatasetError(f"prompt={template!r} is not a template such as {example}: {error}.") from error
     require_columns(rows, [name for _, name, *_ in pieces if name is not None])
     prompts = [
-        "".join(text if name is None or row[name] is None else f"{text}{row[name]}" for text, name, *_ in pieces)
-        for row in cast(Iterable[dict[str, Any]], rows)
+        "".join(text + ("" if name is None else _text_in(row, name, index)) for text, name, *_ in pieces)
+        for index, row in enumerate(cast(Iterable[dict[str, Any]], rows))
     ]
     kept = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
     return kept.add_column("prompt", cast(Any, prompts))
 
 
+def _text_in(row: dict[str, Any], column: str, index: int) -> str:
+    text = as_text(row[column])
+    if text is None:
+        raise DatasetError(f"Row {index} has {column}={row[column]!r}: a template needs texts or numbers.")
+    return text
+
+
 def _with_prompts(rows: Dataset, chosen: str, rejected: str) -> Dataset:
-    """Splits off the prompt that both answers start with, as TRL does."""
+    """Splits off the prompt that both answers start with, as TRL does; a missing answer has none."""
     from trl import extract_prompt
 
-    both = rows.filter(lambda row: bool(row[chosen]) and bool(row[rejected]), desc="Dropping empty answers")
-    renamed = both.rename_columns({old: new for old, new in ((chosen, "chosen"), (rejected, "rejected")) if old != new})
-    return renamed.map(extract_prompt, desc="Extracting prompts")
+    def split(row: dict[str, Any]) -> dict[str, Any]:
+        if row["chosen"] and row["rejected"]:
+            return extract_prompt(row)
+        return {"prompt": None, "chosen": None, "rejected": None}
+
+    renamed = rows.rename_columns({old: new for old, new in ((chosen, "chosen"), (rejected, "rejected")) if old != new})
+    return Dataset.from_list([{**row, **split(row)} for row in cast(Iterable[dict[str, Any]], renamed)])
 
 
 def _without_prompts(cells: dict[str, Any], index: int) -> dict[str, Any]:
@@ -187,9 +205,9 @@ def _without_prompts(cells: dict[str, Any], index: int) -> dict[str, Any]:
 
 def _cell(value: Any, column: str, index: int, chat: bool) -> Any:
     """Converts a cell to a text or to messages."""
-    if value is None or isinstance(value, str):
-        text = (value or "").strip() if chat else value or ""
-        return as_message(column, text) if chat else text
+    text = as_text(value)
+    if text is not None:
+        return as_message(column, text.strip()) if chat else text
     if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
         raise DatasetError(
             f"Row {index} has {column}={value!r}: must be a text, or a list of messages with 'role' and 'content'."

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from pandas.errors import ParserWarning
 
 from ..errors import ConfigError, DatasetError
 
@@ -28,6 +30,7 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
     Raises:
         DatasetError: The file format is not supported, or `source` is not a dataset.
         FileNotFoundError: The file does not exist.
+        OSError: The Hub cannot be reached.
     """
     if options.get("streaming"):
         raise DatasetError("streaming=True is not supported, because all rows are read: stream the dataset yourself.")
@@ -42,9 +45,20 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         saved = load_from_disk(str(path))
         return _split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved
-    if path.suffix in BUILDERS or path.is_file():
+    if is_file(path):
         return _load_file(path, options)
-    return cast(Dataset, load_dataset(str(source), split=split, **options))
+    try:
+        return cast(Dataset, load_dataset(str(source), split=split, **options))
+    except (ValueError, IndexError, DatasetsError) as error:
+        raise DatasetError(
+            f"{str(source)!r} is not a dataset ({error}): name a file, a folder that save_to_disk wrote or that holds "
+            "data files, or a dataset on the Hub."
+        ) from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a source is the path of a file, which need not exist."""
+    return path.suffix.lower() in BUILDERS or path.is_file()
 
 
 def where(dataset: Dataset, /, **values: Any) -> Dataset:
@@ -55,12 +69,12 @@ def where(dataset: Dataset, /, **values: Any) -> Dataset:
         **values: For each column, the value to select, or a list of values.
 
     Raises:
-        DatasetError: A column is missing, or no row has one of the values; the message lists the available ones.
+        DatasetError: A column is missing or has lists, or no row has one of the values; the message says what there is.
     """
     require_columns(dataset, list(values))
     allowed = {name: value if isinstance(value, list | tuple | set) else [value] for name, value in values.items()}
     for name, wanted in allowed.items():
-        there = dataset.unique(name)
+        there = distinct(dataset, name)
         unknown = [value for value in wanted if value not in there]
         if unknown:
             listed = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "")
@@ -75,6 +89,27 @@ def where(dataset: Dataset, /, **values: Any) -> Dataset:
         asked = ", ".join(f"{name}={_plain(wanted)}" for name, wanted in allowed.items())
         raise DatasetError(f"No row has {asked} at the same time, though each value occurs: drop one of them.")
     return dataset.select(chosen)
+
+
+def distinct(dataset: Dataset, column: str) -> list[Any]:
+    """The different values of a column.
+
+    Raises:
+        DatasetError: The column has lists or messages.
+    """
+    if not isinstance(dataset.features[column], Value | ClassLabel):
+        raise DatasetError(f"The column {column!r} has lists or mappings: choose one with texts, numbers or booleans.")
+    return dataset.unique(column)
+
+
+def as_text(value: Any) -> str | None:
+    """The text of a cell, which a CSV file may have as a number; empty if it is missing, None if it is no text."""
+    if isinstance(value, float):
+        # Whole numbers are of this type in columns with gaps.
+        return "" if value != value else str(int(value) if value.is_integer() else value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    return str(value) if isinstance(value, int) else None
 
 
 def as_message(column: str, text: str) -> list[dict[str, str]]:
@@ -107,18 +142,27 @@ def require_free(names: Iterable[str], ours: Iterable[str]) -> None:
 
 
 def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
-    if path.suffix not in BUILDERS:
+    builder = BUILDERS.get(path.suffix.lower())
+    if builder is None:
         raise DatasetError(f"{str(path)!r} has an unsupported format: must be one of {', '.join(BUILDERS)}.")
     if not path.is_file():
         raise FileNotFoundError(f"The file {str(path)!r} does not exist.")
-    if BUILDERS[path.suffix] == "csv":
-        # Keeps "None" and "NA", which can be answers.
-        options = {"keep_default_na": False, **({"sep": "\t"} if path.suffix == ".tsv" else {}), **options}
+    if builder == "csv":
+        # Keeps "None" and "NA", which can be answers; and takes no column for an index where rows are too long.
+        ours = {"keep_default_na": False, "index_col": False}
+        options = {**ours, **({"sep": "\t"} if path.suffix.lower() == ".tsv" else {}), **options}
     try:
-        return cast(Dataset, load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options))
-    except (ValueError, DatasetGenerationError, StopIteration) as error:
+        with warnings.catch_warnings():
+            # Rows that are longer than the header would be cut.
+            warnings.simplefilter("error", ParserWarning)
+            return cast(Dataset, load_dataset(builder, data_files=str(path), split="train", **options))
+    except (ValueError, DatasetGenerationError, StopIteration, ParserWarning) as error:
         if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
             raise DatasetError(f"{str(path)!r} has no rows.") from error
+        if isinstance(error.__cause__ or error, ParserWarning):
+            raise DatasetError(
+                f"{str(path)!r} has rows with more fields than its header: put texts with the separator into quotes."
+            ) from error
         raise DatasetError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -91,18 +92,25 @@ def make_parser(prog: str | None = None) -> TrlParser:
     return TrlParser(cast(Any, types), prog=prog)
 
 
-def parse(arguments: list[str] | None = None, prog: str | None = None, **options: Any) -> tuple[Any, ...]:
+def parse(arguments: list[str] | None = None, prog: str | None = None) -> tuple[list[Any], list[str], list[str]]:
     """Parses arguments and their YAML config; `published` and `method` change the defaults.
 
     Args:
         arguments: The command line; that of this process if None.
         prog: Name of the command in its help.
-        **options: As for `TrlParser.parse_args_and_config`.
+
+    Returns:
+        The arguments of `main`; and those of `accelerate launch`, from the config and from the command line.
+
+    Raises:
+        ConfigError: An argument is unknown or has an invalid value.
     """
     arguments, parser = _joined(sys.argv[1:] if arguments is None else arguments), make_parser(prog)
+    options = {"return_remaining_strings": True, "separate_remaining_strings": True}
     # TRL takes the path of the config out of the list that it is given.
     try:
         found = parser.parse_args_and_config(list(arguments), **options)
+        _require_known([*found[-2], *found[-1]], parser)
     except (ValueError, YAMLError) as error:
         raise ConfigError(f"The arguments or their YAML config cannot be read: {error}") from error
     steering = next(part for part in found if isinstance(part, SteeringArguments))
@@ -114,7 +122,23 @@ def parse(arguments: list[str] | None = None, prog: str | None = None, **options
     losses = next(part.loss_type for part in found if isinstance(part, YaPOTrainingConfig))
     if steering.method == "reps" and losses != ["reps"]:
         raise ConfigError(f"method=reps and loss_type={losses} contradict each other: leave loss_type out.")
-    return found
+    return list(found[:-2]), found[-2], found[-1]
+
+
+def _require_known(others: list[str], parser: TrlParser) -> None:
+    """Raises `ConfigError` for an argument that is neither ours nor one of `accelerate launch`."""
+    names = [argument.partition("=")[0].lstrip("-") for argument in others if argument.startswith("--")]
+    if not names:
+        return
+    from accelerate.commands.launch import launch_command_parser
+
+    actions = [action for known in (launch_command_parser(), parser) for action in known._actions]  # pyright: ignore[reportPrivateUsage]
+    there = {option.lstrip("-").replace("-", "_") for action in actions for option in action.option_strings}
+    for name in names:
+        if name.replace("-", "_") not in there | {"accelerate_config"}:
+            near = get_close_matches(name, there, 1)
+            meant = f": did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"{name!r} is not an option of yapo train or accelerate launch{meant}")
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -129,7 +153,7 @@ def _joined(arguments: list[str]) -> list[str]:
             values += [value] if equals else []
         else:
             (values if is_value else others).append(argument)
-    return [*others, "--where", *values] if values else others
+    return [*others, "--where", *values] if "--where" in arguments or values else others
 
 
 def main(
@@ -194,8 +218,10 @@ def _load_pairs(
     given = {name: value for name, value in given.items() if value}
     if len(given) != 1:
         found = " and ".join(given)
-        what = f"{found} are given: keep one" if given else "There is nothing to train on: give --dataset"
-        raise ConfigError(f"{what}, dataset_name, or datasets in a YAML config.")
+        options = "--dataset, --dataset_name, or datasets in a YAML config"
+        raise ConfigError(
+            f"{found} are given: keep one of them." if given else f"There is nothing to train on: give {options}."
+        )
     if pairs.dataset is None:
         unread = [option.name for option in fields(pairs)]
         pairs.require_defaults(*unread, why="it is read with --dataset only.")
@@ -203,6 +229,10 @@ def _load_pairs(
         dataset: Any = get_dataset(dataset_args) if dataset_args.datasets else _load_by_name(script_args)
         test = _split(dataset, script_args.dataset_test_split) if evaluates else None
         return _split(dataset, script_args.dataset_train_split), test
+    for name in ("dataset_config", "dataset_streaming", "dataset_train_split", "dataset_test_split"):
+        value = getattr(script_args, name)
+        if value != getattr(ScriptArguments(), name):
+            raise ConfigError(f"{name}={value!r} is read with dataset_name only: give --split and --eval_split.")
     train, test = pairs.load_both(_load_tokenizer(model_args, training_args), training_args.seed)
     if test is not None and training_args.eval_strategy == "no":
         training_args.eval_strategy = IntervalStrategy.EPOCH
@@ -272,7 +302,7 @@ def run() -> None:
     """Trains with the command line of this process; errors that are the user's to mend end it without a traceback."""
     try:
         with quiet_libraries():
-            main(*parse(fail_with_unknown_args=False))
+            main(*parse()[0])
     except (YaPOError, OSError) as error:
         raise SystemExit(f"yapo train: {error}") from error
 

@@ -26,10 +26,12 @@ def _warn_of_small_rate(args: YaPOTrainingConfig) -> None:
     """Warns of a learning rate that moves a code by next to nothing, such as TRL's and LoRA's."""
     least = _LEAST_RATE[args.learning_rate_unit]
     if 0 < args.learning_rate < least:
-        unit = "typical activations" if args.learning_rate_unit == "activation" else "the SAE's activations"
+        is_raw = args.learning_rate_unit == "raw"
+        unit = "the SAE's activations" if is_raw else "typical activations"
+        default = "leave learning_rate_unit and it" if is_raw else "leave it"
         warnings.warn(
             f"learning_rate={args.learning_rate} moves an entry of a code by no more than that in a step, in units of "
-            f"{unit}, which has next to no effect: leave it out (0.03 typical activations), or give at least {least}.",
+            f"{unit}, which has next to no effect: {default} out (0.03 typical activations), or give at least {least}.",
             UserWarning,
             stacklevel=4,  # who creates the trainer
         )

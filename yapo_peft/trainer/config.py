@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,8 @@ class YaPOTrainingConfig(DPOConfig):
         choice(("batch", "example", "both"), direction=self.direction)
         choice(("unsteered", "none"), reference=self.reference)
         choice(("activation", "raw"), learning_rate_unit=self.learning_rate_unit)
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate}: must be a finite number, and not negative.")
         if self.beta <= 0:
             raise ConfigError(f"beta={self.beta}: must be positive; at 0 the loss does not depend on the code.")
         for loss_type in self.loss_type:
