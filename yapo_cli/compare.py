@@ -71,7 +71,8 @@ def compare(
 
 def _names(adapters: list[str]) -> list[str]:
     """Short names of adapters that tell them apart."""
-    if len(set(adapters)) < len(adapters):
+    places = {Path(adapter).resolve() if Path(adapter).exists() else adapter for adapter in adapters}
+    if len(places) < len(adapters):
         raise typer.BadParameter(f"{' '.join(adapters)}: an adapter is given twice.")
     names = [Path(adapter).name for adapter in adapters]
     return names if len(set(names)) == len(names) else adapters

@@ -85,12 +85,14 @@ def _base_of(name: str, config: PeftConfig | None, base: str | None) -> tuple[st
 
 @contextmanager
 def _naming_the_option(name: str, config: PeftConfig | None, base: str | None) -> Generator[None]:
-    """Says what to do if an adapter's model is not where its config says."""
+    """Says what cannot be loaded, and what to do if an adapter's model is not where its config says."""
     try:
         yield
     except (OSError, ValueError) as error:
-        if config is None or base is not None or isinstance(error, YaPOError):
+        if isinstance(error, YaPOError) or (isinstance(error, OSError) and (config is None or base is not None)):
             raise
+        if config is None or base is not None:
+            raise ConfigError(f"{base or name!r} cannot be loaded: {error}") from error
         raise ConfigError(
             f"The model {config.base_model_name_or_path!r} of {name!r} cannot be loaded: pass where it is with "
             f"--model. ({error})"
@@ -118,6 +120,8 @@ def load_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any
 
 def attach_adapter(name: str, dtype: str, **config: Any) -> Any:
     """Loads a model and adds a new adapter, which has no effect yet. Raises `ConfigError` as `YaPOConfig` does."""
+    if _adapter_config(name) is not None:
+        raise ConfigError(f"{name!r} is an adapter: pass a model.")
     return get_peft_model(load_model(name, dtype), YaPOConfig(**config))
 
 

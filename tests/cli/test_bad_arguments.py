@@ -39,6 +39,13 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("combine", "{adapter}", "{adapter}", "--weights", "1", "--out", "new"), "1 numbers for 2 adapters"),
         (("fit", "caa", "--model", "{base}", "--layers", "two", "--dataset", "{pairs}", "--out", "x"), "whole numbers"),
         (("fit", "sas", "--model", "{base}", "--layers", "2", "--dataset", "{pairs}", "--out", "x"), "sae"),
+        (
+            ("fit", "caa", "--model", "{adapter}", "--layers", "2", "--dataset", "x", "--out", "x"),
+            "is an adapter: pass a",
+        ),
+        (("explain", "{adapter}", "--split", "dev"), "--split dev: it is read with --dataset only"),
+        (("compare", "{adapter}", "{adapter}/", "--dataset", "{pairs}"), "an adapter is given twice"),
+        (("sweep", "{adapter}", "--dataset", "."), "'.' is not a dataset"),
         (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': must be 'auto'"),
         (("explain", "{adapter}", "--dtype", "int8"), "dtype='int8': must be 'auto'"),
         (("explain", "{parent}"), "{adapter} has an adapter"),

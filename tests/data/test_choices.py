@@ -66,6 +66,11 @@ def test_choice_pairs_rejects_unknown_argument(options, message):
         choice_pairs(load_choices(Dataset.from_list([ROW]), **COLUMNS), **options)
 
 
+def test_choice_pairs_reads_answers_of_every_kind():
+    rows = Dataset.from_list([{"question": "w1", "options": ["w2", "w3"], "answer": "B"}])
+    assert choice_pairs(rows, chat=False).to_list() == [{"prompt": "w1", "chosen": "w3", "rejected": "w2"}]
+
+
 def test_choice_prompt_rejects_more_than_26_options():
     with pytest.raises(ConfigError, match="27 options"):
         choice_prompt("w1", [f"w{i}" for i in range(27)])

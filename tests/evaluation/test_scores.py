@@ -233,7 +233,7 @@ def test_label_rejects_names_of_columns(name):
 def test_gains_are_paired_with_each_example_at_multiplier_0():
     margins = np.random.default_rng(0).normal(scale=100, size=30)
     rows = [
-        {"multiplier": m, "example": i, "method": "a", "margin": margin + 2 * m + 0.01 * m * i}
+        {"multiplier": m, "example": i, "base": "a", "margin": margin + 2 * m + 0.01 * m * i}
         for m in (0.0, 1.0) for i, margin in enumerate(margins)
     ]  # fmt: skip
     gains = Scores(pd.DataFrame(rows), ("margin",)).gains("margin").summary().set_index("multiplier").loc[1.0]

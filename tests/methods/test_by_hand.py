@@ -59,6 +59,8 @@ def test_other_entries_stay_and_the_damage_is_forgotten():
         ({3: {0: 1.0}}, "steers layers 1, 2, not 3"),
         ({1: {0: 1.0, 96: 1.0}}, "Feature 96 of layer 1: its SAE has 96"),
         ({1: {-1: 1.0}}, "Feature -1 of layer 1"),
+        ({1: {"0": 1.0}}, "Feature '0' of layer 1"),
+        ({1: [0]}, "must be a mapping for each layer"),
         ({1: {0: 1.0}, 2: {0: float("nan")}}, "Feature 0 of layer 2 is set to nan"),
     ],
 )

@@ -16,6 +16,7 @@ from .sources import as_message, load_rows, require_columns, require_free
 
 AnswerForm = Literal["text", "letter"]
 Wrong = Literal["random", "each"]
+_COLUMNS = ("question", "options", "answer")
 
 
 def letters(count: int) -> list[str]:
@@ -60,7 +61,7 @@ def load_choices(
         DatasetError: A column is missing, or a row has fewer than two options, duplicate options, or an answer that is
             not among them.
     """
-    require_free(keep or [], ["question", "options", "answer"])
+    require_free(keep or [], _COLUMNS)
     rows = load_rows(source, split, **load_options)
     require_columns(rows, [question, options, answer, *(keep or [])])
     found: list[dict[str, Any]] = []
@@ -89,7 +90,7 @@ def choice_pairs(
     """Creates preference pairs from multiple-choice questions: the correct option is chosen, a wrong one rejected.
 
     Args:
-        dataset: Questions of `load_choices`.
+        dataset: Questions as `load_choices` takes them, in its columns.
         form: Whether answers are the "text" of an option, or its "letter", with the options in the prompt.
         wrong: Whether to use a "random" wrong option, or to create a pair for "each".
         seed: Seed of the random options.
@@ -100,11 +101,11 @@ def choice_pairs(
 
     Raises:
         ConfigError: An argument is invalid, or a column has the name of a created one.
-        DatasetError: A column is missing.
+        DatasetError: As `load_choices`.
     """
-    require_columns(dataset, ["question", "options", "answer"])
     require_free(dataset.column_names, ["prompt", "chosen", "rejected"])
     choice(get_args(Wrong), wrong=wrong)
+    dataset = load_choices(dataset, keep=[name for name in dataset.column_names if name not in _COLUMNS])
     draw = random.Random(seed)
     pairs: list[dict[str, Any]] = []
     for row in dataset:

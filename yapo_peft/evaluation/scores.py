@@ -43,7 +43,7 @@ class Scores:
         The label `seed` numbers repetitions of a measurement; other labels distinguish measurements.
         """
         summarised = (f"{metric}_{end}" for metric in self.metrics for end in ("low", "high"))
-        taken = [name for name in labels if name in (*_OWN, *self.metrics, "examples", *summarised)]
+        taken = [name for name in labels if name in (*_OWN, *self.metrics, "examples", "gain", *summarised)]
         if taken:
             raise ConfigError(
                 f"{taken[0]!r} is already a column of the scores or of their summary: choose another label."
@@ -88,11 +88,12 @@ class Scores:
             raise ConfigError(f"There is no metric {metric!r}; the scores have {', '.join(map(repr, self.metrics))}.")
         keys = [*self.labels, "example"]
         table: Any = self.table
-        base = table[table["multiplier"] == 0].set_index(keys)[metric].rename("base")
-        rows = table.join(base, on=keys)
-        if not table.set_index(keys).index.isin(base.index).all():
+        rows = table.set_index(keys)[metric]
+        base = rows[(table["multiplier"] == 0).to_numpy()]
+        if not rows.index.isin(base.index).all():
             raise ConfigError("Gains are measured from multiplier 0: measure all examples at it too.")
-        return Scores(rows.assign(gain=rows[metric] - rows["base"])[[*keys, "multiplier", "gain"]], ("gain",))
+        gain = rows.to_numpy() - base.reindex(rows.index).to_numpy()
+        return Scores(table.assign(gain=gain)[[*keys, "multiplier", "gain"]], ("gain",))
 
     def summary(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Means over examples, and over seeds where there are several, with bootstrap intervals.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 
 from torch import nn
 
@@ -28,12 +29,14 @@ def set_features(
     """
     name, layers = layers_of(model, adapter_name, "sae", "Setting features")
     codes = {layer.index: layer.code(name).detach().clone() for layer in layers}
+    if not isinstance(features, Mapping) or not all(isinstance(entries, Mapping) for entries in features.values()):
+        raise ConfigError(f"features={features!r}: must be a mapping for each layer, such as {{14: {{1965: 8.0}}}}.")
     for index, entries in features.items():
         if index not in codes:
             raise ConfigError(f"Adapter {name!r} steers layers {', '.join(map(str, codes))}, not {index}.")
         for feature, value in entries.items():
-            if not 0 <= feature < len(codes[index]):
-                raise ConfigError(f"Feature {feature} of layer {index}: its SAE has {len(codes[index])}, from 0 on.")
+            if not isinstance(feature, Integral) or not 0 <= feature < len(codes[index]):
+                raise ConfigError(f"Feature {feature!r} of layer {index}: its SAE has {len(codes[index])}, from 0 on.")
             if not is_finite(value):
                 raise ConfigError(f"Feature {feature} of layer {index} is set to {value}: must be a finite number.")
             codes[index][feature] = value
