@@ -40,8 +40,8 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("fit", "caa", "--model", "{base}", "--layers", "two", "--dataset", "{pairs}", "--out", "x"), "whole numbers"),
         (("fit", "sas", "--model", "{base}", "--layers", "2", "--dataset", "{pairs}", "--out", "x"), "sae"),
         (
-            ("fit", "caa", "--model", "{adapter}", "--layers", "2", "--dataset", "x", "--out", "x"),
-            "is an adapter: pass a",
+            ("fit", "caa", "--model", "{adapter}", "--layers", "2", "--dataset", "{pairs}", "--out", "x"),
+            "is an adapter: pass a model",
         ),
         (("explain", "{adapter}", "--split", "dev"), "--split dev: it is read with --dataset only"),
         (("compare", "{adapter}", "{adapter}/", "--dataset", "{pairs}"), "an adapter is given twice"),

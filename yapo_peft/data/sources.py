@@ -47,13 +47,13 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
         return _split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved
     if is_file(path):
         return _load_file(path, options)
+    kinds = "name a file, a folder that save_to_disk wrote or that holds data files, or a dataset on the Hub"
+    if not path.name:  # of which `datasets` searches everything
+        raise DatasetError(f"{str(source)!r} is not a dataset: {kinds}.")
     try:
         return cast(Dataset, load_dataset(str(source), split=split, **options))
     except (ValueError, IndexError, DatasetsError) as error:
-        raise DatasetError(
-            f"{str(source)!r} is not a dataset ({error}): name a file, a folder that save_to_disk wrote or that holds "
-            "data files, or a dataset on the Hub."
-        ) from error
+        raise DatasetError(f"{str(source)!r} is not a dataset ({error}): {kinds}.") from error
 
 
 def is_file(path: Path) -> bool:
