@@ -157,8 +157,8 @@ MUTANTS = (
     _mutant(
         "merge-any-architecture",
         "tuner/merging.py",
-        "0.01 * shift.norm() + rounding",
-        "100 * shift.norm() + rounding",
+        "min(0.01, 1000 * eps) * shift.norm()",
+        "100 * shift.norm()",
         "tests/tuner/test_merging.py",
     ),
     _mutant(

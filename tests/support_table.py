@@ -16,6 +16,7 @@ AREAS = (
     "With LoRA",
     "SAEs",
     "transformers",
+    "Architectures",
     "Training",
     "Speed",
     "Methods",

@@ -13,14 +13,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..errors import UnsupportedOperationError
+from ..tuner.blocks import hidden_size
 
 # The columns of a preference dataset that TRL has tokenized.
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-def attention_cost(model: Any, block: nn.Module) -> float:
+def attention_cost(model: nn.Module, block: nn.Module) -> float:
     """The cost of attending to one token, relative to everything else that a layer computes per token."""
-    return 2 * model.config.get_text_config().hidden_size / sum(parameter.numel() for parameter in block.parameters())
+    return 2 * hidden_size(model) / sum(parameter.numel() for parameter in block.parameters())
 
 
 @dataclass(frozen=True)

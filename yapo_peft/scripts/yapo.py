@@ -49,6 +49,7 @@ class SteeringArguments:
     sae_path: list[str] | None = None
     multiplier: float = YaPOConfig.multiplier
     positions: str = YaPOConfig.positions
+    blocks: str | None = None
     method: Literal["yapo", "bipo", "reps", "caa", "sas"] = field(
         default="yapo",
         metadata={

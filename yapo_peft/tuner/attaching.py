@@ -10,18 +10,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import ConfigError, SAEMismatchError, UnsupportedOperationError
 from ..sae import FrozenSAE
-from .blocks import decoder_blocks, hidden_size, resolve_layers
+from .blocks import CHILD_NAME, decoder_blocks, hidden_size, resolve_layers
 from .config import YaPOConfig
-from .layer import CHILD_NAME
 
 
-def require_adapter_name(model: nn.Module, adapter_name: str) -> None:
+def require_adapter_name(model: nn.Module, adapter_name: str, blocks: str | None) -> None:
     """Checks a name by which PEFT has to tell the parameters of an adapter from others.
 
     Raises:
         ConfigError: PEFT would confuse it with other names.
     """
-    parts = {"base_model", "model", *decoder_blocks(model)[0].split("."), CHILD_NAME, "yapo_code", "__base__"}
+    parts = {"base_model", "model", *decoder_blocks(model, blocks)[0].split("."), CHILD_NAME, "yapo_code", "__base__"}
     if "." in adapter_name or adapter_name.isdigit() or adapter_name in parts or hasattr(dict, adapter_name):
         raise ConfigError(
             f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
@@ -68,7 +67,7 @@ def resolve(model: nn.Module, config: YaPOConfig) -> dict[int, FrozenSAE | None]
     if config.task_type == TaskType.CAUSAL_LM and is_of_transformers and type(own) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         # Of vision wrappers, cards name the class to load, which AutoModelForCausalLM does not find.
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": "transformers"}
-    name, blocks = decoder_blocks(model)
+    name, blocks = decoder_blocks(model, config.blocks)
     layers = resolve_layers(config.layer_indices(), len(blocks))
     is_dense = config.space == "dense"
     saes = {layer: None if is_dense else _sae(model, config, place, layer) for place, layer in enumerate(layers)}

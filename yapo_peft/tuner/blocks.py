@@ -8,34 +8,56 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+# The name of the module in a layer that steers it.
+CHILD_NAME = "yapo"
+
 
 def base_of(model: nn.Module) -> Any:
     """Returns the causal language model that PEFT wraps."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: nn.Module, named: str | None = None) -> tuple[str, nn.ModuleList]:
     """Finds the decoder layers of a transformers model.
+
+    Args:
+        model: The model.
+        named: The name of their list in the model; None for that of its steered layers, or the one that fits its
+            config.
 
     Returns:
         The name of their list in the model, such as "model.layers", and the list.
 
     Raises:
-        ConfigError: The model has no config, or no list of `num_hidden_layers` modules.
+        ConfigError: There is no such list, or the model has no config.
     """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if named is not None:
+        if named not in lists:
+            raise ConfigError(f"blocks={named!r}: {_name_one_of(model, lists)}")
+        return named, lists[named]
+    for name, blocks in lists.items():
+        if any(hasattr(block, CHILD_NAME) for block in blocks):
+            return name, blocks
     config = _text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else model
-    names = {id(module): name for name, module in model.named_modules()}
-    if depth is not None and isinstance(decoder, nn.Module):
-        for module in decoder.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in names:
-                return names[id(module)], module
+    within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    for name, blocks in lists.items():
+        if len(blocks) == depth and id(blocks) in within:
+            return name, blocks
     raise ConfigError(
-        f"Found no decoder layers in {type(model).__name__}: steering needs a transformers decoder whose config has "
-        "`num_hidden_layers`, with its layers in one nn.ModuleList of that length."
+        f"Found no decoder layers in {type(model).__name__}, whose config would give their number as "
+        f"num_hidden_layers: {_name_one_of(model, lists)}"
     )
+
+
+def _name_one_of(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
+    found = ", ".join(f"{name!r} ({len(blocks)} modules)" for name, blocks in lists.items())
+    if not found:
+        return f"{type(model).__name__} has no nn.ModuleList that could hold them, so it cannot be steered."
+    return f"name the list of its layers with YaPOConfig(blocks=...), one of {found}."
 
 
 def resolve_layers(layers: list[int], depth: int) -> list[int]:
@@ -58,7 +80,9 @@ def resolve_layers(layers: list[int], depth: int) -> list[int]:
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream."""
-    return int(_text_config(model).hidden_size)
+    width = getattr(_text_config(model), "hidden_size", None)
+    # Configs that say it by another name do not say it of the embeddings.
+    return int(cast(Any, model).get_input_embeddings().weight.shape[1] if width is None else width)
 
 
 def hidden_states(output: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:

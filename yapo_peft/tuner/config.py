@@ -54,6 +54,8 @@ class YaPOConfig(PeftConfig):
         multiplier: Multiplier with which a loaded adapter starts: 1 as trained, 0 off, negative for the opposite.
         positions: Tokens to steer: "all" as published, "completion" for generated tokens only, or "last" for every
             token from which the next one is predicted.
+        blocks: Name of the list of decoder layers in the model, such as "model.layers". Found for the models of
+            transformers; an error lists the names where it is not.
         init_weights: True for a zero code, which changes nothing; False for a small random one, for tests.
         self_contained: Whether to save the part of each SAE that the code needs (some of its rows and columns) with the
             adapter, so that steering with it requires neither the SAE nor sae-lens.
@@ -80,6 +82,7 @@ class YaPOConfig(PeftConfig):
     sae_path: str | list[str] | None = None
     multiplier: float = 1.0
     positions: str = "all"
+    blocks: str | None = None
     init_weights: bool = True
     self_contained: bool = False
     sae_identity: list[dict[str, Any]] | None = None

@@ -15,12 +15,10 @@ from ..sae import FrozenSAE
 from ..steering.folded import FoldedSteering
 from ..steering.formula import Multiplier, dense_shift, steering_shift
 from ..steering.learning import ActiveFeatures, sparse_shift
-from .blocks import hidden_states, with_hidden_states
+from .blocks import CHILD_NAME, hidden_states, with_hidden_states
 from .call import Call, tokens_to_steer
 from .config import YaPOConfig
 from .hooks import require_single_hooks
-
-CHILD_NAME = "yapo"
 
 
 def is_code(name: str) -> bool:

@@ -201,9 +201,11 @@ def require_same_outputs(before: list[Tensor], after: list[Tensor], shifts: list
     Raises:
         UnsupportedOperationError: The layers do not just add their last linear module to the residual stream.
     """
+    eps = torch.finfo(dtype).eps
     for steered, merged, shift in zip(before, after, shifts, strict=True):
-        rounding = 4 * torch.finfo(dtype).eps * steered.norm(dim=-1)
-        if ((steered - merged).norm(dim=-1) > 0.01 * shift.norm() + rounding).any():
+        # In float32 a layer after the bias that does next to nothing shows too, as the experts of gpt-oss may.
+        allowed = 4 * eps * steered.norm(dim=-1) + min(0.01, 1000 * eps) * shift.norm()
+        if ((steered - merged).norm(dim=-1) > allowed).any():
             raise UnsupportedOperationError(
                 "A YaPO adapter cannot be merged into this architecture: its layers scale or normalise the output of "
                 "their last linear module, so that no bias equals the steering. Keep the adapter attached."

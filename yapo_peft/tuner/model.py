@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedOperationError
 from .adapters import steered_layers
 from .attaching import keep_backward, require_adapter_name, resolve
-from .blocks import hidden_size
+from .blocks import CHILD_NAME, hidden_size
 from .call import Call
 from .combine import combine_codes, require_combinable
 from .config import YaPOConfig
-from .layer import CHILD_NAME, YaPOLayer
+from .layer import YaPOLayer
 from .merging import complete_biases, merge_adapters
 from .state_dict import from_file, to_file
 
@@ -91,8 +91,8 @@ class YaPOModel(BaseTuner):
             SAEMismatchError: An SAE was trained on another model or layer, or is not the one that the config records.
             UnsupportedOperationError: The architecture, or what its 4-bit weights are packed for, is not supported.
         """
-        require_adapter_name(self.model, adapter_name)
         config = cast(YaPOConfig, self.peft_config[adapter_name])
+        require_adapter_name(self.model, adapter_name, config.blocks)
         if not config.inference_mode:
             keep_backward(self.model)
         saes = resolve(self.model, config)
