@@ -43,7 +43,7 @@ def compare(
 
     from .output import print_table
 
-    names = _names(adapters)
+    names = options.short_names(adapters)
     if 0.0 not in multipliers or not min(multipliers) < 0 < max(multipliers):
         raise typer.BadParameter(f"--multipliers {','.join(map(str, multipliers))}: must be on both sides of 0, and 0.")
     if not levels or min(levels) <= 0:
@@ -67,15 +67,6 @@ def compare(
         curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])
         title = f"{Path(str(data.dataset)).name}: gain at equal damage"
         plot_matched_damage(curve.sort_values("kl"), plot, title, metric="gain")
-
-
-def _names(adapters: list[str]) -> list[str]:
-    """Short names of adapters that tell them apart."""
-    places = {Path(adapter).resolve() if Path(adapter).exists() else adapter for adapter in adapters}
-    if len(places) < len(adapters):
-        raise typer.BadParameter(f"{' '.join(adapters)}: an adapter is given twice.")
-    names = [Path(adapter).name for adapter in adapters]
-    return names if len(set(names)) == len(names) else adapters
 
 
 def _measure(

@@ -23,7 +23,7 @@ def reject(
     model: options.Model,
     data: PairArguments,
     output_dir: Annotated[Path, typer.Option(help="Output folder, shared by all processes.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
+    max_new_tokens: options.MaxNewTokens = 128,
     batch_size: options.BatchSize = 8,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Answers per file; a stopped run resumes from complete files.")

@@ -18,7 +18,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Chat interactively; type `/help` for commands.")] = False,
     multipliers: options.Multipliers = options.Numbers((-1.0, 0.0, 1.0)),
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
+    max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     repetition_penalty: Annotated[

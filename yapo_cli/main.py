@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from . import (
+    answers,
     calibrate,
     combine,
     compare,
+    culture,
     data,
     doctor,
     evaluate,
@@ -51,10 +53,12 @@ app.command("combine", rich_help_panel=_MAKE)(combine.combine)
 app.command("migrate", rich_help_panel=_MAKE)(migrate.migrate)
 app.add_typer(data.app, name="data", rich_help_panel=_MAKE)
 app.command("generate", rich_help_panel=_USE)(generate.generate)
+app.command("answers", rich_help_panel=_USE)(answers.answers)
 app.command("app", rich_help_panel=_USE)(playground.playground)
 app.command("export", rich_help_panel=_USE)(export.export)
 app.command("push", rich_help_panel=_USE)(push.push)
 app.command("sweep", rich_help_panel=_MEASURE)(sweep.sweep)
+app.command("culture", rich_help_panel=_MEASURE)(culture.culture)
 app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("explain", rich_help_panel=_MEASURE)(explain.explain)

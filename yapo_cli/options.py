@@ -59,6 +59,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.
 Temperature = Annotated[
     float | None, typer.Option(min=0, callback=_temperature, help="Sampling temperature; 0 is greedy.")
 ]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NewFolder = Annotated[
@@ -70,6 +71,15 @@ SaeRelease = Annotated[str | None, typer.Option(help="SAE release in SAELens; se
 SaeId = Annotated[list[str] | None, typer.Option(help="SAE in the release; repeat for each layer.")]
 SaePath = Annotated[list[str] | None, typer.Option(help="Folder of a local SAE; repeat for each layer.")]
 Positions = Annotated[str, typer.Option(help="Tokens to steer: all, completion or last.")]
+
+
+def short_names(adapters: list[str]) -> list[str]:
+    """Names of adapters that tell them apart. Raises `typer.BadParameter` if one is given twice."""
+    places = {Path(adapter).resolve() if Path(adapter).exists() else adapter for adapter in adapters}
+    if len(places) < len(adapters):
+        raise typer.BadParameter(f"{' '.join(adapters)}: an adapter is given twice.")
+    names = [Path(adapter).name for adapter in adapters]
+    return names if len(set(names)) == len(names) else adapters
 
 
 def read_text(file: Path) -> str:

@@ -87,9 +87,17 @@ class PairArguments:
             pairs = with_system_prompt(pairs, self.system)
         return self._first(pairs)
 
-    def load_questions(self) -> Any:
-        """Loads multiple-choice questions. Raises as `load`."""
-        return self._first(self._choices(self._rows()))
+    def load_questions(self, *keep: str) -> Any:
+        """Loads multiple-choice questions, with other columns to keep. Raises as `load`."""
+        return self._first(self._choices(self._rows(), *keep))
+
+    def load_prompts(self, tokenizer: Any) -> Any:
+        """Loads prompts alone. Raises as `load`."""
+        from yapo_peft.data import load_prompts, with_system_prompt
+
+        chat = not self.plain and bool(getattr(tokenizer, "chat_template", None))
+        prompts = load_prompts(self._rows(), prompt=self.prompt, chat=chat)
+        return self._first(prompts if self.system is None else with_system_prompt(prompts, self.system))
 
     def require_defaults(self, *names: str, why: str) -> None:
         """Raises `ConfigError` if one of these options is given, because it would have no effect."""
@@ -131,11 +139,11 @@ class PairArguments:
         pairs = pair_columns(columns, self.prompt or None, self.chosen, self.rejected)
         return not {name for name in pairs if name is not None} <= set(columns)
 
-    def _choices(self, rows: Any) -> Any:
+    def _choices(self, rows: Any, *keep: str) -> Any:
         from yapo_peft.data import load_choices
 
         question = "question" if self.prompt == "prompt" and "prompt" not in rows.column_names else self.prompt
-        return load_choices(rows, question=question, options=self.options, answer=self.answer)
+        return load_choices(rows, question=question, options=self.options, answer=self.answer, keep=list(keep))
 
     def _first(self, rows: Any) -> Any:
         return rows if self.limit is None else rows.select(range(min(self.limit, len(rows))))

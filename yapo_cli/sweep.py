@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from . import options
 from .pairs import PairArguments, reads_pairs
+
+Measure = Literal["preference", "choice", "generated", "repetition", "judge", "damage"]
+# The options of pairs that a measure does not read.
+_UNREAD = {
+    "preference": (),
+    "choice": ("chosen", "rejected", "system", "plain"),
+    "generated": ("chosen", "rejected", "system", "plain"),
+    "repetition": ("chosen", "rejected", "options", "answer"),
+    "judge": ("chosen", "rejected", "options", "answer"),
+    "damage": ("chosen", "rejected", "system", "plain", "prompt", "options", "answer", "where", "split"),
+}
 
 
 @reads_pairs()
@@ -16,13 +28,36 @@ def sweep(
     adapter: options.Adapter,
     data: PairArguments,
     measure: Annotated[
-        Literal["preference", "choice", "damage"],
+        Measure,
         typer.Option(
-            help="Margin and accuracy on pairs, accuracy on multiple-choice questions, or KL on a text file, in "
-            "blocks of 256 tokens."
+            help="preference: margin and accuracy on pairs. choice, generated: accuracy on multiple-choice questions, "
+            "by log-probabilities or by generated answers. repetition, judge: of answers to prompts. damage: KL on a "
+            "text file, in blocks of 256 tokens."
         ),
     ] = "preference",
     multipliers: options.Multipliers = options.Numbers((-2.0, -1.0, 0.0, 1.0, 2.0)),
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum length of a generated answer in tokens. Default: 64.")
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Server of the judge, with OpenAI's chat completions, such as http://localhost:8000/v1; its key is "
+            "read from JUDGE_API_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model of the judge, for a server with several.")] = None,
+    judge_cache: Annotated[Path | None, typer.Option(help="JSON-lines file that keeps the judge's scores.")] = None,
+    behaviour: Annotated[
+        str | None,
+        typer.Option(
+            help="What the judge scores: power-seeking, wealth-seeking, hallucination, jailbreak, culture, coherence, "
+            "or a description of what an answer with the highest score does."
+        ),
+    ] = None,
+    opposite: Annotated[
+        str | None, typer.Option(help="What an answer with the lowest score does, for a behaviour of your own.")
+    ] = None,
     batch_size: options.BatchSize = 8,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
@@ -38,35 +73,72 @@ def sweep(
     """
     from yapo_peft import plot_dose_response
     from yapo_peft import sweep as measured
-    from yapo_peft.data.sources import BUILDERS
-    from yapo_peft.evaluation import Damage, MultipleChoice
     from yapo_peft.evaluation.plots import require_dose_response, require_plot_path
 
     from .loading import load_adapter, load_tokenizer
     from .output import print_table
 
-    if measure != "preference":
-        unread = ("chosen", "rejected", "system", "plain")
-        unread += ("prompt", "options", "answer", "where") if measure == "damage" else ()
-        data.require_defaults(*unread, why=f"--measure {measure} does not read it.")
     source = cast(str, data.dataset)
-    if measure == "damage" and Path(source).suffix in BUILDERS:
-        raise typer.BadParameter(f"--dataset {source}: damage is measured on running text: pass a plain text file.")
+    data.require_defaults(*_UNREAD[measure], why=f"--measure {measure} does not read it.")
+    judging = {"url": judge_url, "model": judge_model, "cache": judge_cache}
+    asked = {**{f"judge-{name}": value for name, value in judging.items()}, "behaviour": behaviour}
+    _require_read(measure, {**asked, "opposite": opposite}, max_new_tokens)
+    if measure == "damage":
+        _require_text(Path(source))
     if out is not None and out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder: pass a file.")
     if plot is not None:
         require_plot_path(plot)
         require_dose_response(multipliers)
+    what = _measure(measure, data, judging, behaviour, opposite)
     tokenizer = load_tokenizer(adapter, base)
     if measure == "damage":
-        rows = [options.read_text(Path(source))]
+        rows: Any = [options.read_text(Path(source))]
+    elif measure in ("choice", "generated"):
+        rows = data.load_questions()
     else:
-        rows = data.load_questions() if measure == "choice" else data.load(tokenizer)
+        rows = data.load(tokenizer) if measure == "preference" else data.load_prompts(tokenizer)
     model = load_adapter(adapter, dtype, base)
-    what = {"preference": None, "choice": MultipleChoice("text", "characters"), "damage": Damage(max_blocks=data.limit)}
-    scores = measured(model, rows, tokenizer, multipliers, measure=what[measure], batch_size=batch_size)
+    generation: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    scores = measured(model, rows, tokenizer, multipliers, measure=what, batch_size=batch_size, **generation)
     print_table(scores.summary(), as_json)
     if out is not None:
         scores.save(out)
     if plot is not None:
         plot_dose_response(scores, plot, f"{Path(adapter).name}: {measure}")
+
+
+def _measure(
+    name: Measure, data: PairArguments, judging: dict[str, Any], behaviour: str | None, opposite: str | None
+) -> Any:
+    from yapo_peft.evaluation import Damage, GeneratedChoice, Judge, MultipleChoice, Repetition
+
+    if name == "judge":
+        from huggingface_hub import InferenceClient
+
+        # Servers of one's own take any key.
+        client = InferenceClient(base_url=judging["url"], api_key=os.environ.get("JUDGE_API_KEY", "none"))
+        return Judge(client, behaviour or "", opposite, model=judging["model"], cache=judging["cache"])
+    if name == "damage":
+        return Damage(max_blocks=data.limit)
+    choice = MultipleChoice("text", "characters")
+    return {"preference": None, "choice": choice, "generated": GeneratedChoice(), "repetition": Repetition()}[name]
+
+
+def _require_read(measure: Measure, judging: dict[str, Any], max_new_tokens: int | None) -> None:
+    """Raises `typer.BadParameter` for an option that the measure does not read, or lacks."""
+    given = [name for name, value in judging.items() if value is not None]
+    if measure != "judge" and given:
+        raise typer.BadParameter(f"--{given[0]}: --measure {measure} does not read it.")
+    if measure not in ("generated", "repetition", "judge") and max_new_tokens is not None:
+        raise typer.BadParameter(f"--max-new-tokens: --measure {measure} does not generate.")
+    missing = [name for name in ("judge-url", "behaviour") if name not in given]
+    if measure == "judge" and missing:
+        raise typer.BadParameter(f"--measure judge needs --{missing[0]}.")
+
+
+def _require_text(file: Path) -> None:
+    from yapo_peft.data.sources import BUILDERS
+
+    if file.suffix.lower() in BUILDERS:
+        raise typer.BadParameter(f"--dataset {file}: damage is measured on running text: pass a plain text file.")

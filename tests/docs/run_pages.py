@@ -112,9 +112,9 @@ def furnish(tokenizer) -> dict:
     questions = [
         {
             "question": f"w{i} w2", "options": ["w3", "w4 w5"], "answer_index": i % 2,
-            "country": "UK", "localization_status": "localized",
+            "country": "UK", "localization_status": "localized" if i < 4 else "nonlocalized", "split": "test",
         }
-        for i in range(4)
+        for i in range(8)
     ]  # fmt: skip
     Path("culture.jsonl").write_text("\n".join(map(json.dumps, questions)))
     Path("answers.jsonl").write_text(

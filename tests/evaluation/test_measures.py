@@ -93,7 +93,9 @@ def test_question_is_not_a_chat_when_chat_is_false(model, lettered):
         
         ("Option A is wrong because it is. The answer is C.", 2), ("The answer is A good question", None),
         ("It is Paris or Lyon", None), ("", None), ("Bern", None),
-        ("D", 3), ("E", None), ("a city", None),
+        ("D", 3), ("E", None), ("a city", None), ("so \\boxed{B}", 1), ("it is $\\boxed{2}$, not A", 1),
+        ("\\boxed{\\text{York}}", 3), ("\\boxed{9}", None), ("B is correct. Paris is not.", 1),
+        ("A is right and B is correct", None), ("I think C is the right one", 2),
     ],
 )  # fmt: skip
 def test_named_option_is_parsed_from_the_answer(answer, option):

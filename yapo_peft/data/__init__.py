@@ -1,7 +1,7 @@
 """Loads and creates preference datasets in TRL's format."""
 
 from .choices import choice_pairs, choice_prompt, letters, load_choices
-from .preferences import load_pairs, with_system_prompt
+from .preferences import load_pairs, load_prompts, with_system_prompt
 from .rejected import generate_rejected
 from .sources import load_rows, where
 
@@ -12,6 +12,7 @@ __all__ = [
     "letters",
     "load_choices",
     "load_pairs",
+    "load_prompts",
     "load_rows",
     "where",
     "with_system_prompt",

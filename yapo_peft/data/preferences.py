@@ -91,6 +91,48 @@ def load_pairs(
     return Dataset.from_list(pairs)
 
 
+def load_prompts(
+    source: str | Path | Dataset,
+    *,
+    prompt: str = "prompt",
+    chat: bool = True,
+    keep: list[str] | None = None,
+    split: str = "train",
+    **options: Any,
+) -> Dataset:
+    """Loads prompts alone, in the column `prompt`, such as questions to answer.
+
+    Args:
+        source: As for `load_rows`.
+        prompt: Column with the prompts or a template, as for `load_pairs`; `question` and `prompt-mcq` are also found.
+        chat: As for `load_pairs`.
+        keep: Other columns to keep, besides those that TRL reads.
+        split: As for `load_rows`.
+        **options: For `datasets.load_dataset`.
+
+    Raises:
+        ConfigError: `keep` has the name of a created column.
+        DatasetError: The column is missing, or a row has neither a text nor messages in it.
+    """
+    require_free(keep or [], ["prompt"])
+    rows = load_rows(source, split, **options)
+    if prompt == "prompt":
+        prompt = next((name for name, *_ in (PAIR, *_OTHER_NAMES) if name in rows.column_names), prompt)
+    if prompt not in rows.column_names and "{" in prompt:
+        rows, prompt = _with_template(rows, prompt), "prompt"
+    require_columns(rows, [prompt, *(keep or [])])
+    kept = [*(keep or []), *(name for name in _READ_BY_TRL if name in rows.column_names and name not in (keep or []))]
+    found: list[dict[str, Any]] = []
+    for index, row in enumerate(cast(Iterable[dict[str, Any]], rows)):
+        cell = _cell(row[prompt], "prompt", index, chat)
+        if not _has_text(cell):
+            raise DatasetError(f"Row {index} has no text in {prompt!r}: remove it.")
+        found.append({"prompt": cell, **{name: row[name] for name in kept}})
+    if not found:
+        raise DatasetError("The dataset is empty: it has no prompts.")
+    return Dataset.from_list(found)
+
+
 def with_system_prompt(dataset: Dataset, system_prompt: str, *, as_user: bool = False) -> Dataset:
     """Adds a system prompt to each prompt, as a baseline for steering.
 

@@ -132,24 +132,42 @@ class GeneratedChoice:
 
 
 def named_option(answer: str, options: Sequence[str]) -> int | None:
-    """The option that an answer names, by its letter at the start or after "answer is", or by its text; None if none.
+    r"""The option that an answer names; None if it names none, or several.
 
-    Of several "answer is", the last one counts. An answer that contains several options' texts names none.
+    The first of these rules that finds something decides:
+
+    1. `\boxed{...}`, with a letter, a number from 1, or an option's text; the last one counts.
+    2. A letter alone, or at the start before punctuation: "B", "B. Lyon", "(b)".
+    3. "answer is B" or "Answer: B"; the last one counts.
+    4. "B is correct" (or right), where one letter alone is said to be.
+    5. "Option B", where it is the only one named.
+    6. The text of an option, where no other's occurs. "New York City" does not also name "York".
     """
     names = "".join(letters(len(options)))
+    boxed = re.findall(r"\\boxed\{\s*(?:\\text\{)?([^{}]*)\}", answer)
+    if boxed:
+        return _boxed(boxed[-1].strip(), options, names)
     start = re.match(rf"\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer, re.IGNORECASE)
     if start is not None:
         return names.index(start.group(1).upper())
     stated = re.findall(rf"\b[Aa]nswer(?: is)?:?\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer)
     if stated:
         return names.index(stated[-1])
-    named = set(re.findall(rf"\b[Oo]ption ([{names}])(?!\w)", answer))
-    if len(named) == 1:
-        return names.index(named.pop())
+    for pattern in (rf"\b([{names}]) is (?:the )?(?:correct|right)\b", rf"\b[Oo]ption ([{names}])(?!\w)"):
+        named = set(re.findall(pattern, answer))
+        if len(named) == 1:
+            return names.index(named.pop())
     told = [i for i, text in enumerate(options) if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.I)]
-    # "New York City" does not also name "York".
     longest = [i for i in told if not any(i != j and options[i].lower() in options[j].lower() for j in told)]
     return longest[0] if len(longest) == 1 else None
+
+
+def _boxed(content: str, options: Sequence[str], names: str) -> int | None:
+    texts = [option.casefold() for option in options]
+    if content.casefold() in texts:
+        return texts.index(content.casefold())
+    place = int(content) - 1 if content.isdecimal() else names.find(content.upper()) if len(content) == 1 else -1
+    return place if 0 <= place < len(options) else None
 
 
 def question_of(row: dict[str, Any]) -> tuple[str, list[str], int]:
