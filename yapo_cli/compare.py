@@ -36,6 +36,8 @@ def compare(
 ) -> None:
     """Compare adapters by how far they move the margin of pairs, in both directions, where they do the same damage.
 
+    A LoRA can be one of them: multipliers scale its update.
+
     `yapo compare yapo-adapter bipo-adapter --dataset test.csv --text wiki.txt`
     """
     from yapo_peft.evaluation import Scores
@@ -84,10 +86,10 @@ def _measure(
     from yapo_peft.evaluation import Damage
     from yapo_peft.scoring.neutral import packaged_text
 
-    from .loading import load_adapter, load_tokenizer
+    from .loading import load_any_adapter, load_tokenizer
 
     tokenizer = load_tokenizer(adapter, base)
-    pairs, model = data.load(tokenizer), load_adapter(adapter, dtype, base)
+    pairs, model = data.load(tokenizer), load_any_adapter(adapter, dtype, base)
     rows = [row["text"] for row in packaged_text() if "text" in row] if text is None else [text]
     effect = sweep(model, pairs, tokenizer, multipliers, batch_size=batch_size)
     damage = sweep(model, rows, tokenizer, multipliers, measure=Damage(max_blocks=blocks), batch_size=batch_size)

@@ -118,6 +118,13 @@ def load_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any
     return load_model(name, dtype, base)
 
 
+def load_any_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any:
+    """As `load_model`. Raises `ConfigError` unless `name` is an adapter, of any method."""
+    if _adapter_config(name) is None:
+        raise ConfigError(f"{name!r} is not an adapter.")
+    return load_model(name, dtype, base)
+
+
 def attach_adapter(name: str, dtype: str, **config: Any) -> Any:
     """Loads a model and adds a new adapter, which has no effect yet. Raises `ConfigError` as `YaPOConfig` does."""
     if _adapter_config(name) is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least
 from ..errors import DatasetError
 from ..scoring.lm_head import needs_labels
-from ..tuner import steering
+from ..tuner.dial import dialled
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Damage:
     def score(self, model: Any, batch: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
         """Metrics of each chunk, `(chunks,)`."""
         if "base" not in kept:
-            with steering(model.model, 0.0):
+            with dialled(model.model, 0.0):
                 kept["base"] = _next_token_logits(model, batch["input_ids"])
         found: dict[str, list[Tensor]] = {"kl": [], "nll": [], "top_changed": []}
         steered = _next_token_logits(model, batch["input_ids"])

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import evaluating
 from ..errors import ConfigError, UnsupportedOperationError
-from ..tuner import steering
 from ..tuner.adapters import steered_layers
+from ..tuner.dial import dialled
 from .scores import Scores, distinct
 
 
@@ -60,7 +60,7 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with evaluating(model), steering(model, multiplier, adapter_name):
+    with evaluating(model), dialled(model, multiplier, adapter_name):
         _require_all_positions(model)
         given = {"batch_size": batch_size, **(model_args or {})}
         lm = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, **given)

@@ -17,9 +17,9 @@ from ..scoring.checks import longest, require_length
 from ..scoring.generation import answer
 from ..scoring.pairs import prompt_ids, rendering
 from ..scoring.scorer import SweepScorer
-from ..tuner import steering
 from ..tuner.adapters import require_enabled
 from ..tuner.blocks import base_of
+from ..tuner.dial import dialled
 from .preference import Preference
 from .scores import Scores, distinct
 
@@ -70,7 +70,8 @@ def sweep(
     answers, all multipliers of a prompt are in one batch, if they fit, and the answers are kept in the table.
 
     Args:
-        model: A model with a YaPO adapter.
+        model: A model with a YaPO adapter; or, for measures of log-probabilities, with a LoRA, which multipliers scale,
+            or with an adapter of another method, at multipliers 0 and 1.
         dataset: What the measure reads, such as preference pairs.
         tokenizer: The model's tokenizer; its chat template renders conversations, as in training.
         multipliers: The multipliers.
@@ -91,7 +92,7 @@ def sweep(
     multipliers = distinct(multipliers)
     at_least(1, batch_size=batch_size)
     for multiplier in multipliers:
-        with steering(model, multiplier, adapter_name):
+        with dialled(model, multiplier, adapter_name):
             pass  # raises before any work if the multiplier or the adapter is invalid
     if any(multipliers):
         require_enabled(model)
@@ -126,7 +127,7 @@ def _sweep_likelihoods(
 ) -> list[dict[str, float]]:
     batches = measure.batches(dataset, tokenizer, batch_size)
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    with steering(model, 1.0, adapter_name):
+    with dialled(model, 1.0, adapter_name):
         scorer = SweepScorer(model, len(multipliers))
     require_length(scorer.base, longest(batches), "A row")
     rows: list[dict[str, float]] = []
@@ -135,7 +136,7 @@ def _sweep_likelihoods(
             batch = {name: value.to(device) for name, value in batch.items()}
             kept: dict[str, Any] = {}
             for multiplier in multipliers:
-                with steering(model, multiplier, adapter_name):
+                with dialled(model, multiplier, adapter_name):
                     found = measure.score(scorer, batch, kept)
                 columns = {name: values.float().tolist() for name, values in found.items()}
                 for index, example in enumerate(batch["example"].tolist()):
@@ -176,7 +177,7 @@ def _sweep_answers(
         for start in range(0, len(work), size):
             part = work[start : start + size]
             of_rows = torch.tensor([multiplier for _, multiplier in part])
-            with steering(model, of_rows, adapter_name):
+            with dialled(model, of_rows, adapter_name):
                 given = [prompts[index] for index, _ in part]
                 answers = answer(model, tokenizer, given, seed=mixed_seed(seed, start), **options)
             examples = [index for index, _ in part]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..steering.learning import ActiveFeatures
-from ..tuner import steering
 from ..tuner.adapters import steered_layers
 from ..tuner.blocks import base_of, decoder_blocks
 from ..tuner.call import Call
+from ..tuner.dial import dialled
 from ..tuner.layer import lowest_steered
 from .checks import LAYER_ERRORS, attention_window, same_logits, why_not_shared
 from .lm_head import AnswerHead, answer_logps, needs_labels, packed_log_probs
@@ -189,7 +189,7 @@ class SweepScorer:
             return packed_log_probs(self.model, self.base, rows)
 
         is_exact = next(self.base.parameters()).dtype == torch.float32
-        with steering(self.model, 0.0):
+        with dialled(self.model, 0.0):
             return why_not_shared(self.base, score, sample, score(keep_rows(sample)), longest, is_exact) is None
 
 
