@@ -123,7 +123,10 @@ def test_columns_that_are_not_named_are_found_beside_those_that_are():
     rows = [{"prompt-mcq": "q", "chosen-mcq": "a", "rejected_x_mcq": "b", "rejected_y_mcq": "c", "question": "d"}]
     pairs = load_pairs(Dataset.from_list(rows), rejected="rejected_y_mcq", chat=False)
     assert pairs.to_list() == [{"prompt": "q", "chosen": "a", "rejected": "c"}]
-    rows = [{"question": "q", "matching": "a", "not_matching": "b"}]
+    rows = [{"question": "q", "matching": "a", "not_matching": "b", "chosen": "c", "other": "d"}]
+    own = load_pairs(Dataset.from_list(rows), chosen="chosen", rejected="other", chat=False)
+    assert own.to_list() == [{"prompt": "q", "chosen": "c", "rejected": "d"}]
+    assert load_pairs(Dataset.from_list(rows), chat=False)["chosen"][:] == ["a"]
     swapped = load_pairs(Dataset.from_list(rows), chosen="not_matching", rejected="matching", chat=False)
     assert swapped.to_list() == [{"prompt": "q", "chosen": "b", "rejected": "a"}]
 

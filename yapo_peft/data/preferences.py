@@ -177,9 +177,11 @@ def pair_columns(
         return None, "chosen", "rejected"
     if {name for name, ours in zip(given, PAIR, strict=True) if name == ours} <= set(columns):
         return given
+    # If some are named, one that has TRL's name may be too.
+    kept = set(columns) if given not in (PAIR, (*PAIR[:2], None)) else set()
     for names in _OTHER_NAMES:
         found = [
-            fnmatch.filter(columns, theirs) if name == ours else [name]
+            fnmatch.filter(columns, theirs) if name == ours and name not in kept else [name]
             for name, ours, theirs in zip(given, PAIR, names, strict=True)
         ]
         if not all(found):
