@@ -262,3 +262,9 @@ def test_multipliers_that_are_no_finite_numbers_are_refused(multiplier):
         pass
     with pytest.raises(ConfigError, match="multipliers="):
         ask(model, multipliers=multiplier)
+
+
+@pytest.mark.parametrize("names", [[], ["__base__"], ["default"] * 3])
+def test_another_number_of_adapter_names_than_rows_is_refused(names):
+    with pytest.raises(ConfigError, match=f"adapter_names has {len(names)} values for a batch of 2 rows"):
+        make_model()(IDS.repeat(2, 1), adapter_names=names)

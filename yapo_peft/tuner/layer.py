@@ -244,6 +244,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         """Yields each adapter that steers, its multiplier, and the rows that it steers; None for all."""
         if self.merged and (self.call.adapter_names is not None or self.call.multipliers is not None):
             raise ConfigError("adapter_names= and multipliers= need unmerged adapters: call unmerge_adapter() first.")
+        if self.call.adapter_names is not None:
+            self.call.rows_of("__base__", batch)  # raises if it has another number of names
         for name in self.steering_adapters:
             multiplier = self.multiplier[name] if self.call.multipliers is None else self.call.multipliers
             rows = self.call.rows_of(name, batch)
