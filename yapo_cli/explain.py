@@ -35,8 +35,7 @@ def explain(
     from .output import print_table
 
     if data.dataset is None:
-        unread = ("prompt", "chosen", "rejected", "options", "answer", "where", "system", "plain", "split")
-        data.require_defaults(*unread, why="it is read with --dataset only.")
+        data.require_unread("limit")
     tokenizer = load_tokenizer(adapter, base)
     texts = None if data.dataset is None else data.load(tokenizer).to_list()
     table = explained(

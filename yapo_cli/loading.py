@@ -89,14 +89,16 @@ def _naming_the_option(name: str, config: PeftConfig | None, base: str | None) -
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, YaPOError) or (isinstance(error, OSError) and (config is None or base is not None)):
+        if isinstance(error, YaPOError):
             raise
-        if config is None or base is not None:
-            raise ConfigError(f"{base or name!r} cannot be loaded: {error}") from error
-        raise ConfigError(
-            f"The model {config.base_model_name_or_path!r} of {name!r} cannot be loaded: pass where it is with "
-            f"--model. ({error})"
-        ) from error
+        if config is not None and base is None:
+            raise ConfigError(
+                f"The model {config.base_model_name_or_path!r} of {name!r} cannot be loaded: pass where it is with "
+                f"--model. ({error})"
+            ) from error
+        if isinstance(error, OSError):
+            raise
+        raise ConfigError(f"{base or name!r} cannot be loaded: {error}") from error
 
 
 def _class_of(name: str, revision: str | None) -> Any:

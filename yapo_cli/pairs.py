@@ -108,6 +108,11 @@ class PairArguments:
             if option.name in names and value != option.default:
                 raise ConfigError(f"--{option.name} {value}: {why}")
 
+    def require_unread(self, *but: str) -> None:
+        """Raises `ConfigError` if an option, but for some, is given without --dataset."""
+        names = {option.name for option in fields(self)} - set(but)
+        self.require_defaults(*names, why="it is read with --dataset only.")
+
     def _rows(self) -> Any:
         from yapo_peft import ConfigError
         from yapo_peft.data import load_rows, where

@@ -116,7 +116,7 @@ def _measure(
     if name == "judge":
         from huggingface_hub import InferenceClient
 
-        # Servers of one's own take any key.
+        # Self-hosted servers accept any key.
         client = InferenceClient(base_url=judging["url"], api_key=os.environ.get("JUDGE_API_KEY", "none"))
         return Judge(client, behaviour or "", opposite, model=judging["model"], cache=judging["cache"])
     if name == "damage":

@@ -16,7 +16,7 @@ class OwnConfig(PreTrainedConfig):
 
 
 class OwnDecoder(PreTrainedModel, GenerationMixin):
-    """A decoder of one's own, which says nothing about itself in its config."""
+    """A custom decoder, whose config does not describe it."""
 
     config_class = OwnConfig
 
@@ -45,7 +45,7 @@ def make_decoder():
     return OwnDecoder(OwnConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 
-@pytest.mark.feature("Architectures", "Decoders of one's own, whose layers `YaPOConfig(blocks=...)` names")
+@pytest.mark.feature("Architectures", "Custom decoders, whose layers `YaPOConfig(blocks=...)` names")
 def test_layers_that_are_not_found_can_be_named(tmp_path, pairs, tokenizer):
     make_sae().save_model(tmp_path / "sae")
     sae = {"layers": -2, "sae_path": str(tmp_path / "sae")}

@@ -64,12 +64,12 @@ def load_pairs(
     require_free(keep or [], PAIR)
     rows = load_rows(source, split, **options)
     prompt, chosen, rejected = pair_columns(rows.column_names, prompt, chosen, rejected)
-    if prompt is not None and prompt not in rows.column_names and "{" in prompt:
-        rows, prompt = _with_template(rows, prompt), "prompt"
+    if prompt is not None:
+        rows, prompt = _with_template(rows, prompt)
     names = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     columns = {ours: theirs for ours, theirs in names.items() if theirs is not None}
     require_columns(rows, [*columns.values(), *(keep or [])])
-    keep = [*(keep or []), *(name for name in _READ_BY_TRL if name in rows.column_names and name not in (keep or []))]
+    keep = _kept(rows, keep)
     if prompt is None and rejected is not None:
         rows = _with_prompts(rows.select_columns([chosen, rejected, *keep]), chosen, rejected)
         columns = {name: name for name in PAIR}
@@ -118,10 +118,9 @@ def load_prompts(
     rows = load_rows(source, split, **options)
     if prompt == "prompt":
         prompt = next((name for name, *_ in (PAIR, *_OTHER_NAMES) if name in rows.column_names), prompt)
-    if prompt not in rows.column_names and "{" in prompt:
-        rows, prompt = _with_template(rows, prompt), "prompt"
+    rows, prompt = _with_template(rows, prompt)
     require_columns(rows, [prompt, *(keep or [])])
-    kept = [*(keep or []), *(name for name in _READ_BY_TRL if name in rows.column_names and name not in (keep or []))]
+    kept = _kept(rows, keep)
     found: list[dict[str, Any]] = []
     for index, row in enumerate(cast(Iterable[dict[str, Any]], rows)):
         cell = _cell(row[prompt], "prompt", index, chat)
@@ -194,8 +193,15 @@ def pair_columns(
     return given
 
 
-def _with_template(rows: Dataset, template: str) -> Dataset:
-    """Adds prompts that are put together from several columns."""
+def _kept(rows: Dataset, keep: list[str] | None) -> list[str]:
+    """The columns to keep: those asked for, and those that TRL reads."""
+    return list(dict.fromkeys([*(keep or []), *(name for name in _READ_BY_TRL if name in rows.column_names)]))
+
+
+def _with_template(rows: Dataset, template: str) -> tuple[Dataset, str]:
+    """Adds the prompts of a template of several columns; returns the rows and the column of their prompts."""
+    if template in rows.column_names or "{" not in template:
+        return rows, template
     try:
         pieces = list(Formatter().parse(template))
         if any(spec or conversion for *_, spec, conversion in pieces):
@@ -209,7 +215,7 @@ def _with_template(rows: Dataset, template: str) -> Dataset:
         for index, row in enumerate(cast(Iterable[dict[str, Any]], rows))
     ]
     kept = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
-    return kept.add_column("prompt", cast(Any, prompts))
+    return kept.add_column("prompt", cast(Any, prompts)), "prompt"
 
 
 def _text_in(row: dict[str, Any], column: str, index: int) -> str:

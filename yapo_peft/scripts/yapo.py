@@ -224,8 +224,7 @@ def _load_pairs(
             f"{found} are given: keep one of them." if given else f"There is nothing to train on: give {options}."
         )
     if pairs.dataset is None:
-        unread = [option.name for option in fields(pairs)]
-        pairs.require_defaults(*unread, why="it is read with --dataset only.")
+        pairs.require_unread()
         evaluates = training_args.eval_strategy != "no"
         dataset: Any = get_dataset(dataset_args) if dataset_args.datasets else _load_by_name(script_args)
         test = _split(dataset, script_args.dataset_test_split) if evaluates else None
