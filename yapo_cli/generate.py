@@ -54,16 +54,15 @@ def generate(
     generation |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     is_plain = plain or not getattr(tokenizer, "chat_template", None)
     start = [] if system is None else [{"role": "system", "content": system}]
-    if (chat or system is not None) and is_plain:
-        raise ConfigError(
-            "--chat and --system need a chat template: omit --plain, and use a model whose tokenizer has one."
-        )
+    if chat and is_plain:
+        raise ConfigError("--chat needs a chat template: use a model whose tokenizer has one.")
     model = load_adapter(adapter, dtype, base)
     if chat:
         from .conversation import converse
 
         return converse(model, tokenizer, multipliers, start, seed, generation)
-    asked = {text: text if is_plain else [*start, {"role": "user", "content": text}] for text in said}
+    before = "" if system is None else f"{system}\n\n"  # as with_system_prompt
+    asked = {text: before + text if is_plain else [*start, {"role": "user", "content": text}] for text in said}
     rows = [(text, multiplier, prompt_ids(asked[text], tokenizer)) for text in said for multiplier in multipliers]
     require_room(base_of(model), max(len(ids) for _, _, ids in rows), max_new_tokens)
     found: list[dict[str, Any]] = []
@@ -94,6 +93,10 @@ def _answered(model: Any, tokenizer: Any, rows: list[Any], seed: int, generation
 
 
 def _lines(file: Path) -> list[str]:
+    from yapo_peft.data.sources import BUILDERS
+
+    if file.suffix.lower() in BUILDERS:
+        raise typer.BadParameter(f"--file {file} is a dataset: pass one prompt per line, or use `yapo answers`.")
     found = [line for line in options.read_text(file).splitlines() if line.strip()]
     if not found:
         raise typer.BadParameter(f"--file {file} has no prompts: write one per line.")

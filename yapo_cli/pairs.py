@@ -41,7 +41,8 @@ class PairArguments:
     )
     answer: str = field(default="answer", metadata=_help("Column with the right option of a multiple-choice question."))
     where: list[str] | None = field(
-        default=None, metadata=_help("Keep only rows with this value, as column=value; repeat for more.")
+        default=None,
+        metadata=_help("Keep only rows with this value, as column=value; repeat for other columns, or other values."),
     )
     system: str | None = field(default=None, metadata=_help("System prompt to add to each prompt."))
     plain: bool = field(default=False, metadata=_help("Leave texts as they are, without the chat template."))
@@ -116,12 +117,9 @@ class PairArguments:
     def _rows(self) -> Any:
         from yapo_peft import ConfigError
         from yapo_peft.data import load_rows, where
-        from yapo_peft.data.sources import distinct, is_file
+        from yapo_peft.data.sources import distinct
 
-        source = cast(str, self.dataset)
-        if is_file(Path(source)):
-            self.require_defaults("split", why=f"{source} is a file, which has one split.")
-        rows, wanted = load_rows(source, self.split), {}
+        rows, wanted = load_rows(cast(str, self.dataset), self.split), {}
         for condition in self.where or []:
             column, equals, value = condition.partition("=")
             if not equals:

@@ -66,6 +66,8 @@ def _read(texts: list[str]) -> dict[int, dict[int, float]]:
             entry = int(layer), int(index), float(value)
         except ValueError:
             raise typer.BadParameter(f"--feature {text}: must be LAYER:FEATURE=VALUE, such as 14:1965=8.") from None
+        if entry[0] < 0:
+            raise typer.BadParameter(f"--feature {text}: layers are counted from 0, upwards.")
         if entry[1] in found.setdefault(entry[0], {}):
             raise typer.BadParameter(f"--feature {text}: the feature is given twice.")
         found[entry[0]][entry[1]] = entry[2]

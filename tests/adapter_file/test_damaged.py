@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import D_MODEL, D_SAE, make_model, make_sae, random_code, set_code
 
-from yapo_peft import AdapterFileError, YaPOConfig, YaPOError
+from yapo_peft import AdapterFileError, UnsupportedOperationError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -158,7 +158,10 @@ def test_codes_that_are_not_finite_are_not_saved(tmp_path, kind):
 def test_pickled_files_are_not_loaded(tmp_path):
     file = save(tmp_path, "sparse") / FILE
     torch.save(load_file(file), tmp_path / "adapter_model.bin")
+    model = PeftModel.from_pretrained(make_model(), tmp_path)
     file.unlink()
     for load in (read, lambda folder: PeftModel.from_pretrained(make_model(), folder)):
         with pytest.raises(AdapterFileError, match="pickled files can execute code"):
             load(tmp_path)
+    with pytest.raises(UnsupportedOperationError, match=r"a pickle, .* save without safe_serialization=False"):
+        model.save_pretrained(tmp_path / "new", safe_serialization=False)

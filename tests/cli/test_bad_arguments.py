@@ -64,6 +64,8 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
             "No adapter can be read from",
         ),
         (("train", "--config", "{empty}"), "YAML config cannot be read"),
+        (("generate", "{adapter}", "--file", "p.csv"), "p.csv is a dataset: pass one prompt per line, or use"),
+        (("steer", "{base}", "--feature", "-1:3=8", "--out", "x"), "layers are counted from 0"),
         (("generate", "{adapter}", "--file", "{latin}"), "is not UTF-8 text (byte 1)"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "pass a plain text file"),
         (

@@ -53,6 +53,15 @@ def test_generate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
     assert f"  -2  {rows[0]['answer']}\n  +0  {rows[1]['answer']}\n" in printed
 
 
+def test_generate_takes_a_system_prompt_with_and_without_the_template(run, saved_adapter):
+    def answers(*arguments):
+        return json.loads(run("generate", saved_adapter, *arguments, *SHORT, "--json")[1])
+
+    system, joined = answers("w1 w2", "--system", "w8", "--plain"), answers("w8\n\nw1 w2", "--plain")
+    assert [row["answer"] for row in system] == [row["answer"] for row in joined]
+    assert {row["prompt"] for row in system} == {"w1 w2"}
+
+
 @pytest.mark.feature("Commands", "`--model`: where the adapter's model is, if it has moved")
 def test_the_model_of_an_adapter_can_have_moved(run, saved_adapter, tmp_path):
     options = ("generate", "w1 w2", "--multipliers", "1", *SHORT)

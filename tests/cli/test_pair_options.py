@@ -95,7 +95,7 @@ def test_rows_are_selected_by_values_of_any_type(tmp_path, tokenizer):
 
 
 UNREAD = {
-    "split": ({"split": "test"}, "--split test: {file} is a file, which has one split"),
+    "split": ({"split": "test"}, "split='test': .* is a file, which has one split"),
     "answers": ({"options": "o", "chosen": "x"}, "--chosen x: options and answers are those of multiple-choice"),
     "options": ({"options": "o"}, "no column 'o', 'answer'"),
     "system": ({"system": 5}, "system=5: must be a text"),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -110,7 +112,7 @@ def test_a_prompt_can_be_put_together_from_columns():
         [{"a": None, "chosen": "w2", "rejected": "w3"}, {"a": "w1", "chosen": "w2", "rejected": "w3"}]
     )
     with pytest.warns(UserWarning, match="1 of 2 pairs are left out"):
-        assert load_pairs(missing, prompt="{a}")["prompt"] == [said("w1", "user")]
+        assert load_pairs(missing, prompt="{a}?")["prompt"] == [said("w1?", "user")]
     with pytest.raises(DatasetError, match=r"no column 'm': .*columns 'prompt-mcq'"):
         load_pairs(rows, prompt="{m}?")
     with pytest.raises(DatasetError, match=r"prompt='\{n:d\}' is not a template .*: formats are not supported"):
@@ -129,6 +131,35 @@ def test_columns_that_are_not_named_are_found_beside_those_that_are():
     assert load_pairs(Dataset.from_list(rows), chat=False)["chosen"][:] == ["a"]
     swapped = load_pairs(Dataset.from_list(rows), chosen="not_matching", rejected="matching", chat=False)
     assert swapped.to_list() == [{"prompt": "q", "chosen": "b", "rejected": "a"}]
+
+
+def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path):
+    file = tmp_path / "pairs.csv"
+    cells = ["007", "1.50", "true", "1e3", "123456789012345678901234567890", "2024-01-31", "NA", "+5"]
+    file.write_text("\ufeffprompt,chosen,rejected\n" + "".join(f"{cell},{cell},x\n" for cell in cells))
+    pairs = load_pairs(file, chat=False)
+    assert pairs["prompt"][:] == pairs["chosen"][:] == cells
+    file.write_text("prompt;chosen;rejected\n1;2;3\n")
+    assert load_pairs(file, chat=False, sep=";").to_list() == [{"prompt": "1", "chosen": "2", "rejected": "3"}]
+    file.write_text("prompt,chosen,rejected,chosen\n1,2,3,4\n")
+    with pytest.raises(DatasetError, match="several columns 'chosen': rename all but one"):
+        load_pairs(file)
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_texts_of_a_json_file_that_look_like_dates_stay_texts(tmp_path, is_list):
+    day = "2024-01-31"
+    rows = [{"prompt": said(day, "user"), "chosen": day, "rejected": "2024-02-01"}] * 2
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps(rows) if is_list else "\n".join(map(json.dumps, rows)))
+    assert load_pairs(file)["prompt"][:] == [said(day, "user")] * 2
+    assert load_pairs(file)["chosen"][:] == [said(day)] * 2
+
+
+def test_a_number_that_lost_digits_is_named():
+    rows = Dataset.from_list([{"prompt": "w1", "chosen": 1e19, "rejected": 2.0}])
+    with pytest.raises(DatasetError, match=r"Row 0 has chosen=1e\+19"):
+        load_pairs(rows)
 
 
 def test_numbers_of_a_csv_file_are_texts_and_longer_rows_are_named(tmp_path):
@@ -181,6 +212,8 @@ def test_empty_and_equal_pairs_are_left_out_with_warning():
             r"no column 'qestion' \(did you mean 'question'\?\)",
         ),
         ({**BIPO, "keep": ["country"]}, DatasetError, "no column 'country'"),
+        ({**BIPO, "keep": "country"}, ConfigError, r"keep='country': must be a list"),
+        ({**BIPO, "split": "test"}, DatasetError, "is a file, which has one split"),
         ({**BIPO, "keep": ["prompt"]}, ConfigError, "The column 'prompt' would be overwritten"),
         ({**BIPO, "streaming": True}, DatasetError, "streaming=True"),
         ({"prompt": None, "rejected": None}, ConfigError, "prompt=None needs two answers"),

@@ -268,3 +268,8 @@ def test_multipliers_that_are_no_finite_numbers_are_refused(multiplier):
 def test_another_number_of_adapter_names_than_rows_is_refused(names):
     with pytest.raises(ConfigError, match=f"adapter_names has {len(names)} values for a batch of 2 rows"):
         make_model()(IDS.repeat(2, 1), adapter_names=names)
+
+
+def test_adapter_names_that_are_a_text_are_refused():
+    with pytest.raises(ConfigError, match="adapter_names='default': must be a list with a name for each row"):
+        make_model()(IDS, adapter_names="default")

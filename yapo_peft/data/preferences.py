@@ -42,7 +42,8 @@ def load_pairs(
     Args:
         source: As for `load_rows`.
         prompt: Column with the prompts, as texts or messages; a template of several columns, such as
-            "{context} {question}"; or None if `chosen` and `rejected` start with the prompt.
+            "{context} {question}"; or None if `chosen` and `rejected` start with the prompt, which then ends where they
+            first differ, as in TRL.
         chosen: Column with the preferred answers; a conversation that starts with the prompt is cut to what follows it.
         rejected: Column with the other answers; None if there are none yet, to create them with `generate_rejected`.
         chat: Whether to convert texts to user and assistant messages, for chat models.
@@ -209,11 +210,13 @@ def _with_template(rows: Dataset, template: str) -> tuple[Dataset, str]:
     except ValueError as error:
         example = "'{context} {question}'"
         raise DatasetError(f"prompt={template!r} is not a template such as {example}: {error}.") from error
-    require_columns(rows, [name for _, name, *_ in pieces if name is not None])
-    prompts = [
-        "".join(text + ("" if name is None else _text_in(row, name, index)) for text, name, *_ in pieces)
-        for index, row in enumerate(cast(Iterable[dict[str, Any]], rows))
-    ]
+    columns = [name for _, name, *_ in pieces if name is not None]
+    require_columns(rows, columns)
+    prompts: list[str] = []
+    for index, row in enumerate(cast(Iterable[dict[str, Any]], rows)):
+        texts = {name: _text_in(row, name, index) for name in columns}
+        is_empty = bool(columns) and not "".join(texts.values()).strip()
+        prompts.append("" if is_empty else "".join(text + texts.get(name or "", "") for text, name, *_ in pieces))
     kept = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
     return kept.add_column("prompt", cast(Any, prompts)), "prompt"
 

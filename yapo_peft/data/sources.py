@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+import pandas
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from pandas.errors import ParserWarning
 
@@ -19,16 +22,16 @@ BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".p
 
 
 def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any) -> Dataset:
-    """Loads a dataset from a file, a folder or the Hub.
+    """Loads a dataset from a file, a folder or the Hub. All cells of a CSV or TSV file are texts, as they are written.
 
     Args:
         source: A CSV, TSV, JSON, JSON-lines, Parquet or Arrow file; a folder that `save_to_disk` wrote; the name of a
             dataset on the Hub; or a `Dataset`, which is returned as it is.
-        split: The split of a Hub dataset or a saved `DatasetDict`; ignored for a file, which has only one.
+        split: The split of a Hub dataset or a saved `DatasetDict`; files and saved datasets have only "train".
         **options: For `datasets.load_dataset`, such as `name` or `revision`.
 
     Raises:
-        DatasetError: The file format is not supported, or `source` is not a dataset.
+        DatasetError: The file format is not supported, `source` is not a dataset, or it has no such split.
         FileNotFoundError: The file does not exist.
         OSError: The Hub cannot be reached.
     """
@@ -44,8 +47,10 @@ def load_rows(source: str | Path | Dataset, split: str = "train", **options: Any
     path = Path(source)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         saved = load_from_disk(str(path))
-        return _split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved
+        return _split_of(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
     if is_file(path):
+        if split != "train" and path.is_file():
+            raise DatasetError(f"split={split!r}: {str(path)!r} is a file, which has one split; leave split out.")
         return _load_file(path, options)
     kinds = "name a file, a folder that save_to_disk wrote or that holds data files, or a dataset on the Hub"
     if not path.name:  # of which `datasets` searches everything
@@ -103,8 +108,10 @@ def distinct(dataset: Dataset, column: str) -> list[Any]:
 
 
 def as_text(value: Any) -> str | None:
-    """The text of a cell, which a CSV file may have as a number; empty if it is missing, None if it is no text."""
+    """The text of a cell, which may be a number; empty if it is missing, None if it is no text or not exact."""
     if isinstance(value, float):
+        if abs(value) >= 2**53:
+            return None
         # Whole numbers are of this type in columns with gaps.
         return "" if value != value else str(int(value) if value.is_integer() else value)
     if value is None or isinstance(value, str):
@@ -135,7 +142,9 @@ def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
 
 
 def require_free(names: Iterable[str], ours: Iterable[str]) -> None:
-    """Raises `ConfigError` if a kept column has the name of one that is created."""
+    """Raises `ConfigError` if the kept columns are not a list, or one has the name of one that is created."""
+    if isinstance(names, str):
+        raise ConfigError(f"keep={names!r}: must be a list of columns, such as [{names!r}].")
     taken = sorted(set(names) & set(ours))
     if taken:
         raise ConfigError(f"The column {taken[0]!r} would be overwritten: rename it first.")
@@ -152,10 +161,14 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
         ours = {"keep_default_na": False, "index_col": False}
         options = {**ours, **({"sep": "\t"} if path.suffix.lower() == ".tsv" else {}), **options}
     try:
+        if builder == "csv" and not {"features", "names", "column_names", "header"} & set(options):
+            options["features"] = Features({name: Value("string") for name in _header(path, options)})
         with warnings.catch_warnings():
             # Rows that are longer than the header would be cut.
             warnings.simplefilter("error", ParserWarning)
-            return cast(Dataset, load_dataset(builder, data_files=str(path), split="train", **options))
+            rows = cast(Dataset, load_dataset(builder, data_files=str(path), split="train", **options))
+        has_dates = builder == "json" and "timestamp" in str(rows.features)
+        return _with_dates_as_texts(path) if has_dates and not options else rows
     except (ValueError, DatasetGenerationError, StopIteration, ParserWarning) as error:
         if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
             raise DatasetError(f"{str(path)!r} has no rows.") from error
@@ -166,7 +179,26 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
         raise DatasetError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 
-def _split_of(saved: DatasetDict, split: str, path: Path) -> Dataset:
+def _header(path: Path, options: dict[str, Any]) -> list[str]:
+    """The names of a CSV file's columns."""
+    known = {name: value for name, value in options.items() if name in inspect.signature(pandas.read_csv).parameters}
+    cells = pandas.read_csv(path, nrows=1, header=None, dtype=str, **known).iloc[0]
+    names = [name or f"Unnamed: {index}" for index, name in enumerate(cells)]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DatasetError(f"{str(path)!r} has several columns {sorted(twice)[0]!r}: rename all but one.")
+    return names
+
+
+def _with_dates_as_texts(path: Path) -> Dataset:
+    """Reads a JSON file whose texts look like dates, which `datasets` would convert."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return Dataset.from_list(json.loads(text))
+    return Dataset.from_list([json.loads(line) for line in text.split("\n") if line.strip()])
+
+
+def _split_of(saved: Mapping[Any, Dataset], split: str, path: Path) -> Dataset:
     if split not in saved:
         raise DatasetError(f"{str(path)!r} has no split {split!r}: use one of {', '.join(map(repr, saved))}.")
     return saved[split]

@@ -223,8 +223,9 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
     if call.uncounted:
         raise UnsupportedOperationError(
             f"positions={positions!r} cannot tell prompts and answers apart where several sequences are packed into a "
-            "row (generate_batch) or the model keeps a state instead of a cache (Mamba, RWKV): use an adapter of "
-            "positions='all', or generate with use_cache=False."
+            "row (generate_batch), the model keeps a state instead of a cache (Mamba, RWKV), or it is called within "
+            "its own generate (guidance_scale, logits processors): use an adapter of positions='all', or, for a state, "
+            "generate with use_cache=False."
         )
     index = call.past_length + torch.arange(seq, device=hidden.device)
     if call.prompt_length is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType, TaskType
 from torch import Tensor
 
@@ -127,7 +128,17 @@ class YaPOConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; also saves a model card, unless the folder has one."""
+        """As PEFT's; also saves a model card, unless the folder has one.
+
+        Raises:
+            UnsupportedOperationError: The codes were saved with `safe_serialization=False`, as a pickle.
+        """
+        folder = Path(save_directory)
+        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise UnsupportedOperationError(
+                f"{str(folder / WEIGHTS_NAME)!r} is a pickle, from which no adapter is loaded: save without "
+                "safe_serialization=False."
+            )
         super().save_pretrained(save_directory, **kwargs)
         save_card(self, Path(save_directory))
 

@@ -177,6 +177,8 @@ class YaPOModel(BaseTuner):
             return
         if self.training:
             raise ConfigError("adapter_names= cannot be used in training mode: call model.eval() first.")
+        if isinstance(adapter_names, str):
+            raise ConfigError(f"adapter_names={adapter_names!r}: must be a list with a name for each row.")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
         if unknown:
             known = ", ".join(map(repr, [*self.peft_config, "__base__"]))
