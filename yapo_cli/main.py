@@ -13,6 +13,7 @@ from . import (
     calibrate,
     combine,
     compare,
+    convert,
     culture,
     data,
     doctor,
@@ -49,6 +50,7 @@ app.add_typer(fit.app, name="fit", rich_help_panel=_MAKE)
 app.command("steer", rich_help_panel=_MAKE)(steer.steer)
 app.command("prune", rich_help_panel=_MAKE)(prune.prune)
 app.command("calibrate", rich_help_panel=_MAKE)(calibrate.calibrate)
+app.command("convert", rich_help_panel=_MAKE)(convert.convert)
 app.command("combine", rich_help_panel=_MAKE)(combine.combine)
 app.command("migrate", rich_help_panel=_MAKE)(migrate.migrate)
 app.add_typer(data.app, name="data", rich_help_panel=_MAKE)

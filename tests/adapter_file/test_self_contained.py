@@ -17,7 +17,6 @@ from yapo_peft import (
     AdapterFileError,
     ConfigError,
     SAENotFoundError,
-    UnsupportedOperationError,
     YaPOConfig,
     set_multiplier,
     steering,
@@ -78,9 +77,20 @@ def test_a_topk_sae_is_carried_for_multipliers_of_one_sign(saved, sign):
         logits(loaded, -1.5 * sign)
 
 
-def test_a_topk_sae_is_not_carried_for_a_code_of_both_signs(saved):
-    with pytest.raises(UnsupportedOperationError, match="same sign"):
-        saved("topk")
+def test_the_encoder_of_a_topk_sae_is_carried_for_a_code_of_both_signs(saved, tmp_path):
+    with pytest.warns(UserWarning, match=r"gets the whole encoder of a TopK SAE \(0 MB\).*yapo convert"):
+        model, folder = saved("topk")
+    loaded = PeftModel.from_pretrained(make_model(), folder).eval()
+    for multiplier in (1.5, -1.0, torch.tensor([-1.0, 2.0])):
+        assert_close(logits(loaded, multiplier), logits(model, multiplier), rtol=1e-5, atol=1e-5)
+    with pytest.warns(UserWarning, match="whole encoder"):
+        loaded.save_pretrained(tmp_path / "again")
+    first, second = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (name,) = [name for name in first if name.endswith("part_W_enc")]
+    save_file(first | {name: first[name][:, :-1].contiguous()}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match="The SAE's part for layer 2 is not what was saved"):
+        PeftModel.from_pretrained(make_model(), folder)
 
 
 def test_the_file_holds_the_features_of_the_code_alone(saved):

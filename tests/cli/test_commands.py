@@ -262,6 +262,23 @@ def test_calibrate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
     assert run("calibrate", saved_adapter, "--max-kl", 0, "--out", tmp_path / "x")[0] == 2
 
 
+@pytest.mark.feature("Commands", "`yapo convert`: adapters of TopK SAEs, self-contained for both signs")
+def test_convert_makes_an_adapter_of_a_topk_sae_self_contained(run, saved_adapter, sae_folder, tmp_path):
+    text, made, out = tmp_path / "text.txt", tmp_path / "made", tmp_path / "converted"
+    text.write_text("\n\n".join(f"w{n} w{n + 1} w{n + 2} w{n + 3}" for n in range(8)))
+    features = ("--feature", "2:7=3.5", "--feature=2:1=-1", "--sae-path", sae_folder("topk"))
+    base = json.loads((saved_adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert run("steer", base, *features, "--out", made)[0] == 0
+    status, printed, stderr = run("convert", made, "--text", text, "--out", out)
+    assert status == 0, stderr
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert f"{100 * config['conversion']['differ']:.1f} % of the code's active features differ" in printed
+    assert config["self_contained"]
+    status, _, stderr = run("convert", saved_adapter, "--text", text, "--out", tmp_path / "x")
+    assert status == 2
+    assert "has no TopK SAE with a non-zero code" in stderr
+
+
 @pytest.mark.feature("Commands", "`yapo export`: files for other programs, and how exact they are")
 def test_export_reports_whether_it_is_exact(run, saved_adapter, tmp_path):
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8")

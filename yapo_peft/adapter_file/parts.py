@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .._utils import hash_tensors
-from ..errors import AdapterFileError, UnsupportedOperationError
+from ..errors import AdapterFileError
 from ..sae import FrozenSAE, SAEIdentity, SAEWeights
 from ..sae.weights import Activation, Normalization
 
@@ -22,7 +23,7 @@ def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str,
     """Packs the part of an SAE that steering with a code needs.
 
     Element-wise encoders only need the columns of the code's features, and steer with them at any multiplier. A TopK
-    encoder would need all columns, but is only needed to lower features, which happens at multipliers of one sign.
+    encoder needs all columns, but only to lower features: it is left out if that happens at multipliers of one sign.
 
     Args:
         name: Name of the code.
@@ -32,23 +33,25 @@ def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str,
     Returns:
         `<name>.part_W_dec`, `(n, d_in)`, and so on, in the SAE's dtype, and `<name>.part_settings` (JSON as uint8).
 
-    Raises:
-        UnsupportedOperationError: The SAE is a TopK SAE, and the code has entries of both signs.
+    Warns:
+        UserWarning: The whole encoder of a TopK SAE is packed.
     """
     indices, values = packed[f"{name}.indices"].long().cpu(), packed[f"{name}.values"]
     cpu = torch.device("cpu")
-    if sae.activation == "topk":
-        if (values > 0).any() and (values < 0).any():
-            raise UnsupportedOperationError(
-                "An adapter of a TopK SAE can be self-contained only if all entries of its code have the same sign: "
-                f"this one's {int((values < 0).sum())} negative and {int((values > 0).sum())} positive ones need the "
-                "whole encoder. Save it with self_contained=False."
-            )
+    if sae.activation == "topk" and not ((values > 0).any() and (values < 0).any()):
         part = sae.select(indices[:0], cpu, sae.dtype)
         tensors = {"W_dec": sae.decoder_rows(indices, cpu, sae.dtype)}
     else:
         part = sae.select(indices, cpu, sae.dtype)
-        tensors = dict(part.tensors())
+        tensors = {key: value for key, value in part.tensors() if key != "selected"}
+        if sae.activation == "topk":
+            warnings.warn(
+                f"The adapter's file gets the whole encoder of a TopK SAE ({part.W_enc.nbytes / 1e6:.0f} MB), because "
+                "its code both raises and lowers features. yapo_peft.methods.convert_to_jumprelu (yapo convert) makes "
+                "it a few kilobytes per feature.",
+                UserWarning,
+                stacklevel=2,
+            )
     settings = {"activation": part.activation, "k": part.k, "normalization": part.normalization}
     settings["sha256"] = _digest(tensors, settings, indices, sae.identity)
     encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
@@ -80,21 +83,29 @@ def unpack_part(layer: int, tensors: dict[str, Tensor], sae: SAEIdentity) -> tup
             "adapter_config.json or in the model's peft_config, to use the whole SAE."
         ) from error
     is_known = activation in get_args(Activation) and normalization in get_args(Normalization)
-    if not is_known or digest != recorded or not _fits(part, activation, len(indices), sae.d_in):
+    if not is_known or digest != recorded or not _fits(part, activation, len(indices), sae):
         raise AdapterFileError(
             f"The SAE's part for layer {layer} is not what was saved with this code: tensors are damaged, missing, or "
             "of another layer. Save or download the adapter again."
         )
-    if activation == "topk":
+    selected: Tensor | None = None
+    if activation == "topk" and "W_enc" in part:
+        selected = indices.long()
+    elif activation == "topk":
         part |= {"W_enc": torch.empty(sae.d_in, 0), "b_enc": torch.empty(0)}
-    return indices, SAEWeights(**part, activation=activation, k=settings["k"], normalization=normalization)
+    return indices, SAEWeights(
+        **part, activation=activation, k=settings["k"], normalization=normalization, selected=selected
+    )
 
 
-def _fits(part: dict[str, Tensor], activation: Activation, n: int, d_in: int) -> bool:
+def _fits(part: dict[str, Tensor], activation: Activation, n: int, sae: SAEIdentity) -> bool:
     """Whether tensors are finite, and those of an encoder and a decoder of `n` features."""
+    d_in = sae.d_in
     shapes: dict[str, tuple[int, ...]] = {"W_dec": (n, d_in)}
-    if activation != "topk":
-        shapes |= {"W_enc": (d_in, n), "b_enc": (n,)}
+    # The features of a TopK SAE compete with all others.
+    columns = sae.d_sae if activation == "topk" else n
+    if activation != "topk" or "W_enc" in part:
+        shapes |= {"W_enc": (d_in, columns), "b_enc": (columns,)}
     own = {"jumprelu": ("threshold",), "gated": ("magnitude_scale", "magnitude_bias")}
     shapes |= {name: (n,) for name in own.get(activation, ())}
     optional = {"b_in": (d_in,)} if "b_in" in part else {}

@@ -3,6 +3,7 @@
 from .by_hand import set_features
 from .caa import fit_caa
 from .contrast import AnswerStatistics, Contrast, FeatureStatistics, measure_contrast
+from .jumprelu import convert_to_jumprelu
 from .migrate import import_vectors
 from .prune import prune
 from .random_vector import fit_random
@@ -12,6 +13,7 @@ __all__ = [
     "AnswerStatistics",
     "Contrast",
     "FeatureStatistics",
+    "convert_to_jumprelu",
     "fit_caa",
     "fit_random",
     "fit_sas",

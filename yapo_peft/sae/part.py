@@ -16,7 +16,8 @@ from .weights import SAEWeights
 class SAEPart(FrozenSAE):
     """Some features of an SAE, enough to steer with a code that is zero elsewhere.
 
-    Everything else, such as training, another code or a TopK encoder, loads the whole SAE on first use.
+    Everything else, such as training, another code or a TopK encoder that is not carried, loads the whole SAE on first
+    use.
 
     Args:
         identity: The identity of the whole SAE.
@@ -55,10 +56,13 @@ class SAEPart(FrozenSAE):
         return super().decoder_rows(places, device, dtype)
 
     def select(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> SAEWeights:
-        """See `FrozenSAE.select`; features of a TopK encoder require the whole SAE."""
-        places = self._places(indices)
-        if places is None or (self.activation == "topk" and len(indices)):
+        """See `FrozenSAE.select`; features of a TopK encoder that is not carried require the whole SAE."""
+        places, part = self._places(indices), self._part
+        is_topk = self.activation == "topk" and len(indices) > 0
+        if places is None or part is None or (is_topk and part.selected is None):
             return self.whole().select(indices, device, dtype)
+        if is_topk:
+            return part.to(device, dtype).select(places.to(device))
         return super().select(places, device, dtype)
 
     def whole(self) -> FrozenSAE:
@@ -74,8 +78,9 @@ class SAEPart(FrozenSAE):
             except (SAENotFoundError, ImportError) as error:
                 raise SAENotFoundError(
                     "This adapter contains only the part of its SAE that its own code needs. Training it, changing its "
-                    "code, torch.compile, and a TopK SAE at multipliers of the other sign or by row need the whole "
-                    f"SAE, which was not found. {error}"
+                    "code, torch.compile, and a TopK SAE at multipliers of the other sign or by row (unless it was "
+                    f"converted with yapo_peft.methods.convert_to_jumprelu) need the whole SAE, which was not found. "
+                    f"{error}"
                 ) from error
             found.identity.require_same(self.identity.to_dict(), "a self-contained adapter")
             self._whole = found

@@ -85,6 +85,10 @@ class SAEWeights:
         parts |= {name: value[..., indices].contiguous() for name, value in values.items()}
         return dataclasses.replace(self, **parts)
 
+    def pre_activations(self, h: Tensor) -> Tensor:
+        """Computes what the activation function is applied to, `(..., d_sae)`; for "gated", that of the gate."""
+        return self._product(self.normalize(h)[0]) + self.b_enc
+
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Computes the features of each token.
 
@@ -96,9 +100,7 @@ class SAEWeights:
             None if it is 1.
         """
         x, scale = self.normalize(h)
-        if self.b_in is not None:
-            x = x - self.b_in
-        product = x @ self.W_enc
+        product = self._product(x)
         pre = product + self.b_enc
         if self.activation == "relu":
             return pre.relu(), scale
@@ -114,6 +116,9 @@ class SAEWeights:
         assert self.magnitude_bias is not None
         magnitude = (product * self.magnitude_scale + self.magnitude_bias).relu()
         return magnitude * (pre > 0), scale
+
+    def _product(self, x: Tensor) -> Tensor:
+        return (x if self.b_in is None else x - self.b_in) @ self.W_enc
 
     def normalize(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalises the encoder's input as sae-lens does; the mean that layer_norm adds back cancels in steering.

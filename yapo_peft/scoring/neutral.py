@@ -34,16 +34,19 @@ def packaged_text() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def neutral_rows(dataset: Iterable[Any] | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def neutral_rows(
+    dataset: Iterable[Any] | None, tokenizer: PreTrainedTokenizerBase, at_least: int = 1
+) -> list[list[int]]:
     """Tokenizes neutral text, up to 128 tokens per row.
 
     Args:
         dataset: Strings, or rows with a column `text`, or `messages`, which the chat template renders if there is one;
             None for the text of the package.
         tokenizer: The model's tokenizer.
+        at_least: Number of rows that are needed.
 
     Raises:
-        DatasetError: The dataset is empty, or a row has neither column, or fewer than two tokens.
+        DatasetError: The dataset has too few rows, or a row has neither column, or fewer than two tokens.
     """
     rows = packaged_text() if dataset is None else dataset
     if isinstance(rows, str | Mapping):
@@ -54,6 +57,8 @@ def neutral_rows(dataset: Iterable[Any] | None, tokenizer: PreTrainedTokenizerBa
         found = [ids for ids in found if len(ids) > 1]
     if not found:
         raise DatasetError("The neutral text is empty: it has no rows.")
+    if len(found) < at_least:
+        raise DatasetError(f"The neutral text has {len(found)} rows: at least {at_least} are needed.")
     short = next((index for index, ids in enumerate(found) if len(ids) < 2), None)
     if short is not None:
         raise DatasetError(f"Row {short} of the neutral text has fewer than two tokens: leave it out.")

@@ -66,6 +66,7 @@ class YaPOConfig(PeftConfig):
         damage: KL(unsteered || steered) of the next token on neutral text at multipliers +1 and -1, "plus" and "minus",
             in nats per token. Filled in by training with `max_kl` and by `calibrate`; None if it was not measured.
         damage_of: Digest of the codes that `damage` was measured on; saving and loading drop the damage of others.
+        conversion: What `convert_to_jumprelu` measured, if a TopK SAE was converted. Filled in by it.
         sae: SAE objects of sae-lens, one per layer, instead of a path or a release. Only their content hash is saved;
             to load the adapter, register the same SAE with `yapo_peft.register_sae`.
         task_type: As in PEFT, but "CAUSAL_LM" by default. A model without a language-model head needs its own, such as
@@ -90,6 +91,7 @@ class YaPOConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     damage: dict[str, float] | None = None
     damage_of: str | None = None
+    conversion: dict[str, float] | None = None
     sae: InitVar[SAE[Any] | list[SAE[Any]] | None] = None
 
     def __post_init__(self, sae: SAE[Any] | list[SAE[Any]] | None) -> None:
@@ -111,10 +113,8 @@ class YaPOConfig(PeftConfig):
         choice((True, False), init_weights=self.init_weights, self_contained=self.self_contained)
         finite(multiplier=self.multiplier)
         self.multiplier = float(self.multiplier)
-        if self.damage is not None and not _is_damage(self.damage):
-            raise ConfigError(
-                f"damage={self.damage!r:.100}: training and calibrate fill it in ('plus' and 'minus'); leave it out."
-            )
+        _require_measured("training and calibrate", ("plus", "minus"), damage=self.damage)
+        _require_measured("convert_to_jumprelu", ("differ", "kl_plus", "kl_minus"), conversion=self.conversion)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):  # noqa: ANN206
@@ -264,8 +264,14 @@ def _is_identity(value: object) -> bool:
     return isinstance(value, dict) and is_hash(value.get("content_hash"))
 
 
-def _is_damage(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() == {"plus", "minus"} and all(map(is_finite, value.values()))
+def _require_measured(by: str, keys: tuple[str, ...], **given: object) -> None:
+    """Raises `ConfigError` unless a field is None or has a finite number for each key."""
+    ((name, value),) = given.items()
+    if value is None:
+        return
+    if not isinstance(value, dict) or value.keys() != set(keys) or not all(map(is_finite, value.values())):
+        listed = ", ".join(map(repr, keys))
+        raise ConfigError(f"{name}={value!r:.100}: {by} fills it in ({listed}); leave it out.")
 
 
 def _listed(value: object) -> list[object]:

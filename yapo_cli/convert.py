@@ -1,0 +1,38 @@
+"""`yapo convert`: make an adapter of a TopK SAE small and self-contained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def convert(
+    adapter: options.Adapter,
+    out: options.NewFolder,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file to fit on; default: built in.")
+    ] = None,
+    base: options.BaseModel = None,
+    dtype: options.DType = "auto",
+) -> None:
+    """Convert the TopK SAEs of an adapter to JumpReLU: small, self-contained, for multipliers of both signs.
+
+    `yapo convert my-adapter --out my-adapter-alone`
+    """
+    from yapo_peft.adapter_file.saving import save_adapter
+    from yapo_peft.methods import convert_to_jumprelu
+
+    from .loading import load_adapter, load_tokenizer
+
+    dataset = options.paragraphs(text) if text else None
+    model, tokenizer = load_adapter(adapter, dtype, base), load_tokenizer(adapter, base)
+    found = convert_to_jumprelu(model, tokenizer, dataset)
+    typer.echo(
+        f"On held-out text, {100 * found['differ']:.1f} % of the code's active features differ, and predictions by KL "
+        f"{found['kl_plus']:.3g} nats per token at multiplier +1, {found['kl_minus']:.3g} at -1."
+    )
+    typer.echo(f"Saved to {save_adapter(model, out)}.")
