@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from yapo_peft.steering.formula import moved_features
 
 from .served import LayerPart
 
+# vLLM shows what its own loggers say.
+logger = logging.getLogger("vllm.yapo")
 _COLUMNS = ("b_enc", "threshold", "magnitude_scale", "magnitude_bias")
+# Whether the SAE is gated, its normalization, and the encoder of a TopK SAE.
+_Kind = tuple[bool, Normalization, str | None]
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,32 @@ class _Vectors:
 
 
 class _Features:
-    """The features of adapters whose SAEs share an encoder and a normalization, in columns reserved for each slot."""
+    """The features of adapters whose SAEs share an encoder and a normalization, in columns reserved for each slot.
 
-    def __init__(
-        self, is_gated: bool, normalization: Normalization, capacity: Capacity, d_model: int, like: torch.Tensor
-    ) -> None:
+    Args:
+        part: One of them; the encoder of a TopK SAE is held whole, once for all slots.
+        capacity: The sizes of preallocated tensors.
+        like: An empty tensor of the layer's dtype, on its device.
+    """
+
+    def __init__(self, part: LayerPart, capacity: Capacity, d_model: int, like: torch.Tensor) -> None:
         size = capacity.slots * capacity.features
+        is_gated = part.sae is not None and part.sae.activation == "gated"
         names = ("b_enc", "magnitude_scale", "magnitude_bias") if is_gated else ("b_enc", "threshold")
-        self._sae = SAEWeights(
-            W_enc=like.new_zeros(d_model, size),
-            W_dec=like.new_zeros(size, d_model),
-            activation="gated" if is_gated else "jumprelu",
-            normalization=normalization,
-            **{name: like.new_zeros(size) for name in names},  # pyright: ignore[reportArgumentType]
-        )
+        if part.encoder is not None and part.sae is not None:
+            whole = {name: value.to(like) for name, value in _without_input_bias(part.sae).items()}
+            self._sae = replace(part.sae, **whole, b_in=None, W_dec=like.new_zeros(size, d_model))
+            self._sae = replace(self._sae, selected=torch.zeros(size, dtype=torch.long, device=like.device))
+        else:
+            self._sae = SAEWeights(
+                W_enc=like.new_zeros(d_model, size),
+                W_dec=like.new_zeros(size, d_model),
+                activation="gated" if is_gated else "jumprelu",
+                normalization=part.normalization,
+                **{name: like.new_zeros(size) for name in names},  # pyright: ignore[reportArgumentType]
+            )
+        # What has a column for each place of a slot.
+        self._columns = ("selected",) if part.encoder is not None else ("W_enc", *names)
         self._values = torch.zeros(capacity.slots, capacity.features, device=like.device)
         # With normalization, shifts that do not depend on the token are scaled too.
         self._vectors = _Vectors(capacity.slots, d_model, like.device)
@@ -109,24 +125,25 @@ class _Features:
     def put(self, slot: int, part: LayerPart) -> None:
         """Fills a slot."""
         self._vectors.put(slot, part)
-        here = self._columns(slot, len(part.values) if part.sae is not None else 0)
+        here = self._places(slot, len(part.values) if part.sae is not None else 0)
         if part.sae is not None:
-            for name, value in _without_input_bias(part.sae).items():
+            new = _without_input_bias(part.sae)
+            if part.sae.selected is not None:
+                new = {"selected": part.sae.selected}
+            for name, value in new.items():
                 own = getattr(self._sae, name)
                 own[..., here] = value.to(own)
             self._sae.W_dec[here] = part.sae.W_dec.to(self._sae.W_dec)
             self._values[slot, : part.sae.d_sae] = part.values
-        columns = {name: value[..., here] for name, value in self._sae.tensors() if name != "W_dec"}
-        self._views[slot] = dataclasses.replace(self._sae, **columns, W_dec=self._sae.W_dec[here])
+        columns = {name: getattr(self._sae, name)[..., here] for name in self._columns}
+        self._views[slot] = replace(self._sae, **columns, W_dec=self._sae.W_dec[here])
 
     def forget(self, slot: int) -> None:
         """Empties a slot."""
-        here = self._columns(slot, self._values.shape[1])
-        for name, value in self._sae.tensors():
-            if name == "W_dec":
-                value[here] = 0
-            else:
-                value[..., here] = 0
+        here = self._places(slot, self._values.shape[1])
+        self._sae.W_dec[here] = 0
+        for name in self._columns:
+            getattr(self._sae, name)[..., here] = 0
         self._values[slot] = 0
         self._vectors.forget(slot)
         self._views.pop(slot, None)
@@ -142,7 +159,8 @@ class _Features:
         Returns:
             The shift; None if no adapter in these slots has features.
         """
-        if slots is None:
+        competing = self._sae.selected is not None and any(slot in self._views for slot in slots or ())
+        if slots is None or competing:  # the whole encoder runs once, whatever is read
             found = [(self._sae, (multiplier[:, :, None] * self._values).flatten(1))]
         else:
             views = {slot: self._views[slot] for slot in slots if slot in self._views}
@@ -155,7 +173,7 @@ class _Features:
             shift = shift + moved_features(features.float(), wanted.clamp(max=0)).to(h.dtype) @ sae.W_dec
         return shift if scale is None else (shift + self._vectors.shift(multiplier, h.dtype)) * scale
 
-    def _columns(self, slot: int, count: int) -> slice:
+    def _places(self, slot: int, count: int) -> slice:
         start = slot * self._values.shape[1]
         return slice(start, start + count)
 
@@ -181,7 +199,7 @@ class LayerSteering:
         self._layer, self._step, self._capacity, self._d_model = layer, step, capacity, d_model
         self._like = torch.empty(0, device=device, dtype=dtype)
         self._vectors = _Vectors(capacity.slots, d_model, device)
-        self._features: dict[tuple[bool, Normalization], _Features] = {}
+        self._features: dict[_Kind, _Features] = {}
         self._is_captured = False
 
     def prepare(self, part: LayerPart | None) -> None:
@@ -191,15 +209,19 @@ class LayerSteering:
             UnsupportedOperationError: Captured graphs do not include its kind of SAE, or memory does not suffice.
         """
         kind = _kind_of(part)
-        if kind is None or kind in self._features:
+        if part is None or kind is None or kind in self._features:
             return
         if self._is_captured:
+            name = "this TopK SAE" if kind[2] else "a gated SAE" if kind[0] else "a ReLU or JumpReLU SAE"
             raise UnsupportedOperationError(
-                f"The captured graphs include no {'gated' if kind[0] else 'ReLU or JumpReLU'} SAE with normalization "
-                f"{kind[1]!r}: start the server with an adapter of such an SAE in YAPO_ADAPTERS."
+                f"The captured graphs do not include {name} with normalization {kind[1]!r}: start the server with an "
+                "adapter of such an SAE in YAPO_ADAPTERS."
             )
+        if part.encoder is not None and part.sae is not None:
+            size = part.sae.W_enc.numel() * self._like.element_size() / 1e6
+            logger.info("Layer %s holds the encoder of a TopK SAE: %.0f MB", self._layer, size)
         try:
-            self._features[kind] = _Features(*kind, self._capacity, self._d_model, self._like)
+            self._features[kind] = _Features(part, self._capacity, self._d_model, self._like)
         except (RuntimeError, MemoryError) as error:
             raise UnsupportedOperationError(
                 f"Not enough memory for {self._capacity.slots} adapters of {self._capacity.features} features at layer "
@@ -246,11 +268,11 @@ class LayerSteering:
             hidden.masked_fill_(on, 0)
 
 
-def _kind_of(part: LayerPart | None) -> tuple[bool, Normalization] | None:
-    """Whether the SAE is gated, and its normalization; None if the part needs neither features nor normalization."""
+def _kind_of(part: LayerPart | None) -> _Kind | None:
+    """The kind of SAE whose features a part shares; None if it needs neither features nor normalization."""
     if part is None or (part.sae is None and part.normalization == "none"):
         return None
-    return part.sae is not None and part.sae.activation == "gated", part.normalization
+    return part.sae is not None and part.sae.activation == "gated", part.normalization, part.encoder
 
 
 def _without_input_bias(sae: SAEWeights) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ def steering_of(value: Any, adapters: Mapping[str, Served]) -> list[tuple[Served
         multiplier = _multiplier(name, adapter.multiplier if given is None else given)
         if multiplier and (1 if multiplier > 0 else -1) not in adapter.signs:
             raise ConfigError(
-                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {multiplier:g}, which needs the "
-                "whole SAE: steer with transformers instead."
+                f"Adapter {name!r} lowers features of a TopK SAE at multiplier {multiplier:g}, but its file has no "
+                "encoder for that: serve it with self_contained=False, or converted (yapo convert)."
             )
         found[name] = adapter, multiplier
     return sorted(((a, s) for a, s in found.values() if s), key=lambda pair: pair[0].id)

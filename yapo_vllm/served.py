@@ -38,7 +38,8 @@ class Served:
         features: The largest number of features that it moves at a layer.
         positions: Which tokens it steers.
         multiplier: Multiplier of requests that do not give one.
-        signs: Signs of the multiplier at which it can be served; a TopK SAE would need all of its features otherwise.
+        signs: Signs of the multiplier at which it can be served: one if its file lacks the encoder of a TopK SAE, which
+            only the other one needs.
     """
 
     id: int
@@ -71,9 +72,10 @@ class LayerPart:
         values: The non-zero entries of its code, `(n,)` in float32; empty for a dense code.
         up: The shift that all tokens get at multiplier 1, `(d_model,)` in float32.
         down: The shift that all tokens lose at multiplier -1, `(d_model,)` in float32.
-        sae: The SAE's features with non-zero entries, on the CPU; None without an SAE or for TopK, whose features
-            cannot be read apart from the others.
+        sae: The SAE's features with non-zero entries, on the CPU, and the whole encoder if it is TopK; None without an
+            SAE, or if the encoder of a TopK SAE is not needed.
         normalization: The SAE's normalization.
+        encoder: Identifies the encoder of a TopK SAE, which adapters share; None for others.
     """
 
     values: Tensor
@@ -81,6 +83,7 @@ class LayerPart:
     down: Tensor
     sae: SAEWeights | None
     normalization: Normalization
+    encoder: str | None = None
 
 
 class AdapterFile(SavedAdapter):
@@ -110,8 +113,8 @@ class AdapterFile(SavedAdapter):
         codes = self.codes(d_model)
         signs = {1, -1}
         for layer, identity in self.identities.items():
-            if identity is not None and identity.architecture == "topk":
-                signs &= {sign for sign in (1, -1) if not (sign * codes[layer] < 0).any()}
+            if identity is not None and identity.architecture == "topk" and self.config.self_contained:
+                signs &= _signs(codes[layer])
         is_sparse = self.config.space == "sae"
         return Served(
             id=id,
@@ -151,14 +154,24 @@ class AdapterFile(SavedAdapter):
             return LayerPart(code[:0], vector_of(code, None), vector_of(code, None), None, "none")
         indices = code.nonzero().squeeze(-1)
         cpu = torch.device("cpu")
-        part = None if sae.activation == "topk" else sae.select(indices, cpu, sae.dtype)
-        up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if part is not None else (None, None)))
-        return LayerPart(code[indices], up, down, part, sae.normalization)
+        is_topk = sae.activation == "topk"
+        has_encoder = not (is_topk and self.config.self_contained and len(_signs(code)) == 1)
+        part = sae.select(indices, cpu, sae.dtype) if has_encoder else None
+        up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if has_encoder else (None, None)))
+        encoder = sae.identity.content_hash if is_topk and part is not None else None
+        return LayerPart(code[indices], up, down, part, sae.normalization, encoder)
 
     def _digest(self, codes: dict[int, Tensor]) -> str:
         saes = {layer: identity and identity.content_hash for layer, identity in sorted(self.identities.items())}
         head = f"{self.config.positions}|{self.config.space}|{saes}"
         return hash_tensors(head, ((str(layer), code) for layer, code in sorted(codes.items())))
+
+
+def _signs(code: Tensor) -> set[int]:
+    """The signs of the multiplier at which an adapter can be served whose file is all there is of its TopK SAE."""
+    raising = {sign for sign in (1, -1) if not (sign * code < 0).any()}
+    # A file with entries of both signs has the encoder.
+    return raising or {1, -1}
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ def expected(model, h, multiplier):
 @pytest.mark.feature("vLLM", "Each kind of SAE, as in transformers")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
-@pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])
+@pytest.mark.parametrize("kind", SAE_KINDS)
 @pytest.mark.parametrize("self_contained", [False, True])
+@pytest.mark.filterwarnings("ignore:The adapter's file gets the whole encoder")
 def test_each_token_of_a_batch_is_steered_at_its_multiplier(
     write_adapter, tokens, kind, normalize, dtype, self_contained
 ):
@@ -103,14 +104,34 @@ def test_sum_of_two_outputs_is_steered_without_rounding_twice(write_adapter, tok
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_topk_sae_steers_at_the_sign_that_lowers_nothing(write_adapter, tokens, sign):
-    folder, model = write_adapter(kind="topk", sign=sign)
+def test_a_topk_sae_without_its_encoder_steers_at_the_sign_that_lowers_nothing(write_adapter, tokens, sign):
+    folder, model = write_adapter(kind="topk", sign=sign, self_contained=True)
     file = AdapterFile(folder)
     assert file.describe(1, 0, "polite", D_MODEL, 4).signs == (sign,)
     block, step = block_with({0: folder})
     per_token = torch.zeros(7, 3)
     per_token[:, 0] = 0.7 * sign
     assert_close(steer(block, step, tokens, per_token), expected(model, tokens, 0.7 * sign), atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_of_a_topk_sae_share_its_encoder(write_adapter, tokens, caplog):
+    one, first = write_adapter("one", kind="topk", sign=1)
+    other, second = write_adapter("other", kind="topk", seed=7)
+    with caplog.at_level("INFO", "vllm.yapo"):
+        block, step = block_with({0: one, 2: other})
+    assert caplog.messages == ["Layer 2 holds the encoder of a TopK SAE: 0 MB"]
+    multipliers = torch.tensor([[-1.0, 0, 0.5]]).expand(7, 3).clone()
+    multipliers[3] = 0
+    multipliers[4, 0] = 0
+    steered = steer(block, step, tokens, multipliers)
+    shifts = expected(first, tokens, -1.0) - tokens, expected(second, tokens, 0.5) - tokens
+    assert_close(steered[[0, 1, 2, 5, 6]], (tokens + sum(shifts))[[0, 1, 2, 5, 6]], atol=1e-4, rtol=1e-4)
+    assert_close(steered[4], (tokens + shifts[1])[4], atol=1e-4, rtol=1e-4)
+    assert torch.equal(steered[3], tokens[3])
+    jump, third = write_adapter("jump", seed=4)
+    block.put(2, AdapterFile(jump).parts(D_MODEL)[2])
+    wanted = tokens + shifts[0] + expected(third, tokens, 0.5) - tokens
+    assert_close(steer(block, step, tokens, multipliers)[:3], wanted[:3], atol=1e-4, rtol=1e-4)
 
 
 def test_slot_is_reused_for_another_adapter(write_adapter, tokens):
@@ -154,9 +175,10 @@ def test_captured_graphs_read_all_slots(write_adapter, tokens):
     filled, whole = (features.shift(tokens, per_token, slots) for slots in (range(3), None))
     assert_close(filled, whole, atol=1e-5, rtol=1e-5)
     block._is_captured = True
-    other, _ = write_adapter("gated", kind="gated")
-    with pytest.raises(UnsupportedOperationError, match="captured graphs include no gated SAE"):
-        block.put(2, AdapterFile(other).parts(D_MODEL)[2])
+    for kind, named in (("gated", "a gated"), ("topk", "this TopK")):
+        other, _ = write_adapter(kind, kind=kind)
+        with pytest.raises(UnsupportedOperationError, match=f"captured graphs do not include {named} SAE"):
+            block.put(2, AdapterFile(other).parts(D_MODEL)[2])
 
 
 @pytest.mark.feature("vLLM", "Multipliers far from one: nothing overflows into other tokens")
