@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 
 import yapo_peft
 from yapo_cli import main as yapo
+from yapo_peft.scoring import neutral
 
 ROOT = Path(__file__).parents[2]
 LAYER, DEPTH = 15, 17
@@ -145,6 +146,10 @@ def furnish(tokenizer) -> dict:
     model.add_adapter("bipo", yapo_peft.YaPOConfig(layers=LAYER, space="dense"))
     set_code(model, random_code(scale=10.0), "bipo")
     model.eval()
+    topk_model = get_peft_model(
+        make_model("gemma2", depth=DEPTH), yapo_peft.YaPOConfig(layers=LAYER, sae=make_sae("topk"))
+    )
+    set_code(topk_model, random_code())
     args = yapo_peft.YaPOTrainingConfig(output_dir="out", max_steps=1, bf16=False, report_to="none")
     trainer = yapo_peft.YaPOTrainer(
         PeftModel.from_pretrained(make_model("gemma2", depth=DEPTH), "polite", is_trainable=True),
@@ -160,7 +165,7 @@ def furnish(tokenizer) -> dict:
     return names | {
         "__name__": "page", "yapo_peft": yapo_peft, "PeftModel": PeftModel, "get_peft_model": get_peft_model,
         "base": base, "model": model, "tokenizer": tokenizer, "sae": sae, "args": args, "trainer": trainer,
-        "pairs": pairs, "held_out": pairs, "held_out_pairs": pairs, "prompts": pairs,
+        "topk_model": topk_model.eval(), "pairs": pairs, "held_out": pairs, "held_out_pairs": pairs, "prompts": pairs,
         "texts": ["w1 w2 w3 w4 w5 " * 60] * 2, "inputs": inputs, "ids": random_ids(3),
         "three_rows": tokenizer(["w1 w2"] * 3, return_tensors="pt"),
     }  # fmt: skip
@@ -231,6 +236,9 @@ def stand_ins(tokenizer) -> None:
         self.args.max_steps = 2
         return real_train(self, *arguments, **options)
 
+    # Trainings and calibrations read it all.
+    few = neutral.packaged_text()[:8]
+    neutral.packaged_text = lambda: few
     real_train = yapo_peft.YaPOTrainer.train
     yapo_peft.YaPOTrainer.train = briefly
 

@@ -100,6 +100,31 @@ def plot_matched_damage(
     return _save(finished(figure), path)
 
 
+def plot_choice(table: pd.DataFrame, path: str | Path, title: str) -> Path:
+    """Plots the table of `choose`: how far each candidate moves the margin in both directions, with intervals.
+
+    Raises:
+        ConfigError: matplotlib does not support the extension.
+        ImportError: matplotlib is not installed.
+    """
+    require_plot_path(path)
+    figure = _figure(1)
+    figure.set_size_inches(6.4, 1.4 + 0.42 * len(table))
+    axes, places = figure.axes[0], list(range(len(table)))
+    for colour, direction in zip(COLOURS, ("up", "down"), strict=False):
+        middle = table[direction]
+        error = [middle - table[f"{direction}_low"], table[f"{direction}_high"] - middle]
+        axes.errorbar(middle, places, xerr=error, fmt="o", color=colour, markersize=5, label=direction)
+    axes.set_yticks(places, (table["candidate"] + "\n" + table["steps"].astype(str) + " steps").tolist())
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.8", zorder=0)
+    axes.grid(axis="x", color="0.92")
+    axes.tick_params(axis="y", labelsize="small")
+    axes.set_xlabel("change in the margin (nats)")
+    figure.suptitle(title)
+    return _save(finished(figure), path)
+
+
 def plot_losses(
     histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str, *, metric: str = "loss"
 ) -> Path:
