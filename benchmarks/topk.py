@@ -116,7 +116,7 @@ def decoding(model: Any, both: dict[str, Any], tokenizer: Any, tokens: int, repe
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains, converts and measures."""
-    pairs = pairs_of(options.data).shuffle(seed=0)
+    pairs = pairs_of(options.data).filter(lambda pair: pair["prompt"][0]["content"].strip()).shuffle(seed=0)
     held_out = pairs.select(range(len(pairs) - options.held_out, len(pairs)))
     text = options.text.read_text().split("\n\n") if options.text else [p["prompt"][0]["content"] for p in held_out]
     text = [part for part in text if len(part) > 20][: options.rows]

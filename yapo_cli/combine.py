@@ -48,7 +48,8 @@ def combine(
 
     first, *others = adapters
     model = load_adapter(first, dtype, base)
-    names = ["default", *(f"adapter {place}" for place in range(2, len(adapters) + 1))]
+    # PEFT does not take dots in the name of an adapter.
+    names = ["default", *(f"{place}: {source}".replace(".", "_") for place, source in enumerate(others, 2))]
     for name, source in zip(names[1:], others, strict=True):
         SavedAdapter(source)  # says what is wrong with it
         model.load_adapter(source, name)

@@ -38,6 +38,8 @@ _stdout: TextIO | None = None
 def quiet_libraries() -> Generator[None]:
     """Leaves out what libraries tell developers: coming changes of their interfaces, and kernels that are not there."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # They log what they raise.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)

@@ -28,7 +28,7 @@ def launch(arguments: list[str]) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence  # pyright: ignore[reportPrivateUsage]
 
-    from yapo_peft.scripts.yapo import parse
+    from yapo_peft.scripts.arguments import parse
 
     (*_, steering), from_config, from_command_line = parse(arguments, "yapo train")
     steering.config()  # validates once, rather than in every process

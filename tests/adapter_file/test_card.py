@@ -12,6 +12,8 @@ import yapo_peft
 from yapo_peft import ConfigError, YaPOConfig, model_card
 from yapo_peft.adapter_file.card import add_findings
 from yapo_peft.interpret import explain
+from yapo_peft.tuner.adapters import steered_layers
+from yapo_peft.tuner.config import digest_of
 
 
 def steered(**options):
@@ -45,6 +47,36 @@ def test_a_card_that_someone_wrote_only_gets_the_tags(tmp_path):
     assert "My words." in card.content
     assert card.content.count("# My adapter") == 1
     assert "What it steers" not in card.content
+
+
+def test_a_card_of_ours_says_what_the_adapter_steers_now(tmp_path):
+    model = steered()
+    card = model_card(model, repo_id="me/polite", metrics={"accuracy": 0.9}, training={"beta": 0.1})
+    card.save(tmp_path / "README.md")
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    assert "| beta | 0.1 |" in before
+    model.peft_config["default"].damage = {"plus": 0.0123, "minus": 0.0456}
+    model.peft_config["default"].damage_of = digest_of(layer.code("default") for layer in steered_layers(model))
+    model.save_pretrained(tmp_path)
+    after = (tmp_path / "README.md").read_text()
+    assert "by KL 0.012 nats per token, and by 0.046 at -1" in after
+    assert "# polite" in after
+    assert "## Evaluation" not in after
+    assert "| beta |" not in after
+    get_peft_model(make_model(), YaPOConfig(layers=1, space="dense")).save_pretrained(tmp_path)
+    dense = ModelCard.load(tmp_path / "README.md")
+    assert "At each steered layer, a vector that is added" in dense.content
+    assert "autoencoder" not in dense.content
+    assert "sparse-autoencoder" not in dense.data.tags
+
+    # What someone has edited stays.
+    (tmp_path / "README.md").write_text(before.replace("Multiplier when loaded", "By the way, multiplier when loaded"))
+    model.save_pretrained(tmp_path)
+    kept = (tmp_path / "README.md").read_text()
+    assert "By the way" in kept
+    assert "KL 0.012" not in kept
+    assert "| beta | 0.1 |" in kept
 
 
 @pytest.mark.parametrize("where", ["release", "folder"])

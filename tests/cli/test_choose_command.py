@@ -7,7 +7,7 @@ import yaml
 from tiny import inference_sae, make_model, make_sae
 
 from yapo_peft.scoring import neutral
-from yapo_peft.scripts.yapo import parse
+from yapo_peft.scripts.arguments import parse
 
 
 @pytest.mark.feature("Commands", "`yapo choose`: the layer, SAE and number of features to train, as a config")

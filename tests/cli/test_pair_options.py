@@ -9,7 +9,7 @@ from datasets import Dataset
 from yapo_cli import answers, compare, culture, data, explain, fit, report, sweep
 from yapo_cli.pairs import PairArguments
 from yapo_peft import ConfigError, DatasetError
-from yapo_peft.scripts.yapo import make_parser, parse
+from yapo_peft.scripts.arguments import make_parser, parse
 
 COMMANDS = {
     "fit caa": (fit.caa, set()),

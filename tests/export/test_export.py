@@ -92,7 +92,7 @@ def _layer_output(model, ids, index):
 @pytest.mark.parametrize("options", [{"positions": "last"}, {"positions": "completion"}])
 def test_constant_is_approximate_unless_all_tokens_are_steered(options, tokenizer):
     model = steered(code=random_code().abs(), **options)
-    with pytest.raises(ConfigError, match="pass texts= to calibrate"):
+    with pytest.raises(ConfigError, match=r"pass texts= \(--text\) to fit and measure"):
         constant_steering(model)
     assert not constant_steering(model, texts=TEXTS, tokenizer=tokenizer).is_exact
 

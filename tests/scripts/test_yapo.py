@@ -13,8 +13,8 @@ from peft import AutoPeftModelForCausalLM
 from tiny import make_model, preference_rows, random_ids
 
 from yapo_cli.pairs import TrainingPairs
-from yapo_peft import ConfigError, DatasetError, YaPOConfig, YaPOTrainingConfig
-from yapo_peft.scripts.yapo import SteeringArguments, make_parser, parse
+from yapo_peft import ConfigError, DatasetError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig
+from yapo_peft.scripts.arguments import SteeringArguments, make_parser, parse
 from yapo_peft.tuner.adapters import steered_layers
 
 # Without a GPU, accelerate's launcher for several of them starts processes that talk through gloo.
@@ -233,6 +233,47 @@ def test_what_is_not_trained_is_fitted_and_calibrated(workplace, tmp_path, metho
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.peft_config["default"].space == {"caa": "dense", "sas": "sae"}[method]
     assert max(model.peft_config["default"].damage.values()) == pytest.approx(0.001, rel=0.05)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| method | {method} |" in card
+    assert "| dataset | train.jsonl |" in card
+    assert "apply_chat_template" in card
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_what_would_be_in_vain_is_refused_before_anything_is_loaded():
+    from yapo_peft.scripts.yapo import main
+
+    for options, message in (
+        (("--resume_from_checkpoint", "nothere"), "resume_from_checkpoint='nothere' is not a folder"),
+        (("--method", "caa", "--push_to_hub", "True"), "push_to_hub with method=caa"),
+        (("--tau", "0.5"), "tau=0.5: it is read by method=sas only"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(*parsed(*GOOD, "--model_name_or_path", "nowhere", *options))
+    with pytest.raises(ConfigError, match=r"cannot be read: .*nothere\.yaml"):
+        parse([*GOOD, "--config", "nothere.yaml"])
+
+
+def recorded(step, steps):
+    def training_step(self, *arguments, **options):
+        steps.append(self.state.global_step)
+        return step(self, *arguments, **options)
+
+    return training_step
+
+
+def test_true_resumes_from_the_last_checkpoint(workplace, tmp_path, monkeypatch):
+    from yapo_peft.scripts.yapo import main
+
+    options = [*GOOD, "--model_name_or_path", str(workplace / "model"), "--sae_path", str(workplace / "sae")]
+    options += ["--dataset", str(workplace / "data" / "train.jsonl"), "--output_dir", str(tmp_path / "out")]
+    options += ["--use_cpu", "--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1"]
+    options += ["--report_to", "none", "--published"]
+    main(*parsed(*options, "--max_steps", "1"))
+    steps = []
+    monkeypatch.setattr(YaPOTrainer, "training_step", recorded(YaPOTrainer.training_step, steps))
+    main(*parsed(*options, "--max_steps", "3", "--resume_from_checkpoint", "True"))
+    assert steps == [1, 2]
 
 
 def test_missing_split_lists_the_available_ones(workplace):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -27,6 +28,10 @@ _TAGS = {
 }
 _ADAPTER_OF = "base_model:adapter:"
 _FEATURES = 10
+# The sections that we write, of which the first is followed by a digest: whether someone has edited it.
+_FACTS = "What it steers"
+_OTHERS = ("Training", "Evaluation", "What it does", "Features")
+_SIGNED = re.compile(r"\n*<!-- yapo_peft ([0-9a-f]{16}) -->\n*")
 # What PEFT's own template leaves in the card of a folder that had none.
 _UNFILLED = "[More Information Needed]"
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
@@ -104,8 +109,7 @@ def add_findings(card: ModelCard, *, features: Any = None, plot: str | None = No
     card = ModelCard(card.content)
     found = _TEMPLATES.get_template("findings.md.jinja").render(rows=_rows(features), plot=plot)
     for section in re.findall(r"^## .*?(?=^## |\Z)", found, re.MULTILINE | re.DOTALL):
-        title = re.escape(section.split("\n", 1)[0])
-        own = re.search(rf"^{title} *\n.*?(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+        own = _section(section.split("\n", 1)[0].removeprefix("## "), card.text)
         last = re.search(r"^## Versions", card.text, re.MULTILINE)
         start = own.start() if own else last.start() if last else len(card.text)
         end = own.end() if own else start
@@ -115,15 +119,50 @@ def add_findings(card: ModelCard, *, features: Any = None, plot: str | None = No
 
 
 def save_card(config: YaPOConfig, folder: Path) -> None:
-    """Saves a card beside an adapter; one that someone has written only gets the method's tags."""
+    """Saves a card beside an adapter.
+
+    A card that is there gets the method's tags. If it is one of ours, of other layers, SAEs or another damage, it also
+    says what the adapter steers now, and no longer how others were trained and what they did. The user's words stay.
+    """
     file = folder / "README.md"
-    card = ModelCard.load(file) if file.exists() else ModelCard(_UNFILLED)
-    data = cast(Any, card.data)
-    if _UNFILLED in card.text:
-        _render(config, config.base_model_name_or_path, tags=data.tags).save(file)
+    card = ModelCard.load(file) if file.exists() else None
+    fresh = _render(config, config.base_model_name_or_path, tags=cast(Any, card).data.tags if card else None)
+    if card is None or _UNFILLED in card.text:
+        fresh.save(file)
         return
+    data = cast(Any, card.data)
+    own, new = (_section(_FACTS, text) for text in (card.text, fresh.text))
+    if own is not None and new is not None and own[0] != new[0] and _is_signed(own[0]):
+        card.text = card.text[: own.start()] + new[0] + card.text[own.end() :]
+        for title in _OTHERS:
+            stale = _section(title, card.text)
+            if stale is not None:
+                card.text = card.text[: stale.start()] + card.text[stale.end() :]
+        data.tags = [tag for tag in data.tags or [] if tag not in _TAGS["sae"]]
     data.tags = sorted({*(data.tags or []), *_TAGS[config.space]})
     card.save(file)
+
+
+def _section(title: str, text: str) -> re.Match[str] | None:
+    """A section of a card, with its heading."""
+    return re.search(rf"^## {re.escape(title)} *\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+
+
+def _signed(text: str) -> str:
+    """A card with the digest of its facts below them."""
+    own = _section(_FACTS, text)
+    assert own is not None
+    return f"{text[: own.end()].rstrip()}\n\n<!-- yapo_peft {_digest(own[0])} -->\n\n{text[own.end() :]}"
+
+
+def _is_signed(section: str) -> bool:
+    """Whether facts are as they were written."""
+    found = _SIGNED.search(section)
+    return found is not None and found[1] == _digest(_SIGNED.sub("\n", section))
+
+
+def _digest(section: str) -> str:
+    return hashlib.sha256(section.strip().encode()).hexdigest()[:16]
 
 
 def _render(
@@ -160,7 +199,7 @@ def _render(
     own = str((config.auto_mapping or {}).get("base_model_class", ""))
     context = given | {"base_model": base_model, "base": base, "saes": saes, "versions": versions}
     context["own_class"] = own if own.isidentifier() else None
-    return ModelCard(template.render(config=config, data=data.to_yaml(), **context).rstrip() + "\n")
+    return ModelCard(_signed(template.render(config=config, data=data.to_yaml(), **context).rstrip() + "\n"))
 
 
 def _source(config: YaPOConfig, position: int) -> str:

@@ -106,7 +106,7 @@ def constant_steering(
     if texts is None:
         raise ConfigError(
             f"At multiplier={multiplier:g}, constant vectors are only an approximation, because {reason}: pass "
-            "texts= to calibrate them."
+            "texts= (--text) to fit and measure them."
         )
     require_texts(texts)
     tokenizer = tokenizer_of(model, tokenizer)

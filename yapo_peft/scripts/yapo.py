@@ -11,150 +11,20 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from yaml import YAMLError
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from yapo_cli.output import quiet_libraries
 from yapo_cli.pairs import TrainingPairs
-from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig, calibrate
-from yapo_peft._utils import choice
+from yapo_peft import ConfigError, YaPOConfig, YaPOError, YaPOTrainer, YaPOTrainingConfig, calibrate, model_card
 from yapo_peft.methods import fit_caa, fit_sas, measure_contrast
-from yapo_peft.trainer.config import PUBLISHED
 
-# What each method sets, unless an option does.
-METHODS: dict[str, dict[str, Any]] = {
-    "yapo": {},
-    "bipo": {"space": "dense"},
-    "reps": {"loss_type": ["reps"]},
-    "caa": {"space": "dense"},
-    "sas": {},
-}
+from .arguments import SteeringArguments, parse
+
 _FITS: dict[str, Any] = {"caa": fit_caa, "sas": fit_sas}
-
-
-@dataclass
-class SteeringArguments:
-    """The fields of `YaPOConfig` that a command line can set."""
-
-    layers: list[int] | None = None
-    space: str = YaPOConfig.space
-    sae_release: list[str] | None = None
-    sae_id: list[str] | None = None
-    sae_path: list[str] | None = None
-    multiplier: float = YaPOConfig.multiplier
-    positions: str = YaPOConfig.positions
-    blocks: str | None = None
-    method: Literal["yapo", "bipo", "reps", "caa", "sas"] = field(
-        default="yapo",
-        metadata={
-            "help": "yapo; bipo, a dense vector with the same loss; reps, another loss; or caa and sas, which are "
-            "fitted to the pairs without training, and then calibrated to max_kl."
-        },
-    )
-    published: bool = field(
-        default=False, metadata={"help": "Start from the paper's hyper-parameters instead of the defaults."}
-    )
-
-    def config(self) -> YaPOConfig:
-        """The config of the adapter.
-
-        Raises:
-            ConfigError: An option is missing or has an invalid value.
-        """
-        if not self.layers:
-            raise ConfigError("There is no layer to steer: give --layers, or layers in the YAML config.")
-        ours = ("published", "method")
-        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in ours}
-        is_dense = METHODS[self.method].get("space") == "dense"
-        if (is_dense and self.space != "dense") or (self.method == "sas" and self.space != "sae"):
-            raise ConfigError(f"method={self.method} makes no adapter of space={self.space!r}: leave space out.")
-        if is_dense:
-            # So that only the method's name differs between two runs.
-            values |= dict.fromkeys(("sae_release", "sae_id", "sae_path"))
-        elif self.sae_release is not None and len(self.sae_release) == 1:
-            values["sae_release"] = self.sae_release[0]
-        return YaPOConfig(**values)
-
-
-for _option in fields(SteeringArguments):
-    if _option.name in YaPOConfig.__dataclass_fields__:
-        _option.metadata = YaPOConfig.__dataclass_fields__[_option.name].metadata
-
-
-def make_parser(prog: str | None = None) -> TrlParser:
-    """TRL's parser for `trl dpo`, with our training config, and the options of pairs and of the adapter."""
-    types = (ScriptArguments, YaPOTrainingConfig, ModelConfig, DatasetMixtureConfig, TrainingPairs, SteeringArguments)
-    return TrlParser(cast(Any, types), prog=prog)
-
-
-def parse(arguments: list[str] | None = None, prog: str | None = None) -> tuple[list[Any], list[str], list[str]]:
-    """Parses arguments and their YAML config; `published` and `method` change the defaults.
-
-    Args:
-        arguments: The command line; that of this process if None.
-        prog: Name of the command in its help.
-
-    Returns:
-        The arguments of `main`; and those of `accelerate launch`, from the config and from the command line.
-
-    Raises:
-        ConfigError: An argument is unknown or has an invalid value.
-    """
-    arguments, parser = _joined(sys.argv[1:] if arguments is None else arguments), make_parser(prog)
-    options = {"return_remaining_strings": True, "separate_remaining_strings": True}
-    # TRL takes the path of the config out of the list that it is given.
-    try:
-        found = parser.parse_args_and_config(list(arguments), **options)
-        _require_known([*found[-2], *found[-1]], parser)
-    except (ValueError, YAMLError) as error:
-        raise ConfigError(f"The arguments or their YAML config cannot be read: {error}") from error
-    steering = next(part for part in found if isinstance(part, SteeringArguments))
-    choice(METHODS, method=steering.method)
-    defaults = METHODS[steering.method] | (PUBLISHED if steering.published else {})
-    if defaults:
-        parser.set_defaults(**defaults)
-        found = parser.parse_args_and_config(list(arguments), **options)
-    losses = next(part.loss_type for part in found if isinstance(part, YaPOTrainingConfig))
-    if steering.method == "reps" and losses != ["reps"]:
-        raise ConfigError(f"method=reps and loss_type={losses} contradict each other: leave loss_type out.")
-    return list(found[:-2]), found[-2], found[-1]
-
-
-def _require_known(others: list[str], parser: TrlParser) -> None:
-    """Raises `ConfigError` for an argument that is neither ours nor one of `accelerate launch`."""
-    names = [argument.partition("=")[0].lstrip("-") for argument in others if argument.startswith("--")]
-    if not names:
-        return
-    from accelerate.commands.launch import launch_command_parser
-
-    actions = [action for known in (launch_command_parser(), parser) for action in known._actions]  # pyright: ignore[reportPrivateUsage]
-    there = {option.lstrip("-").replace("-", "_") for action in actions for option in action.option_strings}
-    for name in names:
-        if name.replace("-", "_") not in there | {"accelerate_config"}:
-            near = get_close_matches(name, there, 1)
-            meant = f": did you mean {near[0]}?" if near else "."
-            raise ConfigError(f"{name!r} is not an option of yapo train or accelerate launch{meant}")
-
-
-def _joined(arguments: list[str]) -> list[str]:
-    """Gives the values of a repeated --where to the first, because the last one would replace the others."""
-    values: list[str] = []
-    others: list[str] = []
-    is_value = False
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        is_value = name == "--where" or (is_value and not argument.startswith("--"))
-        if name == "--where":
-            values += [value] if equals else []
-        else:
-            (values if is_value else others).append(argument)
-    return [*others, "--where", *values] if "--where" in arguments or values else others
 
 
 def main(
@@ -176,6 +46,9 @@ def main(
     if model_args.model_name_or_path is None:
         raise ConfigError("model_name_or_path is missing: give the name or path of a model.")
     peft_config = steering_args.config()
+    resume = _checkpoint(training_args.resume_from_checkpoint)
+    if steering_args.method in _FITS and training_args.push_to_hub:
+        raise ConfigError(f"push_to_hub with method={steering_args.method}: upload it afterwards with `yapo push`.")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -185,7 +58,7 @@ def main(
     }
     train_dataset, eval_dataset = _load_pairs(script_args, training_args, model_args, dataset_args, pairs)
     if steering_args.method in _FITS:
-        return _fit(steering_args.method, peft_config, train_dataset, training_args, model_args)
+        return _fit(steering_args, peft_config, train_dataset, training_args, model_args, pairs.dataset)
     trainer = YaPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -194,7 +67,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"The adapter is in {training_args.output_dir}.")
@@ -260,7 +133,29 @@ def _load_tokenizer(model_args: ModelConfig, args: YaPOTrainingConfig) -> Any:
     )
 
 
-def _fit(method: str, config: YaPOConfig, pairs: Any, args: YaPOTrainingConfig, model_args: ModelConfig) -> None:
+def _checkpoint(given: str | bool | None) -> str | bool | None:
+    """The checkpoint to resume from: a folder, or True for the last one.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    if isinstance(given, str) and given.lower() in ("true", "false"):
+        return given.lower() == "true" or None
+    if isinstance(given, str) and not Path(given).is_dir():
+        raise ConfigError(
+            f"resume_from_checkpoint={given!r} is not a folder: give a checkpoint-..., or True for the last one."
+        )
+    return given
+
+
+def _fit(
+    steering_args: SteeringArguments,
+    config: YaPOConfig,
+    pairs: Any,
+    args: YaPOTrainingConfig,
+    model_args: ModelConfig,
+    dataset: str | None,
+) -> None:
     """Fits an adapter to pairs without training, and scales it to the bound of trained ones."""
     from accelerate import PartialState
     from peft import get_peft_model
@@ -268,14 +163,20 @@ def _fit(method: str, config: YaPOConfig, pairs: Any, args: YaPOTrainingConfig, 
 
     if not PartialState().is_main_process:
         return
-    name = cast(str, model_args.model_name_or_path)
+    name, method, folder = cast(str, model_args.model_name_or_path), steering_args.method, cast(str, args.output_dir)
     tokenizer = _load_tokenizer(model_args, args)
     base: Any = AutoModelForCausalLM.from_pretrained(name, **cast(dict[str, Any], args.model_init_kwargs))
     model: Any = get_peft_model(base.to(args.device), config)
-    _FITS[method](model, measure_contrast(model, pairs, tokenizer, batch_size=args.per_device_train_batch_size))
+    contrast = measure_contrast(model, pairs, tokenizer, batch_size=args.per_device_train_batch_size)
+    settings = {"tau": steering_args.tau} if method == "sas" else {}
+    _FITS[method](model, contrast, **settings)
     if args.max_kl is not None:
         calibrate(model, tokenizer, args.max_kl)
-    model.save_pretrained(args.output_dir)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    made = {"method": method, **settings, "pairs": len(pairs), "max_kl": args.max_kl}
+    is_chat = bool(getattr(tokenizer, "chat_template", None))
+    model_card(model, dataset=dataset, training=made, chat=is_chat).save(Path(folder) / "README.md")
     print(f"The adapter is in {args.output_dir}.")
 
 
