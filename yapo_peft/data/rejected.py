@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, evaluating, hash_model, mixed_seed, replacing
-from ..errors import ConfigError, DatasetError
-from ..scoring.generation import answer
-from ..scoring.pairs import prompt_ids, rendering, text_of
+from ..errors import DatasetError
+from ..scoring.pairs import prompt_ids, rendering
+from .answering import answer_all, normalized, save_pairs
 from .sources import as_message, require_columns
 
 
@@ -66,82 +61,31 @@ def generate_rejected(
 
     Source: arXiv 2601.08441, which creates rejected answers this way.
     """
-    at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size)
-    if "max_length" in generation or generation.get("num_return_sequences", 1) != 1:
-        raise ConfigError(
-            "Each prompt gets one answer: omit max_length and num_return_sequences, and set max_new_tokens."
-        )
     require_columns(dataset, ["prompt", "chosen"])
     if not len(dataset):
         raise DatasetError("The dataset is empty: there are no prompts to answer.")
     _require_texts(dataset)
-    state, folder = PartialState(), Path(output_dir)
     prompts = [prompt_ids(row["prompt"], tokenizer, **rendering(row)) for row in map(dict, dataset)]
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **generation}
-    if state.is_main_process:
-        made_of = {"prompts": _hash_prompts(prompts), "model": _hash_model(model), "shard_size": shard_size}
-        _begin(folder, {**options, **made_of})
-    state.wait_for_everyone()
-    if not (folder / "run.json").is_file():
-        raise ConfigError(
-            f"output_dir={str(folder)!r} is not the folder of the main process: pass the same one to all processes."
-        )
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    shards = [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
-    files = [folder / "answers" / f"{number:05d}-of-{len(shards):05d}.jsonl" for number in range(len(shards))]
-    missing = broadcast_object_list([[n for n, file in enumerate(files) if not file.is_file()]])[0]
-    with evaluating(model):
-        for number in missing[state.process_index :: state.num_processes]:
-            desc = f"Answering, shard {number + 1} of {len(shards)}"
-            _write(files[number], _answers(model, tokenizer, prompts, shards[number], desc, **options))
-    # A barrier would time out if another process takes much longer.
-    while not all(file.is_file() for file in files):
-        time.sleep(0.2)
-    pairs = _pairs(dataset, [json.loads(line) for file in files for line in file.read_text().splitlines()], state)
-    if state.is_main_process:
-        _save(pairs, folder, len(shards))
-        if push_to_hub is not None:
-            pairs.push_to_hub(push_to_hub)
+    answers = answer_all(model, tokenizer, prompts, Path(output_dir), shard_size=shard_size, **options)
+    pairs = _pairs(dataset, answers)
+    save_pairs(pairs, Path(output_dir), push_to_hub)
     return pairs
 
 
-def _answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    shard: list[int],
-    desc: str,
-    *,
-    batch_size: int,
-    seed: int,
-    **generation: Any,
-) -> Iterator[dict[str, Any]]:
-    """Generates the answers of a shard, batch by batch."""
-    with tqdm(total=len(shard), desc=desc, unit="answer") as progress:
-        for start in range(0, len(shard), batch_size):
-            rows = shard[start : start + batch_size]
-            seed_of_batch = mixed_seed(seed, rows[0])
-            answers = answer(model, tokenizer, [prompts[row] for row in rows], seed=seed_of_batch, **generation)
-            for row, (text, finished) in zip(rows, answers, strict=True):
-                yield {"row": row, "answer": text, "finished": finished}
-            progress.update(len(rows))
-
-
-def _pairs(dataset: Dataset, answers: list[dict[str, Any]], state: PartialState) -> Dataset:
+def _pairs(dataset: Dataset, answers: list[dict[str, Any]]) -> Dataset:
     """Adds the answers to the dataset, and drops pairs without anything to learn from."""
-    by_row = {found["row"]: found for found in answers}
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
     dropped = {"empty": 0, "equal to the chosen one": 0, "duplicate": 0}
-    for index, row in enumerate(cast(Iterable[dict[str, Any]], dataset)):
-        found = by_row[index]
+    for row, found in zip(cast(Iterable[dict[str, Any]], dataset), answers, strict=True):
         as_messages = not isinstance(row["prompt"], str)
         rejected = as_message("rejected", found["answer"]) if as_messages else found["answer"]
         pair = {**row, "rejected": rejected, "finished": found["finished"]}
         key = json.dumps([pair["prompt"], pair["chosen"], rejected], sort_keys=True)
         if not found["answer"]:
             dropped["empty"] += 1
-        elif _normalized(row["chosen"]) == _normalized(rejected):
+        elif normalized(row["chosen"]) == normalized(rejected):
             dropped["equal to the chosen one"] += 1
         elif key in seen:
             dropped["duplicate"] += 1
@@ -149,67 +93,10 @@ def _pairs(dataset: Dataset, answers: list[dict[str, Any]], state: PartialState)
             seen.add(key)
             kept.append(pair)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    state.print(f"Created {len(kept)} pairs from {len(dataset)} answers; dropped {reasons}.")
+    PartialState().print(f"Created {len(kept)} pairs from {len(dataset)} answers; dropped {reasons}.")
     if not kept:
         raise DatasetError(f"None of {len(dataset)} answers is usable ({reasons}): inspect the answers in output_dir.")
     return Dataset.from_list(kept)
-
-
-def _normalized(answer: Any) -> str:
-    """An answer's text, normalised in case and whitespace."""
-    text = answer if isinstance(answer, str) else " ".join(map(text_of, answer))
-    return " ".join(text.split()).casefold()
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Saves the settings of a new run, or checks that they match those of the run to resume."""
-    try:
-        settings = json.loads(json.dumps(settings))
-    except TypeError as error:
-        raise ConfigError(f"An option of generate cannot be saved as JSON to resume later ({error}).") from error
-    file = folder / "run.json"
-    if not file.is_file():
-        (folder / "answers").mkdir(parents=True, exist_ok=True)
-        _write(file, [settings])
-        return
-    begun = json.loads(file.read_text())
-    differing = [
-        f"{name}: {begun.get(name)!r} before, {settings.get(name)!r} now"
-        for name in sorted({*begun, *settings})
-        if begun.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise ConfigError(
-            f"output_dir={str(folder)!r} has answers of another run ({'; '.join(differing)}): pass another folder, or "
-            "delete this one."
-        )
-
-
-def _write(file: Path, lines: Any) -> None:
-    """Writes JSON lines atomically."""
-    with replacing(file) as partial, partial.open("w") as opened:
-        opened.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _save(pairs: Dataset, folder: Path, shards: int) -> None:
-    """Saves the pairs in at most `shards` files."""
-    shards = min(shards, len(pairs))
-    for old in folder.glob("pairs-*.parquet"):
-        old.unlink()
-    for number in range(shards):
-        file = folder / f"pairs-{number:05d}-of-{shards:05d}.parquet"
-        with replacing(file) as partial:
-            pairs.shard(shards, number, contiguous=True).to_parquet(str(partial))
-
-
-def _hash_prompts(prompts: list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-
-
-def _hash_model(model: Any) -> str:
-    """Hash of a model, its adapters, its steering and its generation config."""
-    generation = getattr(model, "generation_config", None) and model.generation_config.to_dict()
-    return hash_model(model, sampled=True, head=repr(generation))
 
 
 def _require_texts(dataset: Dataset) -> None:
