@@ -65,6 +65,15 @@ def make_model(
     return model
 
 
+def make_attentive_model() -> nn.Module:
+    """A model whose answers depend on what is far back."""
+    model = make_model()
+    model.get_input_embeddings().weight.data.div_(50)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.mul_(50)
+    return model
+
+
 def make_wrapper() -> nn.Module:
     """A tiny vision-language model, which `AutoModelForCausalLM` does not load."""
     text = {**_SHAPE, "model_type": "qwen2_5_vl_text"}

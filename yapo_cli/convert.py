@@ -32,7 +32,8 @@ def convert(
     model, tokenizer = load_adapter(adapter, dtype, base), load_tokenizer(adapter, base)
     found = convert_to_jumprelu(model, tokenizer, dataset)
     typer.echo(
-        f"On held-out text, {100 * found['differ']:.1f} % of the code's active features differ, and predictions by KL "
-        f"{found['kl_plus']:.3g} nats per token at multiplier +1, {found['kl_minus']:.3g} at -1."
+        f"On held-out text, predictions differ by KL {found['kl_plus']:.3g} nats per token at multiplier +1 and "
+        f"{found['kl_minus']:.3g} at -1, {100 * found['differ']:.1f} % of the code's active features are not active in "
+        f"both SAEs, and activations differ by {100 * found['error']:.1f} % of their sum."
     )
     typer.echo(f"Saved to {save_adapter(model, out)}.")

@@ -23,6 +23,7 @@ from . import (
     export,
     fit,
     generate,
+    make,
     migrate,
     playground,
     prune,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("train", rich_help_panel=_MAKE, add_help_option=False, context_settings=_PASSED_ON)(train.train)
+app.command("make", rich_help_panel=_MAKE)(make.make)
 app.command("choose", rich_help_panel=_MAKE)(choose.choose)
 app.add_typer(fit.app, name="fit", rich_help_panel=_MAKE)
 app.command("steer", rich_help_panel=_MAKE)(steer.steer)

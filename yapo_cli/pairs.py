@@ -215,7 +215,7 @@ def reads_pairs(*left_out: str, required: bool = True, **defaults: Any) -> Calla
     def add(command: Callable[..., None]) -> Any:
         @wraps(command)
         def run(**values: Any) -> None:
-            given = {option.name: values.pop(option.name) for option in options}
+            given = {o.name: values.pop(o.name, defaults.get(o.name, o.default)) for o in options}
             command(**values, **{_GETS: PairArguments(**dict.fromkeys(left_out), **given)})
 
         own = inspect.signature(command, eval_str=True).parameters.values()

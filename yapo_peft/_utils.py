@@ -122,6 +122,34 @@ def remove_leftovers(folder: Path, pattern: str = "*.partial") -> None:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
+def begin_or_resume(file: Path, arguments: dict[str, Any]) -> None:
+    """Records the arguments of a run, or checks that they are those of the run to resume.
+
+    Raises:
+        ConfigError: They differ, or cannot be saved as JSON.
+    """
+    try:
+        text = json.dumps(arguments)
+    except TypeError as error:
+        raise ConfigError(f"An argument cannot be saved as JSON to resume later ({error}).") from error
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+        return
+    begun, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    differing = [
+        f"{name}: {begun.get(name)!r} before, {now.get(name)!r} now"
+        for name in sorted({*begun, *now})
+        if begun.get(name) != now.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{str(file.parent)!r} has results of another run ({'; '.join(differing)}): pass another folder, or delete "
+            "this one."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Puts a model into evaluation mode for a while, and then each module back into the mode that it was in.

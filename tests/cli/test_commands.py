@@ -272,7 +272,7 @@ def test_convert_makes_an_adapter_of_a_topk_sae_self_contained(run, saved_adapte
     status, printed, stderr = run("convert", made, "--text", text, "--out", out)
     assert status == 0, stderr
     config = json.loads((out / "adapter_config.json").read_text())
-    assert f"{100 * config['conversion']['differ']:.1f} % of the code's active features differ" in printed
+    assert f"{100 * config['conversion']['differ']:.1f} % of the code's active features are not active" in printed
     assert config["self_contained"]
     status, _, stderr = run("convert", saved_adapter, "--text", text, "--out", tmp_path / "x")
     assert status == 2

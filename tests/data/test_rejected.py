@@ -48,7 +48,7 @@ def test_active_adapter_steers_answers(tmp_path, tokenizer):
         plain = generate_rejected(model, tokenizer, PROMPTS, tmp_path / "b", **OPTIONS)
     assert steered["rejected"] != plain["rejected"]
     set_multiplier(model, 0.5)
-    with pytest.raises(ConfigError, match=r"has answers of another run .*model"):
+    with pytest.raises(ConfigError, match=r"has results of another run .*model"):
         generate_rejected(model, tokenizer, PROMPTS, tmp_path / "a", **OPTIONS)
 
 

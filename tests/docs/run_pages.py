@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 
 import yapo_peft
 from yapo_cli import main as yapo
+from yapo_peft.data import contrast
 from yapo_peft.scoring import neutral
 
 ROOT = Path(__file__).parents[2]
@@ -237,8 +238,14 @@ def stand_ins(tokenizer) -> None:
         return real_train(self, *arguments, **options)
 
     # Trainings and calibrations read it all.
-    few = neutral.packaged_text()[:8]
-    neutral.packaged_text = lambda: few
+    few, questions = neutral.packaged_text()[:8], contrast.packaged_questions()[:12]
+    neutral.packaged_text, contrast.packaged_questions = lambda: few, lambda: questions
+    # Random models say the same in every manner.
+    real_answers, contrast.are_alike = contrast.answer_all, lambda *_: False
+    contrast.answer_all = lambda *arguments, **options: [
+        {**found, "answer": f"w{place} {found['answer']}"}
+        for place, found in enumerate(real_answers(*arguments, **options))
+    ]
     real_train = yapo_peft.YaPOTrainer.train
     yapo_peft.YaPOTrainer.train = briefly
 

@@ -85,7 +85,7 @@ def test_an_interrupted_choice_goes_on_and_other_arguments_are_refused(tmp_path,
     again = choose(model, *arguments, **options)
     assert len(calls) == 5
     assert again.table.equals(found.table)
-    with pytest.raises(ConfigError, match="has results of other arguments"):
+    with pytest.raises(ConfigError, match=r"has results of another run \(max_kl: 0\.001 before, 0\.002 now\)"):
         choose(model, *arguments, **(options | {"max_kl": 2e-3}))
 
 

@@ -62,14 +62,16 @@ def test_a_converted_adapter_steers_in_both_directions_without_its_sae(tmp_path,
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 40_000
 
     # What it measured is what a reader would, on every fourth row.
-    code, kl, wrong, either = layer.code("default").detach(), {1: [], -1: []}, 0, 0
+    code, kl, wrong, either, error, total = layer.code("default").detach(), {1: [], -1: []}, 0, 0, 0.0, 0.0
     for text in TEXTS[::4]:
         ids = tokenizer(text)["input_ids"]
         with torch.no_grad(), steering(model, 0.0), block_outputs([layer]) as outputs:
             model(torch.tensor([ids]))
         kinds = (sae, layer.yapo_sae["default"])
         cpu = torch.device("cpu")
-        topk, jump = (each.weights(cpu, torch.float32).encode(outputs[2][0])[0][:, code != 0] > 0 for each in kinds)
+        features = [each.weights(cpu, torch.float32).encode(outputs[2][0])[0][:, code != 0] for each in kinds]
+        error, total = error + float((features[0] - features[1]).abs().sum()), total + float(features[0].sum())
+        topk, jump = (each > 0 for each in features)
         wrong, either = wrong + int((topk ^ jump).sum()), either + int((topk | jump).sum())
         for sign in (1, -1):
             both = []
@@ -79,12 +81,13 @@ def test_a_converted_adapter_steers_in_both_directions_without_its_sae(tmp_path,
             kl[sign].append((both[0].exp() * (both[0] - both[1])).sum(-1))
     assert 0 < found["differ"] < 0.5
     assert found["differ"] == pytest.approx(wrong / either)
+    assert found["error"] == pytest.approx(error / total, rel=1e-4)
     assert found["kl_plus"] == pytest.approx(float(torch.cat(kl[1]).mean()), rel=1e-3)
     assert found["kl_minus"] == pytest.approx(float(torch.cat(kl[-1]).mean()), rel=1e-3)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["conversion"] == found
     assert config["sae_identity"][0]["architecture"] == "jumprelu"
-    assert f"{100 * found['differ']:.1f} % of the code's active features differ" in str(model_card(model))
+    assert f"{100 * found['differ']:.1f} % of the code's active features are not active" in str(model_card(model))
 
 
 def test_damage_that_was_measured_is_measured_again(tokenizer):

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, evaluating, hash_model, mixed_seed, replacing
+from .._utils import at_least, begin_or_resume, evaluating, hash_model, mixed_seed, replacing
 from ..errors import ConfigError
 from ..scoring.generation import answer
 from ..scoring.pairs import text_of
@@ -55,7 +55,8 @@ def answer_all(
     state = PartialState()
     if state.is_main_process:
         made_of = {"prompts": _hash_prompts(prompts), "model": _hash_model(model), "shard_size": shard_size}
-        _begin(folder, {**generation, **made_of})
+        begin_or_resume(folder / "run.json", {**generation, **made_of})
+        (folder / "answers").mkdir(exist_ok=True)
     state.wait_for_everyone()
     if not (folder / "run.json").is_file():
         raise ConfigError(
@@ -117,30 +118,6 @@ def _shard(
             for row, (text, finished) in zip(rows, answers, strict=True):
                 yield {"row": row, "answer": text, "finished": finished}
             progress.update(len(rows))
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Saves the settings of a new run, or checks that they match those of the run to resume."""
-    try:
-        settings = json.loads(json.dumps(settings))
-    except TypeError as error:
-        raise ConfigError(f"An option of generate cannot be saved as JSON to resume later ({error}).") from error
-    file = folder / "run.json"
-    if not file.is_file():
-        (folder / "answers").mkdir(parents=True, exist_ok=True)
-        _write(file, [settings])
-        return
-    begun = json.loads(file.read_text())
-    differing = [
-        f"{name}: {begun.get(name)!r} before, {settings.get(name)!r} now"
-        for name in sorted({*begun, *settings})
-        if begun.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise ConfigError(
-            f"output_dir={str(folder)!r} has answers of another run ({'; '.join(differing)}): pass another folder, or "
-            "delete this one."
-        )
 
 
 def _write(file: Path, lines: Any) -> None:

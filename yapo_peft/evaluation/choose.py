@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import shutil
@@ -21,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, hash_model, replacing
+from .._utils import at_least, begin_or_resume, hash_model, replacing
 from ..errors import ConfigError, DatasetError
 from ..scoring.calibration import calibrate, require_bound
 from ..trainer import YaPOTrainer, YaPOTrainingConfig
@@ -133,7 +134,7 @@ def choose(
     full = max(8, math.ceil(YaPOTrainingConfig.num_train_epochs * len(pairs) / rows)) if steps is None else steps
     at_least(8, steps=full)
     bench = _Bench(model, tokenizer, pairs, held_out, Path(folder), max_kl, batch_size, training)
-    bench.require_same({"candidates": names, "steps": full})
+    bench.begin(names, full)
     again = max(2, math.ceil(len(candidates) * _AGAIN))
     with tqdm(total=len(candidates) + again, desc="Candidates", unit="training") as bar:
         first = bench.round(candidates, max(2, round(full * _FIRST)), bar)
@@ -195,17 +196,13 @@ class _Bench:
         """Where activations are cached."""
         return self.folder / "activations"
 
-    def require_same(self, record: dict[str, Any]) -> None:
-        """Raises `ConfigError` if the folder has results of other arguments; records them if it has none."""
-        record |= {"max_kl": self.max_kl, "training": {name: repr(value) for name, value in self.training.items()}}
-        record |= {"pairs": self.pairs.to_list(), "held_out": self.held_out.to_list()}
-        record["model"] = hash_model(self.model, sampled=True)
-        text, file = json.dumps(record, default=repr, sort_keys=True), self.folder / "arguments.json"
-        if file.is_file() and file.read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{str(self.folder)!r} has results of other arguments: pass another folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
-            partial.write_text(text, encoding="utf-8")
+    def begin(self, candidates: list[str], steps: int) -> None:
+        """Records what is measured in the folder. Raises `ConfigError` if it has results of other arguments."""
+        data = json.dumps([self.pairs.to_list(), self.held_out.to_list()], default=repr)
+        arguments: dict[str, Any] = {"candidates": candidates, "steps": steps, "max_kl": self.max_kl}
+        arguments |= {name: repr(value) for name, value in self.training.items()}
+        arguments["data"] = hashlib.sha256(data.encode()).hexdigest()
+        begin_or_resume(self.folder / "run.json", arguments | {"model": hash_model(self.model, sampled=True)})
 
     def round(self, candidates: Sequence[Candidate], steps: int, bar: Any) -> list[_Found]:
         """Trains and measures candidates; the best first."""

@@ -56,8 +56,9 @@ def convert_to_jumprelu(
 
     Returns:
         `differ`: of the code's features that are active at a token in one of the two SAEs, the share that is not in the
-        other. `kl_plus`, `kl_minus`: KL(with TopK || with JumpReLU) of the steered model's next token at multipliers +1
-        and -1, in nats per token.
+        other. `error`: the sum of the differences of their activations, relative to that of their activations in the
+        TopK SAE; weak activations, which compete for the last of the k places, are most of both. `kl_plus`, `kl_minus`:
+        KL(with TopK || with JumpReLU) of the steered model's next token at multipliers +1 and -1, in nats per token.
 
     Raises:
         ConfigError: The adapter does not exist, is disabled, is zero, or has no TopK SAE.
@@ -173,17 +174,18 @@ def _compared(
     model: nn.Module, name: str, readings: list[_Reading], converted: list[FrozenSAE], rows: list[list[int]]
 ) -> dict[str, float]:
     """Compares both kinds of SAEs on text; see `convert_to_jumprelu`."""
-    wrong, either = 0, 0
+    wrong, either, error, total = 0, 0, 0.0, 0.0
     divergences: dict[str, list[Tensor]] = {"kl_plus": [], "kl_minus": []}
     for place, ids in enumerate(tqdm(rows, desc="Comparing", unit="row")):
         with steering(model, 0.0, name), block_outputs(reading.layer for reading in readings) as outputs:
             _logits(model, ids)
         for reading, sae in zip(readings, converted, strict=True):
             h = outputs[reading.layer.index][0]
-            before = reading.read(h)[1]
-            after = sae.select(reading.indices, h.device, h.dtype).encode(h)[0] > 0
-            wrong += int((before != after).sum())
-            either += int((before | after).sum())
+            before = reading.read(h)[2][:, reading.indices.to(h.device)].float()
+            after = sae.select(reading.indices, h.device, h.dtype).encode(h)[0].float()
+            wrong += int(((before > 0) != (after > 0)).sum())
+            either += int(((before > 0) | (after > 0)).sum())
+            error, total = error + float((before - after).abs().sum()), total + float(before.sum())
         if place >= _COMPARED:
             continue
         for metric, multiplier in (("kl_plus", 1.0), ("kl_minus", -1.0)):
@@ -198,7 +200,7 @@ def _compared(
             kl = torch.nn.functional.kl_div(both[1], both[0], log_target=True, reduction="none").sum(-1)
             divergences[metric].append(kl.flatten())
     means = {metric: float(torch.cat(parts).mean().clamp(min=0)) for metric, parts in divergences.items()}
-    return {"differ": wrong / max(either, 1), **means}
+    return {"differ": wrong / max(either, 1), "error": error / total if total else 0.0, **means}
 
 
 def _attach(readings: list[_Reading], saes: list[FrozenSAE]) -> None:

@@ -114,7 +114,7 @@ class YaPOConfig(PeftConfig):
         finite(multiplier=self.multiplier)
         self.multiplier = float(self.multiplier)
         _require_measured("training and calibrate", ("plus", "minus"), damage=self.damage)
-        _require_measured("convert_to_jumprelu", ("differ", "kl_plus", "kl_minus"), conversion=self.conversion)
+        _require_measured("convert_to_jumprelu", ("differ", "error", "kl_plus", "kl_minus"), conversion=self.conversion)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):  # noqa: ANN206

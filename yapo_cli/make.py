@@ -1,0 +1,115 @@
+"""`yapo make`: an adapter from a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .data import contrast
+from .report import report
+from .train import launch
+
+# Share of the pairs that the report is about.
+_HELD_OUT = 0.2
+
+
+def make(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub repository of a chat model.")],
+    towards: Annotated[str, typer.Option(help="What to steer towards, as in 'answers in short plain sentences'.")],
+    away: Annotated[str, typer.Option(help="The opposite, as in 'answers in long flowery sentences'.")],
+    layers: options.Layers,
+    out: Annotated[Path, typer.Option(help="Output folder; a run that was interrupted continues there.")],
+    sae_release: options.SaeRelease = None,
+    sae_id: options.SaeId = None,
+    sae_path: options.SaePath = None,
+    features: Annotated[int, typer.Option(min=2, help="Number of SAE features that the adapter may move.")] = 64,
+    max_kl: Annotated[float, typer.Option(help="Damage at multipliers +1 and -1: KL in nats per token.")] = 0.1,
+    questions: Annotated[
+        str | None, typer.Option(help="Questions, as for `yapo data contrast`. Default: those that are built in.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=10, help="Maximum number of questions. Default: all.")] = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    batch_size: options.BatchSize = 8,
+    seed: options.Seed = 0,
+    dtype: options.DType = "auto",
+) -> None:
+    """Make an adapter from two descriptions: create pairs, train, and report, in one go.
+
+    Runs `yapo data contrast`, `yapo train` and `yapo report`. Without an SAE, the adapter is a dense vector.
+
+    `yapo make google/gemma-2-2b-it --towards "answers in short plain sentences"
+    --away "answers in long flowery sentences" --layers 15 --sae-release gemma-scope-2b-pt-res
+    --sae-id layer_15/width_65k/average_l0_68 --out plain`
+    """
+    from yapo_peft import YaPOConfig
+    from yapo_peft._utils import begin_or_resume
+
+    saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
+    given = {name: value for name, value in saes.items() if value}
+    space = "sae" if given else "dense"
+    YaPOConfig(layers=options.layer_indices(layers), space=space, **given)  # checks before hours of work
+    asked = {"model": model, "towards": towards, "away": away, "questions": questions, "limit": limit, "seed": seed}
+    adapter = {"layers": layers, **given, "features": features, "max_kl": max_kl, "dtype": dtype}
+    begin_or_resume(out / "make.json", asked | adapter | {"max_new_tokens": max_new_tokens})
+    if not (out / "train.parquet").is_file():
+        contrast(
+            model, towards, away, out / "pairs", questions, limit, max_new_tokens, batch_size, 64, seed, dtype=dtype
+        )
+        _split(out, seed)
+    if not (out / "adapter" / "adapter_config.json").is_file():
+        _train(out, model, given, layers.split(","), features if given else None, max_kl, dtype, seed)
+    report(
+        adapter=str(out / "adapter"),
+        dataset=str(out / "test.parquet"),
+        batch_size=batch_size,
+        dtype=dtype,
+        card=True,
+        out=out / "report.html",
+    )
+    typer.echo(f"The adapter is in {out / 'adapter'}, a page about it in {out / 'report.html'}.")
+
+
+def _train(
+    out: Path,
+    model: str,
+    saes: dict[str, Any],
+    layers: list[str],
+    features: int | None,
+    max_kl: float,
+    dtype: str,
+    seed: int,
+) -> None:
+    """Runs `yapo train` on the pairs; ends the command if that fails."""
+    arguments = ["--model_name_or_path", model, "--dataset", str(out / "train.parquet")]
+    arguments += ["--space", "sae" if saes else "dense", "--layers", *layers]
+    arguments += ["--output_dir", str(out / "adapter"), "--max_kl", str(max_kl)]
+    for name, value in saes.items():
+        arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    if features is not None:
+        arguments += ["--max_features", str(features)]
+    if dtype != "auto":
+        arguments += ["--dtype", dtype]
+    arguments += ["--cache_activations", "True", "--save_strategy", "no", "--report_to", "none", "--seed", str(seed)]
+    status = launch(arguments)
+    if status:
+        raise typer.Exit(status)
+
+
+def _split(out: Path, seed: int) -> None:
+    """Saves the pairs to train on, and those that are held out."""
+    from datasets import load_dataset
+
+    from yapo_peft import DatasetError
+    from yapo_peft._utils import replacing
+
+    pairs: Any = load_dataset("parquet", data_files=str(out / "pairs" / "pairs-*.parquet"), split="train")
+    count = round(_HELD_OUT * len(pairs))
+    if not 0 < count < len(pairs):
+        raise DatasetError(f"{len(pairs)} pairs are too few to train on some and report on others: ask more questions.")
+    parts = pairs.train_test_split(count, seed=seed)
+    for name in ("test", "train"):
+        with replacing(out / f"{name}.parquet") as partial:
+            parts[name].to_parquet(str(partial))
