@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -118,7 +119,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains, converts and measures."""
     pairs = pairs_of(options.data).filter(lambda pair: pair["prompt"][0]["content"].strip()).shuffle(seed=0)
     held_out = pairs.select(range(len(pairs) - options.held_out, len(pairs)))
-    text = options.text.read_text().split("\n\n") if options.text else [p["prompt"][0]["content"] for p in held_out]
+    text = [pair["prompt"][0]["content"] for pair in held_out]
+    if options.text:
+        text = re.split(r"\n\s*\n", options.text.read_text())
     text = [part for part in text if len(part) > 20][: options.rows]
     model, tokenizer = load_model_and_tokenizer()
     sae, k = topk_sae(hidden_states(model, tokenizer, pairs, sae_layer()), folder / "sae", options.copies)

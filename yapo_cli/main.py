@@ -14,6 +14,7 @@ from . import (
     choose,
     combine,
     compare,
+    contexts,
     convert,
     culture,
     data,
@@ -68,6 +69,7 @@ app.command("culture", rich_help_panel=_MEASURE)(culture.culture)
 app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("explain", rich_help_panel=_MEASURE)(explain.explain)
+app.command("contexts", rich_help_panel=_MEASURE)(contexts.contexts)
 app.command("report", rich_help_panel=_MEASURE)(report.report)
 app.add_typer(sae.app, name="sae", rich_help_panel=_HERE)
 app.command("doctor", rich_help_panel=_HERE)(doctor.doctor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -93,4 +94,4 @@ def read_text(file: Path) -> str:
 def paragraphs(file: Path) -> list[str]:
     """The paragraphs of a text file, separated by empty lines."""
     text = read_text(file)
-    return [part.strip() for part in text.split("\n\n") if part.strip()] or [text]
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()] or [text]

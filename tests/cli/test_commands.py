@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from yapo_peft import Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
-from yapo_peft.interpret import explain
+from yapo_peft.interpret import contexts, explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
 from yapo_peft.scoring.generation import answer
 from yapo_peft.scoring.pairs import prompt_ids
@@ -260,6 +260,36 @@ def test_calibrate_matches_the_library(run, saved_adapter, tokenizer, tmp_path):
     assert f"KL {damage['plus']:.3g} nats per token at multiplier +1, {damage['minus']:.3g} at -1." in printed
     assert json.loads((out / "adapter_config.json").read_text())["damage"] == pytest.approx(damage)
     assert run("calibrate", saved_adapter, "--max-kl", 0, "--out", tmp_path / "x")[0] == 2
+
+
+@pytest.mark.feature("Commands", "`yapo contexts`: the passages where features are most active")
+def test_contexts_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path):
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter)
+    options = ("--dataset", pairs_file, "--passages", 2, "--window", 1)
+    status, printed, stderr = run("contexts", saved_adapter, *options, "--feature", "2:3", "--feature", "2:5", "--json")
+    assert status == 0, stderr
+    table = contexts(model, {2: [3, 5]}, pairs.to_list(), tokenizer, top=2, window=1)
+    assert json.loads(printed) == json.loads(table.to_json(orient="records"))
+    status, printed, _ = run("contexts", saved_adapter, *options, "--top", 2)
+    assert status == 0
+    strongest = explain(model, tokenizer=tokenizer, top=2, labels=False)["feature"].tolist()
+    table = contexts(model, strongest, pairs.to_list(), tokenizer, top=2, window=1)
+    for row in table.to_dict("records"):
+        place = min(row["position"], 1)
+        assert f"[[{row['tokens'][place]}]]".replace(" ", "") in printed.replace(" ", "")
+    assert printed.count("Layer 2, feature ") == table["feature"].nunique()
+    (tmp_path / "text.txt").write_text("w1 w2 w3\n \nw4 w5 w6\n\n")  # as in WikiText
+    status, printed, _ = run("contexts", saved_adapter, "--text", tmp_path / "text.txt", "--json")
+    assert status == 0
+    assert {row["text"] for row in json.loads(printed)} == {0, 1}
+    for wrong, message in (
+        ((), "pass --text, or else --dataset"),
+        ((*options, "--feature", "x"), "--feature x: must be LAYER:FEATURE"),
+        ((*options, "--feature", "1:3"), "the adapter steers layers [2]"),
+    ):
+        status, _, stderr = run("contexts", saved_adapter, *wrong)
+        assert status == 2
+        assert message in stderr
 
 
 @pytest.mark.feature("Commands", "`yapo convert`: adapters of TopK SAEs, self-contained for both signs")
