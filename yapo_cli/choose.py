@@ -23,7 +23,8 @@ def choose(
         list[str] | None, typer.Option(help="Folder of a local SAE, one candidate each; repeat for more.")
     ] = None,
     sae_release: Annotated[
-        str | None, typer.Option(help="SAE release in SAELens: its SAEs of the model that --sae-id and --layers leave.")
+        str | None,
+        typer.Option(help="SAE release in SAELens: all of its SAEs for this model that match --sae-id and --layers."),
     ] = None,
     sae_id: Annotated[
         list[str] | None, typer.Option(help="Only SAEs with this in their id, such as width_16k; repeat for others.")
@@ -55,21 +56,27 @@ def choose(
     """
     import yaml
 
+    from yapo_peft import ConfigError
     from yapo_peft._utils import replacing
     from yapo_peft.evaluation import Candidate, plot_choice
     from yapo_peft.evaluation import choose as chosen
     from yapo_peft.evaluation.plots import require_plot_path
+    from yapo_peft.scoring.calibration import require_bound
 
     from .loading import load_model, load_tokenizer
     from .output import print_table
 
     require_plot_path(out / "choice.png")
+    require_bound(max_kl)
+    options.require_trainable(dtype)
     indices = None if layers is None else options.layer_indices(layers)
     configs = _configs(model, sae_path or [], sae_release, sae_id or [], indices, positions)
     counts = _counts(features)
     tokenizer = load_tokenizer(model)
     pairs, held_out = TrainingPairs(**vars(data), eval_split=eval_split).load_both(tokenizer, seed)
     candidates = [Candidate(config, count) for config in configs for count in counts]
+    if len(candidates) < 2:
+        raise ConfigError(f"There is one candidate, {candidates[0].name}: name more SAEs, --layers or --features.")
     found = chosen(
         load_model(model, dtype),
         tokenizer,
@@ -85,7 +92,7 @@ def choose(
     print_table(found.table, as_json)
     found.table.to_csv(out / "choice.csv", index=False)
     plot_choice(found.table, out / "choice.png", f"{Path(str(data.dataset)).name}: gain at a KL of {max_kl:g}")
-    values = {"model_name_or_path": model, **found.best.options(), "max_kl": max_kl}
+    values = {"model_name_or_path": model, **found.best.options(), "max_kl": max_kl, "dtype": dtype, "seed": seed}
     defaults = PairArguments()
     values |= {name: value for name, value in vars(data).items() if value != getattr(defaults, name)}
     with replacing(out / "train.yaml") as partial:
@@ -108,6 +115,10 @@ def _configs(
     from yapo_peft import ConfigError, SAENotFoundError, YaPOConfig
     from yapo_peft.sae import find_saes, load_sae
 
+    if ids and release is None:
+        raise ConfigError(f"--sae-id {ids[0]}: pass the --sae-release that it is from.")
+    if layers and min(layers) < 0:
+        raise ConfigError(f"--layers {min(layers)}: layers are counted from 0 here.")
     found: list[YaPOConfig] = []
     for path in paths:
         layer = load_sae(path=path).block
@@ -115,8 +126,9 @@ def _configs(
             if layers is None or len(layers) != 1:
                 raise ConfigError(f"--sae-path {path}: the SAE does not name its layer; give that one as --layers.")
             layer = layers[0]
-        if layers is None or layer in layers:
-            found.append(YaPOConfig(layers=layer, sae_path=path, positions=positions))
+        if layers is not None and layer not in layers:
+            raise ConfigError(f"--sae-path {path}: the SAE is of layer {layer}, which --layers leaves out.")
+        found.append(YaPOConfig(layers=layer, sae_path=path, positions=positions))
     if release is not None:
         of_release = [sae for sae in find_saes(model) if sae.release == release]
         wanted = [

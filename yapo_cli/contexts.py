@@ -20,7 +20,9 @@ def contexts(
         list[str] | None,
         typer.Option(metavar="LAYER:FEATURE", help="A feature, such as 14:1965; repeat for more. Default: --top."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="The adapter's features to search for, by reach.")] = 5,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Number of the adapter's features to search for, by reach. Default: 5.")
+    ] = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages per feature.")] = 5,
     window: Annotated[int, typer.Option(min=0, help="Tokens to show before and after the peak.")] = 12,
     batch_size: options.BatchSize = 8,
@@ -43,12 +45,14 @@ def contexts(
         raise typer.BadParameter("pass --text, or else --dataset.")
     if text is not None:
         data.require_unread()
+    if feature is not None and top is not None:
+        raise typer.BadParameter("--top and --feature: pass one of them.")
     wanted = None if feature is None else _read(feature)
     tokenizer = load_tokenizer(adapter, base)
     texts: Any = data.load(tokenizer).to_list() if text is None else options.paragraphs(text)
     model = load_adapter(adapter, dtype, base)
     if wanted is None:
-        steered = explain(model, tokenizer=tokenizer, top=top, labels=False).to_dict("records")
+        steered = explain(model, tokenizer=tokenizer, top=top or 5, labels=False).to_dict("records")
         wanted = {row["layer"]: [] for row in steered if isinstance(row["feature"], int)}
         for row in steered if wanted else ():
             wanted[row["layer"]].append(row["feature"])

@@ -14,6 +14,8 @@ from .train import launch
 
 # Share of the pairs that the report is about.
 _HELD_OUT = 0.2
+# Answers per file, which an interruption can lose.
+_SHARD = 64
 
 
 def make(
@@ -44,21 +46,49 @@ def make(
     --away "answers in long flowery sentences" --layers 15 --sae-release gemma-scope-2b-pt-res
     --sae-id layer_15/width_65k/average_l0_68 --out plain`
     """
+    import gc
+
+    from accelerate.utils.memory import clear_device_cache
+
     from yapo_peft import YaPOConfig
     from yapo_peft._utils import begin_or_resume
+    from yapo_peft.report.page import require_page
+    from yapo_peft.scoring.calibration import require_bound
 
     saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
     given = {name: value for name, value in saes.items() if value}
-    space = "sae" if given else "dense"
-    YaPOConfig(layers=options.layer_indices(layers), space=space, **given)  # checks before hours of work
+    # Checked before hours of work, of which nothing is to be recorded if it cannot be done.
+    options.require_trainable(dtype)
+    require_bound(max_kl)
+    require_page(out / "report.html")
+    config = YaPOConfig(layers=options.layer_indices(layers), space="sae" if given else "dense", **given)
+    for place in range(len(config.layer_indices()) if given else 0):
+        config.load_sae(place)
     asked = {"model": model, "towards": towards, "away": away, "questions": questions, "limit": limit, "seed": seed}
-    adapter = {"layers": layers, **given, "features": features, "max_kl": max_kl, "dtype": dtype}
-    begin_or_resume(out / "make.json", asked | adapter | {"max_new_tokens": max_new_tokens})
+    adapter = {"model": model, "layers": layers, **given, "features": features, "max_kl": max_kl, "dtype": dtype}
     if not (out / "train.parquet").is_file():
         contrast(
-            model, towards, away, out / "pairs", questions, limit, max_new_tokens, batch_size, 64, seed, dtype=dtype
+            model=model,
+            towards=towards,
+            away=away,
+            output_dir=out / "pairs",
+            questions=questions,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            shard_size=_SHARD,
+            seed=seed,
+            dtype=dtype,
         )
+        begin_or_resume(out / "pairs" / "make.json", asked | {"max_new_tokens": max_new_tokens})
         _split(out, seed)
+        # The training runs in a process of its own.
+        gc.collect()
+        clear_device_cache()
+    begin_or_resume(out / "pairs" / "make.json", asked | {"max_new_tokens": max_new_tokens})
+    if not (out / "adapter" / "adapter_config.json").is_file():
+        (out / "adapter.json").unlink(missing_ok=True)
+    begin_or_resume(out / "adapter.json", adapter)
     if not (out / "adapter" / "adapter_config.json").is_file():
         _train(out, model, given, layers.split(","), features if given else None, max_kl, dtype, seed)
     report(
@@ -85,13 +115,11 @@ def _train(
     """Runs `yapo train` on the pairs; ends the command if that fails."""
     arguments = ["--model_name_or_path", model, "--dataset", str(out / "train.parquet")]
     arguments += ["--space", "sae" if saes else "dense", "--layers", *layers]
-    arguments += ["--output_dir", str(out / "adapter"), "--max_kl", str(max_kl)]
+    arguments += ["--output_dir", str(out / "adapter"), "--max_kl", str(max_kl), "--dtype", dtype]
     for name, value in saes.items():
         arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]
     if features is not None:
         arguments += ["--max_features", str(features)]
-    if dtype != "auto":
-        arguments += ["--dtype", dtype]
     arguments += ["--cache_activations", "True", "--save_strategy", "no", "--report_to", "none", "--seed", str(seed)]
     status = launch(arguments)
     if status:

@@ -74,6 +74,13 @@ SaePath = Annotated[list[str] | None, typer.Option(help="Folder of a local SAE; 
 Positions = Annotated[str, typer.Option(help="Tokens to steer: all, completion or last.")]
 
 
+def require_trainable(dtype: str) -> None:
+    """Raises `typer.BadParameter` unless a dtype is one that TRL loads models in."""
+    known = ("auto", "bfloat16", "float16", "float32")
+    if dtype not in known:
+        raise typer.BadParameter(f"--dtype {dtype}: must be one of {', '.join(known)} to train.")
+
+
 def short_names(adapters: list[str]) -> list[str]:
     """Names of adapters that tell them apart. Raises `typer.BadParameter` if one is given twice."""
     places = {Path(adapter).resolve() if Path(adapter).exists() else adapter for adapter in adapters}

@@ -155,7 +155,8 @@ class AdapterFile(SavedAdapter):
         indices = code.nonzero().squeeze(-1)
         cpu = torch.device("cpu")
         is_topk = sae.activation == "topk"
-        has_encoder = not (is_topk and self.config.self_contained and len(_signs(code)) == 1)
+        # A code without entries lowers no feature.
+        has_encoder = not is_topk or (len(indices) > 0 and not (self.config.self_contained and len(_signs(code)) == 1))
         part = sae.select(indices, cpu, sae.dtype) if has_encoder else None
         up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if has_encoder else (None, None)))
         encoder = sae.identity.content_hash if is_topk and part is not None else None

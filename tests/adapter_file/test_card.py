@@ -70,7 +70,10 @@ def test_a_card_of_ours_says_what_the_adapter_steers_now(tmp_path):
     assert "autoencoder" not in dense.content
     assert "sparse-autoencoder" not in dense.data.tags
 
-    # What someone has edited stays.
+    # What someone has edited stays, in any section.
+    (tmp_path / "README.md").write_text(before.replace("| beta | 0.1 |", "| beta | 0.1, as we always do |"))
+    model.save_pretrained(tmp_path)
+    assert "as we always do" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text(before.replace("Multiplier when loaded", "By the way, multiplier when loaded"))
     model.save_pretrained(tmp_path)
     kept = (tmp_path / "README.md").read_text()

@@ -34,12 +34,17 @@ def test_the_command_writes_a_config_that_train_takes(run, tmp_path, tokenizer, 
     config = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
     assert rows[0]["candidate"] == f"layer 2, {config['sae_path'][0].rpartition('/')[2]}, 4 features"
     assert (config["layers"], config["max_features"], config["max_kl"]) == ([2], 4, 0.001)
+    assert (config["dtype"], config["seed"]) == ("auto", 0)
     assert (tmp_path / "out" / "choice.png").stat().st_size > 10_000
     assert "nats (" in said
     steering = parse(["--config", str(tmp_path / "out" / "train.yaml"), "--output_dir", str(tmp_path / "x")])[0][-1]
     assert steering.config().sae_path == config["sae_path"]
     for wrong, message in (
         (("--out", tmp_path / "y"), "There is nothing to choose from"),
+        (("--layers", "1", "--out", tmp_path / "y"), "There is one candidate, layer 1, dense"),
+        ((*saes, "--layers", "1", "--out", tmp_path / "y"), "the SAE is of layer 2, which --layers leaves out"),
+        (("--layers", "1,2", "--sae-id", "a", "--out", tmp_path / "y"), "--sae-id a: pass the --sae-release"),
+        (("--layers", "1,2", "--dtype", "float64", "--out", tmp_path / "y"), "--dtype float64: must be one of auto"),
         ((*saes, "--features", "four", "--out", tmp_path / "y"), "--features four: must be whole numbers or all"),
         (("--layers", "1,2", "--eval-split", "2", "--out", tmp_path / "y"), "must be a share"),
     ):

@@ -141,6 +141,9 @@ def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path):
     assert pairs["prompt"][:] == pairs["chosen"][:] == cells
     file.write_text("prompt;chosen;rejected\n1;2;3\n")
     assert load_pairs(file, chat=False, sep=";").to_list() == [{"prompt": "1", "chosen": "2", "rejected": "3"}]
+    file.write_text("prompt,chosen,rejected,x\n1,2,3,4\n5,6,7,8\n")
+    assert load_rows(file, nrows=1).to_list() == [{"prompt": "1", "chosen": "2", "rejected": "3", "x": "4"}]
+    assert load_rows(file, usecols=["prompt", "x"]).column_names == ["prompt", "x"]
     file.write_text("prompt,chosen,rejected,chosen\n1,2,3,4\n")
     with pytest.raises(DatasetError, match="several columns 'chosen': rename all but one"):
         load_pairs(file)

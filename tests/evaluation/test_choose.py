@@ -85,6 +85,9 @@ def test_an_interrupted_choice_goes_on_and_other_arguments_are_refused(tmp_path,
     again = choose(model, *arguments, **options)
     assert len(calls) == 5
     assert again.table.equals(found.table)
+    elsewhere = [Candidate(YaPOConfig(layers=2, sae=make_sae(seed=5)), features) for features in (4, None)]
+    with pytest.raises(ConfigError, match=r"has results of another run .*candidate 1"):
+        choose(model, tokenizer, elsewhere, *data, tmp_path, **options)
     with pytest.raises(ConfigError, match=r"has results of another run \(max_kl: 0\.001 before, 0\.002 now\)"):
         choose(model, *arguments, **(options | {"max_kl": 2e-3}))
 
@@ -92,12 +95,20 @@ def test_an_interrupted_choice_goes_on_and_other_arguments_are_refused(tmp_path,
 def test_bad_arguments_are_named_before_any_training(tmp_path, tokenizer, data):
     model = make_model()
     for candidates, pairs, error, message in (
+        (
+            [*dense(1), Candidate(dense(2)[0].config, 4)],
+            data[0],
+            ConfigError,
+            "layer 2, dense, 4 features: max_features=",
+        ),
         (dense(1), data[0], ConfigError, "at least two are needed"),
-        (dense(1, 1), data[0], ConfigError, "which all differ"),
+        (dense(1, 1), data[0], ConfigError, "whose names differ"),
         (dense(1, 2), Dataset.from_list([]), DatasetError, "0 pairs to train on and 3 held out"),
     ):
         with pytest.raises(error, match=message):
             choose(model, tokenizer, candidates, pairs, data[1], tmp_path)
+    with pytest.raises(ConfigError, match="max_steps=3: choose sets it"):
+        choose(model, tokenizer, dense(1, 2), *data, tmp_path, max_steps=3)
     with pytest.raises(ConfigError, match="The model has adapters"):
         choose(get_peft_model(model, dense(1)[0].config), tokenizer, dense(1, 2), *data, tmp_path)
     assert not list(tmp_path.iterdir())

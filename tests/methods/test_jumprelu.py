@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from tiny import D_SAE, make_model, make_sae, random_code, set_code
 from torch.testing import assert_close
 
-from yapo_peft import ConfigError, DatasetError, YaPOConfig, steering
+from yapo_peft import ConfigError, DatasetError, SAEMismatchError, YaPOConfig, steering
 from yapo_peft.adapter_file.card import model_card
 from yapo_peft.methods import convert_to_jumprelu
 from yapo_peft.methods.jumprelu import fit_thresholds
@@ -88,6 +88,16 @@ def test_a_converted_adapter_steers_in_both_directions_without_its_sae(tmp_path,
     assert config["conversion"] == found
     assert config["sae_identity"][0]["architecture"] == "jumprelu"
     assert f"{100 * found['differ']:.1f} % of the code's active features are not active" in str(model_card(model))
+
+
+def test_training_a_converted_adapter_says_what_to_do(tmp_path, tokenizer, sae_folder):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae_path=sae_folder("topk"))).eval()
+    set_code(model, random_code(0.2))
+    convert_to_jumprelu(model, tokenizer, TEXTS)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+    with pytest.raises(SAEMismatchError, match="was converted to JumpReLU for its own code"):
+        loaded(torch.tensor([[5, 6, 7]]))
 
 
 def test_damage_that_was_measured_is_measured_again(tokenizer):

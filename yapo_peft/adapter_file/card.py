@@ -28,10 +28,10 @@ _TAGS = {
 }
 _ADAPTER_OF = "base_model:adapter:"
 _FEATURES = 10
-# The sections that we write, of which the first is followed by a digest: whether someone has edited it.
+# The sections that describe one adapter. The first one ends with a digest of all, which shows edits by others.
 _FACTS = "What it steers"
 _OTHERS = ("Training", "Evaluation", "What it does", "Features")
-_SIGNED = re.compile(r"\n*<!-- yapo_peft ([0-9a-f]{16}) -->\n*")
+_MARK = re.compile(r"\n*<!-- yapo_peft ([0-9a-f]{16}) -->\n*")
 # What PEFT's own template leaves in the card of a folder that had none.
 _UNFILLED = "[More Information Needed]"
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
@@ -107,6 +107,7 @@ def add_findings(card: ModelCard, *, features: Any = None, plot: str | None = No
         plot: Name of an image beside the card.
     """
     card = ModelCard(card.content)
+    is_signed = _is_signed(card.text)
     found = _TEMPLATES.get_template("findings.md.jinja").render(rows=_rows(features), plot=plot)
     for section in re.findall(r"^## .*?(?=^## |\Z)", found, re.MULTILINE | re.DOTALL):
         own = _section(section.split("\n", 1)[0].removeprefix("## "), card.text)
@@ -115,6 +116,8 @@ def add_findings(card: ModelCard, *, features: Any = None, plot: str | None = No
         end = own.end() if own else start
         parts = (card.text[:start].rstrip(), section.strip(), card.text[end:].lstrip())
         card.text = "\n\n".join(parts).rstrip() + "\n"
+    if is_signed:
+        card.text = _signed(card.text)
     return card
 
 
@@ -132,12 +135,18 @@ def save_card(config: YaPOConfig, folder: Path) -> None:
         return
     data = cast(Any, card.data)
     own, new = (_section(_FACTS, text) for text in (card.text, fresh.text))
-    if own is not None and new is not None and own[0] != new[0] and _is_signed(own[0]):
+    if (
+        own is not None
+        and new is not None
+        and _is_signed(card.text)
+        and _MARK.sub("", own[0]).strip() != _MARK.sub("", new[0]).strip()
+    ):
         card.text = card.text[: own.start()] + new[0] + card.text[own.end() :]
         for title in _OTHERS:
             stale = _section(title, card.text)
             if stale is not None:
                 card.text = card.text[: stale.start()] + card.text[stale.end() :]
+        card.text = _signed(card.text)
         data.tags = [tag for tag in data.tags or [] if tag not in _TAGS["sae"]]
     data.tags = sorted({*(data.tags or []), *_TAGS[config.space]})
     card.save(file)
@@ -149,20 +158,22 @@ def _section(title: str, text: str) -> re.Match[str] | None:
 
 
 def _signed(text: str) -> str:
-    """A card with the digest of its facts below them."""
+    """A card with the digest of our sections below its facts."""
+    text = _MARK.sub("\n\n", text)
     own = _section(_FACTS, text)
     assert own is not None
-    return f"{text[: own.end()].rstrip()}\n\n<!-- yapo_peft {_digest(own[0])} -->\n\n{text[own.end() :]}"
+    return f"{text[: own.end()].rstrip()}\n\n<!-- yapo_peft {_digest(text)} -->\n\n{text[own.end() :]}"
 
 
-def _is_signed(section: str) -> bool:
-    """Whether facts are as they were written."""
-    found = _SIGNED.search(section)
-    return found is not None and found[1] == _digest(_SIGNED.sub("\n", section))
+def _is_signed(text: str) -> bool:
+    """Whether our sections of a card are as they were written."""
+    found = _MARK.search(text)
+    return found is not None and found[1] == _digest(text)
 
 
-def _digest(section: str) -> str:
-    return hashlib.sha256(section.strip().encode()).hexdigest()[:16]
+def _digest(text: str) -> str:
+    sections = (_section(title, _MARK.sub("\n\n", text)) for title in (_FACTS, *_OTHERS))
+    return hashlib.sha256("\n".join(own[0].strip() for own in sections if own).encode()).hexdigest()[:16]
 
 
 def _render(

@@ -23,8 +23,9 @@ from .sources import as_message
 _MOST_ALIKE = 0.9
 # How answers start that decline.
 _REFUSAL = re.compile(
-    r"(?:(?:i'?m |i am )?(?:sorry|afraid)\b|i apologi[sz]e|i (?:can(?:'?t|not)|am unable|won'?t|will not)\b|as an ai\b"
-    r"|i'?m (?:unable|not able)\b|i'?m just an? (?:ai|language)|i don'?t have (?:personal|feelings|opinions))"
+    r"(?:(?:(?:i'?m |i am )?(?:sorry|afraid)|i apologi[sz]e)\b[^.!?]*\b(?:can(?:'?t|not)|unable|not able|won'?t)\b"
+    r"|i (?:can(?:'?t|not)|am unable|will not)\b|as an ai\b|i'?m (?:unable|not able)\b|i'?m just an? (?:ai|language)"
+    r"|i don'?t have (?:personal|feelings|opinions))"
 )
 
 

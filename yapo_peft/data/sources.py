@@ -161,7 +161,7 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
         ours = {"keep_default_na": False, "index_col": False}
         options = {**ours, **({"sep": "\t"} if path.suffix.lower() == ".tsv" else {}), **options}
     try:
-        if builder == "csv" and not {"features", "names", "column_names", "header"} & set(options):
+        if builder == "csv" and not {"features", "names", "column_names", "header", "usecols"} & set(options):
             options["features"] = Features({name: Value("string") for name in _header(path, options)})
         with warnings.catch_warnings():
             # Rows that are longer than the header would be cut.
@@ -181,8 +181,9 @@ def _load_file(path: Path, options: dict[str, Any]) -> Dataset:
 
 def _header(path: Path, options: dict[str, Any]) -> list[str]:
     """The names of a CSV file's columns."""
-    known = {name: value for name, value in options.items() if name in inspect.signature(pandas.read_csv).parameters}
-    cells = pandas.read_csv(path, nrows=1, header=None, dtype=str, **known).iloc[0]
+    known = set(inspect.signature(pandas.read_csv).parameters) - {"nrows", "usecols"}
+    given = {name: value for name, value in options.items() if name in known}
+    cells = pandas.read_csv(path, nrows=1, header=None, dtype=str, **given).iloc[0]
     names = [name or f"Unnamed: {index}" for index, name in enumerate(cells)]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

@@ -22,8 +22,9 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, begin_or_resume, hash_model, replacing
+from .._utils import at_least, begin_or_resume, evaluating, hash_model, replacing
 from ..errors import ConfigError, DatasetError
+from ..sae import load_sae
 from ..scoring.calibration import calibrate, require_bound
 from ..trainer import YaPOTrainer, YaPOTrainingConfig
 from ..tuner import YaPOConfig
@@ -31,6 +32,8 @@ from ..tuner.adapters import steered_layers
 from .scores import Scores, interval, resampled_means
 from .sweep import sweep
 
+# Options of the training that are not the caller's.
+_OURS = {"output_dir", "max_steps", "max_kl", "max_features", "cache_activations", "activation_cache_dir"}
 # Shares of a full training in both rounds, and the share of the candidates that is trained again.
 _FIRST, _SECOND, _AGAIN = 1 / 8, 1 / 2, 1 / 4
 _RESAMPLES = 2000
@@ -38,7 +41,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Candidate:
-    """Where and with what to steer.
+    """A layer, an SAE and a number of features to try.
 
     Attributes:
         config: The config of an adapter without a code.
@@ -57,7 +60,14 @@ class Candidate:
             saes = " + ".join(_listed(found))
         layers = ", ".join(map(str, _listed(config.layers)))
         features = "" if self.max_features is None else f", {self.max_features} features"
-        return f"layer {layers}, {saes}{features}"
+        positions = "" if config.positions == "all" else f", positions={config.positions!r}"
+        return f"layer {layers}, {saes}{features}{positions}"
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others: its options, and the hash of each SAE that is a folder or an object."""
+        hashes = [load_sae(path=path).identity.content_hash for path in _listed(self.config.sae_path)]
+        hashes = hashes or [sae.get("content_hash") for sae in self.config.sae_identity or []]
+        return self.options() | {"saes": hashes}
 
     def options(self) -> dict[str, Any]:
         """What `yapo train` needs to train it, as fields of its YAML config."""
@@ -105,7 +115,7 @@ def choose(
     again from the start for half of the steps. Together, eight candidates take as many steps as two full trainings.
 
     Args:
-        model: The model, without adapters; left as it was.
+        model: The model, without adapters; what it computes is left as it was, its parameters are frozen.
         tokenizer: Its tokenizer.
         candidates: What to compare, at least two.
         pairs: Pairs to train on.
@@ -117,24 +127,29 @@ def choose(
         **training: Other options of `YaPOTrainingConfig`, the same for all.
 
     Raises:
-        ConfigError: There are fewer than two candidates, two are the same, the model has adapters, an argument is
-            invalid, or `folder` has results of other arguments.
+        ConfigError: There are fewer than two candidates, two have the same name, the model has adapters, an argument is
+            invalid, `folder` has results of other arguments, or a candidate cannot be scaled to `max_kl`.
         DatasetError: `pairs` or `held_out` is empty.
     """
     names = [candidate.name for candidate in candidates]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise ConfigError(f"candidates={names}: at least two are needed, which all differ.")
+        raise ConfigError(f"candidates={names}: at least two are needed, whose names differ (rename folders of SAEs).")
     if isinstance(model, PeftModel) or steered_layers(model):
         raise ConfigError("The model has adapters: pass it without them.")
     if not len(pairs) or not len(held_out):
         raise DatasetError(f"{len(pairs)} pairs to train on and {len(held_out)} held out: both are needed.")
+    dense = [each.name for each in candidates if each.config.space == "dense" and each.max_features is not None]
+    if dense:
+        raise ConfigError(f"{dense[0]}: max_features= is for sparse adapters.")
     require_bound(max_kl)
     at_least(1, batch_size=batch_size)
-    rows = training.get("per_device_train_batch_size", YaPOTrainingConfig.per_device_train_batch_size)
-    full = max(8, math.ceil(YaPOTrainingConfig.num_train_epochs * len(pairs) / rows)) if steps is None else steps
+    taken = sorted(_OURS & set(training))
+    if taken:
+        raise ConfigError(f"{taken[0]}={training[taken[0]]!r}: choose sets it; leave it out.")
+    full = _full_steps(len(pairs), training) if steps is None else steps
     at_least(8, steps=full)
     bench = _Bench(model, tokenizer, pairs, held_out, Path(folder), max_kl, batch_size, training)
-    bench.begin(names, full)
+    bench.begin([candidate.identity() for candidate in candidates], full)
     again = max(2, math.ceil(len(candidates) * _AGAIN))
     with tqdm(total=len(candidates) + again, desc="Candidates", unit="training") as bar:
         first = bench.round(candidates, max(2, round(full * _FIRST)), bar)
@@ -145,6 +160,14 @@ def choose(
     lead = (best.both - following.both).to_numpy()
     bounds = interval(resampled_means(lead[None], _RESAMPLES, seed=0), 0.95)
     return Choice(best.candidate, table, (float(lead.mean()), *bounds))
+
+
+def _full_steps(pairs: int, training: dict[str, Any]) -> int:
+    """Steps of a full training."""
+    defaults = YaPOTrainingConfig
+    rows = training.get("per_device_train_batch_size", defaults.per_device_train_batch_size)
+    rows *= training.get("gradient_accumulation_steps", 1)
+    return max(8, math.ceil(training.get("num_train_epochs", defaults.num_train_epochs) * pairs / rows))
 
 
 @dataclass(frozen=True)
@@ -196,10 +219,11 @@ class _Bench:
         """Where activations are cached."""
         return self.folder / "activations"
 
-    def begin(self, candidates: list[str], steps: int) -> None:
+    def begin(self, candidates: list[dict[str, Any]], steps: int) -> None:
         """Records what is measured in the folder. Raises `ConfigError` if it has results of other arguments."""
         data = json.dumps([self.pairs.to_list(), self.held_out.to_list()], default=repr)
-        arguments: dict[str, Any] = {"candidates": candidates, "steps": steps, "max_kl": self.max_kl}
+        arguments: dict[str, Any] = {f"candidate {place}": each for place, each in enumerate(candidates, 1)}
+        arguments |= {"steps": steps, "max_kl": self.max_kl}
         arguments |= {name: repr(value) for name, value in self.training.items()}
         arguments["data"] = hashlib.sha256(data.encode()).hexdigest()
         begin_or_resume(self.folder / "run.json", arguments | {"model": hash_model(self.model, sampled=True)})
@@ -215,15 +239,18 @@ class _Bench:
 
     def measured(self, candidate: Candidate, steps: int) -> _Found:
         """The gains of a candidate after some steps; read from the folder if they are there."""
-        slug = "".join(letter if letter.isalnum() else "-" for letter in candidate.name)
-        scores, facts = (self.folder / f"{slug}-{steps}{end}" for end in ("-gains.json", "-facts.json"))
+        digest = hashlib.sha256(candidate.name.encode()).hexdigest()[:16]
+        scores, facts = (self.folder / f"{digest}-{steps}{end}" for end in ("-gains.json", "-facts.json"))
         if not facts.is_file():
             model: Any = get_peft_model(self.model, copy.deepcopy(candidate.config))
             try:
-                self._train(model, candidate, steps)
+                with evaluating(model):
+                    self._train(model, candidate, steps)
                 damage = calibrate(model, self.tokenizer, self.max_kl)
                 found = sweep(model, self.held_out, self.tokenizer, (-1.0, 0.0, 1.0), batch_size=self.batch_size)
                 entries = sum(int(layer.code("default").count_nonzero()) for layer in steered_layers(model))
+            except ConfigError as error:
+                raise ConfigError(f"{candidate.name}: {error}") from error
             finally:
                 model.unload()
             found.gains("margin").save(scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -23,10 +24,10 @@ from ..tuner.adapters import layers_of, record_damage, require_enabled
 from ..tuner.blocks import base_of
 from ..tuner.hooks import block_outputs
 
-# One row in four is held out; the KL is measured on this many of them.
-_HELD_OUT, _COMPARED = 4, 32
-# Pre-activations that are kept to fit thresholds: 1 GiB.
-_MOST_VALUES = 1 << 28
+# One row in four is held out; this many of them are compared, and on as many as `calibrate` reads damage is measured.
+_HELD_OUT, _COMPARED, _CALIBRATED = 4, 128, 64
+# Pre-activations that are kept to fit thresholds, and features that are fitted at once: a few GiB in all.
+_MOST_VALUES, _AT_ONCE = 1 << 28, 256
 
 
 @torch.no_grad()
@@ -72,10 +73,12 @@ def convert_to_jumprelu(
         raise ConfigError(f"Adapter {name!r} has no TopK SAE with a non-zero code: there is nothing to convert.")
     rows = [ids[: context_length(base_of(model))] for ids in neutral_rows(dataset, tokenizer, at_least=_HELD_OUT)]
     fitted, held_out = [ids for place, ids in enumerate(rows) if place % _HELD_OUT], rows[::_HELD_OUT]
+    held_out = held_out[:_COMPARED]
     with evaluating(model):
         for ids in tqdm(fitted, desc="Fitting thresholds", unit="row"):
             _read(model, name, readings, ids)
             if sum(reading.size for reading in readings) > _MOST_VALUES:
+                warnings.warn("Not all text is read, because the code has many features: prune it first.", stacklevel=2)
                 break
         converted = [reading.converted() for reading in readings]
         found = _compared(model, name, readings, converted, held_out)
@@ -85,7 +88,8 @@ def convert_to_jumprelu(
         config.sae_identity = [_sae(layer, name).identity.to_dict() for layer in layers]
         config.self_contained, config.conversion = True, found
         if config.damage is not None:
-            text = NeutralText(model, rows, _device(model), None, adapter_name=name)
+            neutral = neutral_rows(None, tokenizer)[:_CALIBRATED]
+            text = NeutralText(model, neutral, _device(model), None, adapter_name=name)
             record_damage(model, name, layers, measured(text))
     return found
 
@@ -136,7 +140,9 @@ class _Reading:
         whole = self.sae.weights(torch.device("cpu"), self.sae.dtype)
         lowest = torch.cat(self.lowest)
         thresholds = lowest[lowest.isfinite()].mean().nan_to_num().repeat(whole.d_sae)
-        thresholds[self.indices] = fit_thresholds(torch.cat(self.values), torch.cat(self.active))
+        values, active = torch.cat(self.values), torch.cat(self.active)
+        parts = zip(values.split(_AT_ONCE, dim=1), active.split(_AT_ONCE, dim=1), strict=True)
+        thresholds[self.indices] = torch.cat([fit_thresholds(*part) for part in parts])
         weights = replace(whole, activation="jumprelu", k=None, threshold=thresholds.to(whole.W_enc.dtype))
         identity = replace(self.sae.identity, architecture="jumprelu", content_hash=content_hash(weights))
         return FrozenSAE(weights, identity, self.sae.hook_name)
@@ -176,7 +182,7 @@ def _compared(
     """Compares both kinds of SAEs on text; see `convert_to_jumprelu`."""
     wrong, either, error, total = 0, 0, 0.0, 0.0
     divergences: dict[str, list[Tensor]] = {"kl_plus": [], "kl_minus": []}
-    for place, ids in enumerate(tqdm(rows, desc="Comparing", unit="row")):
+    for ids in tqdm(rows, desc="Comparing", unit="row"):
         with steering(model, 0.0, name), block_outputs(reading.layer for reading in readings) as outputs:
             _logits(model, ids)
         for reading, sae in zip(readings, converted, strict=True):
@@ -186,8 +192,6 @@ def _compared(
             wrong += int(((before > 0) != (after > 0)).sum())
             either += int(((before > 0) | (after > 0)).sum())
             error, total = error + float((before - after).abs().sum()), total + float(before.sum())
-        if place >= _COMPARED:
-            continue
         for metric, multiplier in (("kl_plus", 1.0), ("kl_minus", -1.0)):
             with steering(model, multiplier, name):
                 both: list[Tensor] = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..errors import SAENotFoundError
+from ..errors import SAEMismatchError, SAENotFoundError
 from .frozen import FrozenSAE
 from .identity import SAEIdentity
 from .weights import SAEWeights
@@ -31,6 +33,7 @@ class SAEPart(FrozenSAE):
         self._whole: FrozenSAE | None = None
         self._indices = torch.empty(0, dtype=torch.long)
         self._part: SAEWeights | None = None
+        self._copies = {}
 
     def fill(self, indices: Tensor, part: SAEWeights) -> None:
         """Sets the weights of some features, `(n,)`, in ascending order."""
@@ -62,7 +65,10 @@ class SAEPart(FrozenSAE):
         if places is None or part is None or (is_topk and part.selected is None):
             return self.whole().select(indices, device, dtype)
         if is_topk:
-            return part.to(device, dtype).select(places.to(device))
+            # The encoder is large: copies of it are kept.
+            encoder = {n: self._copy(n, t, device, dtype) for n, t in part.tensors() if n in ("W_enc", "b_enc", "b_in")}
+            rows = replace(part, W_dec=part.W_dec.to(device, dtype), **encoder)
+            return replace(rows, selected=cast(Tensor, part.selected).to(device)).select(places.to(device))
         return super().select(places, device, dtype)
 
     def whole(self) -> FrozenSAE:
@@ -82,6 +88,11 @@ class SAEPart(FrozenSAE):
                     f"converted with yapo_peft.methods.convert_to_jumprelu) need the whole SAE, which was not found. "
                     f"{error}"
                 ) from error
+            if self.identity.architecture == "jumprelu" and found.identity.architecture == "topk":
+                raise SAEMismatchError(
+                    "This adapter's TopK SAE was converted to JumpReLU for its own code. Train or edit the adapter "
+                    "from before the conversion, and convert it again."
+                )
             found.identity.require_same(self.identity.to_dict(), "a self-contained adapter")
             self._whole = found
         return self._whole

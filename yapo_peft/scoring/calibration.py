@@ -176,8 +176,10 @@ def _scale(divergence: Callable[[float], float], start: float, wanted: float, at
         if abs(value / wanted - 1) <= _TOLERANCE or (at_most and step == 0 and value < wanted):
             return scale
         if value < wanted:
-            if low is not None and high is None and scale >= 2 * low[0] and value <= 1.01 * low[1]:
-                break  # it no longer grows
+            grows = low is None or scale < 2 * low[0] or value > 1.01 * low[1]
+            # Rounding hides the divergence of small codes.
+            if high is None and not grows and value > 1e-4 * wanted:
+                break
             low = (scale, value)
         else:  # also if it overflows and is not a number
             high = (scale, value)

@@ -134,10 +134,10 @@ class YaPOConfig(PeftConfig):
             UnsupportedOperationError: The codes were saved with `safe_serialization=False`, as a pickle.
         """
         folder = Path(save_directory)
-        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickle, safe = folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+        if pickle.is_file() and (not safe.is_file() or safe.stat().st_mtime_ns < pickle.stat().st_mtime_ns):
             raise UnsupportedOperationError(
-                f"{str(folder / WEIGHTS_NAME)!r} is a pickle, from which no adapter is loaded: save without "
-                "safe_serialization=False."
+                f"{str(pickle)!r} is a pickle, from which no adapter is loaded: save without safe_serialization=False."
             )
         super().save_pretrained(save_directory, **kwargs)
         save_card(self, Path(save_directory))
