@@ -122,6 +122,7 @@ def steering(
     Contexts can be nested. Which parameters are trainable does not change. The multiplier is part of the model's state:
     threads and tasks that share a model cannot steer it at the same time, the second one gets an error. A thread that
     only calls the model is steered, because it may have been started to stream the answer: let it end within the block.
+    Generators of one thread that yield within such blocks share its state: the block that was entered last decides.
 
     Args:
         model: A `PeftModel`, or a transformers model with a YaPO adapter.
