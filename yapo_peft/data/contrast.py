@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DatasetError
-from ..scoring.pairs import prompt_ids
+from ..scoring.pairs import chat_ids, prompt_ids
 from .answering import answer_all, normalized, save_pairs
 from .preferences import load_prompts, with_system_prompt
 from .sources import as_message
@@ -113,13 +113,17 @@ def _prompts(questions: Iterable[str] | Dataset | None) -> Dataset:
 
 def _rendered(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, system: str) -> list[list[int]]:
     """The tokens of each prompt after a system prompt, or with it in the first message if the template has no role."""
+    found = with_system_prompt(prompts, system, as_user=not _takes_system(tokenizer))
+    return [prompt_ids(prompt, tokenizer) for prompt in found["prompt"]]
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template has a system role."""
     try:
-        found = with_system_prompt(prompts, system)
-        return [prompt_ids(prompt, tokenizer) for prompt in found["prompt"]]
-    except DatasetError as error:
-        if "as_user=True" not in str(error):
-            raise
-        return [prompt_ids(prompt, tokenizer) for prompt in with_system_prompt(prompts, system, as_user=True)["prompt"]]
+        chat_ids([{"role": role, "content": "x"} for role in ("system", "user")], tokenizer)
+    except DatasetError:
+        return False
+    return True
 
 
 def _pairs(prompts: Dataset, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> Dataset:
