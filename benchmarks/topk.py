@@ -41,7 +41,7 @@ def topk_sae(hidden: torch.Tensor, folder: Path, copies: int) -> tuple[str, int]
     """Saves the embedded SAE as a TopK SAE, beside rotated copies of its features; returns its folder and k."""
     from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
-    sae = SAE.load_from_disk(sae_folder())
+    sae = SAE.load_from_disk(sae_folder()).float()
     k = round(float((sae.encode(hidden) > 0).sum(-1).float().mean()))
     cfg = {"d_in": sae.cfg.d_in, "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input}
     wide = TopKSAE(TopKSAEConfig(**cfg, d_sae=copies * sae.cfg.d_sae, k=k, rescale_acts_by_decoder_norm=False))
