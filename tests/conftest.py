@@ -69,6 +69,15 @@ def pairs() -> Dataset:
 
 
 @pytest.fixture
+def few_neutral_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neutral text of a few rows, where every training and calibration reads it all."""
+    from yapo_peft.scoring import neutral
+
+    rows = neutral.packaged_text()[:4]
+    monkeypatch.setattr(neutral, "packaged_text", lambda: rows)
+
+
+@pytest.fixture
 def saved_adapter(tmp_path: Path, tokenizer) -> Path:
     """Folder of a self-contained sparse adapter at block 2; its model and tokenizer are in `tmp_path / "base"`."""
     from peft import get_peft_model

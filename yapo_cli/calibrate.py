@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,9 +13,7 @@ def calibrate(
     adapter: options.Adapter,
     out: options.NewFolder,
     max_kl: Annotated[float, typer.Option(help="Damage at multipliers +1 and -1: KL in nats per token.")] = 0.1,
-    text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file to measure it on; default: built in.")
-    ] = None,
+    text: options.NeutralText = None,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from . import options
 from .pairs import PairArguments, TrainingPairs, reads_pairs
+from .train import write_config
 
 if TYPE_CHECKING:
     from yapo_peft import YaPOConfig
@@ -54,10 +55,7 @@ def choose(
     `yapo choose google/gemma-2-2b-it --dataset train.csv --sae-release gemma-scope-2b-pt-res-canonical
     --sae-id width_16k --layers 10,15,20 --out choice`
     """
-    import yaml
-
     from yapo_peft import ConfigError
-    from yapo_peft._utils import replacing
     from yapo_peft.evaluation import Candidate, plot_choice
     from yapo_peft.evaluation import choose as chosen
     from yapo_peft.evaluation.plots import require_plot_path
@@ -92,11 +90,9 @@ def choose(
     print_table(found.table, as_json)
     found.table.to_csv(out / "choice.csv", index=False)
     plot_choice(found.table, out / "choice.png", f"{Path(str(data.dataset)).name}: gain at a KL of {max_kl:g}")
-    values = {"model_name_or_path": model, **found.best.options(), "max_kl": max_kl, "dtype": dtype, "seed": seed}
     defaults = PairArguments()
-    values |= {name: value for name, value in vars(data).items() if value != getattr(defaults, name)}
-    with replacing(out / "train.yaml") as partial:
-        partial.write_text(yaml.safe_dump(values, sort_keys=False))
+    given = {name: value for name, value in vars(data).items() if value != getattr(defaults, name)}
+    write_config(out / "train.yaml", model, found.best, max_kl=max_kl, dtype=dtype, seed=seed, **given)
     mean, low, high = found.lead
     verdict = "It leads" if low > 0 else "It cannot be told apart from the next one: it leads"
     typer.echo(f"Best: {found.best.name}. {verdict} by {mean:.3g} nats ({low:.3g} to {high:.3g}).", err=True)
@@ -130,11 +126,12 @@ def _configs(
             raise ConfigError(f"--sae-path {path}: the SAE is of layer {layer}, which --layers leaves out.")
         found.append(YaPOConfig(layers=layer, sae_path=path, positions=positions))
     if release is not None:
-        of_release = [sae for sae in find_saes(model) if sae.release == release]
         wanted = [
             sae
-            for sae in of_release
-            if (layers is None or sae.layer in layers) and (not ids or any(part in sae.sae_id for part in ids))
+            for sae in find_saes(model)
+            if sae.release == release
+            and (layers is None or sae.layer in layers)
+            and (not ids or any(part in sae.sae_id for part in ids))
         ]
         if not wanted:
             raise SAENotFoundError(f"No SAE of {release!r} has these layers and ids: see `yapo sae list {model}`.")

@@ -52,10 +52,10 @@ def contexts(
     texts: Any = data.load(tokenizer).to_list() if text is None else options.paragraphs(text)
     model = load_adapter(adapter, dtype, base)
     if wanted is None:
-        steered = explain(model, tokenizer=tokenizer, top=top or 5, labels=False).to_dict("records")
-        wanted = {row["layer"]: [] for row in steered if isinstance(row["feature"], int)}
-        for row in steered if wanted else ():
-            wanted[row["layer"]].append(row["feature"])
+        wanted = {}
+        for row in explain(model, tokenizer=tokenizer, top=top or 5, labels=False).to_dict("records"):
+            if isinstance(row["feature"], int):
+                wanted.setdefault(row["layer"], []).append(row["feature"])
         if not wanted:
             raise ConfigError(f"The adapter {adapter} steers no features of an SAE: name some with --feature.")
     table = found_in(model, wanted, texts, tokenizer, top=passages, window=window, batch_size=batch_size)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from . import options
@@ -13,9 +10,7 @@ from . import options
 def convert(
     adapter: options.Adapter,
     out: options.NewFolder,
-    text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file to fit on; default: built in.")
-    ] = None,
+    text: options.NeutralText = None,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:

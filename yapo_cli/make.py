@@ -10,7 +10,7 @@ import typer
 from . import options
 from .data import contrast
 from .report import report
-from .train import launch
+from .train import launch, write_config
 
 # Share of the pairs that the report is about.
 _HELD_OUT = 0.2
@@ -51,7 +51,7 @@ def make(
     from accelerate.utils.memory import clear_device_cache
 
     from yapo_peft import YaPOConfig
-    from yapo_peft._utils import begin_or_resume
+    from yapo_peft.evaluation import Candidate
     from yapo_peft.report.page import require_page
     from yapo_peft.scoring.calibration import require_bound
 
@@ -66,7 +66,10 @@ def make(
         config.load_sae(place)
     asked = {"model": model, "towards": towards, "away": away, "questions": questions, "limit": limit, "seed": seed}
     adapter = {"model": model, "layers": layers, **given, "features": features, "max_kl": max_kl, "dtype": dtype}
-    if not (out / "train.parquet").is_file():
+    pairs, trained = out / "train.parquet", out / "adapter" / "adapter_config.json"
+    _begin(out / "pairs.json", asked | {"max_new_tokens": max_new_tokens}, pairs)
+    _begin(out / "adapter.json", adapter, trained)
+    if not pairs.is_file():
         contrast(
             model=model,
             towards=towards,
@@ -80,17 +83,17 @@ def make(
             seed=seed,
             dtype=dtype,
         )
-        begin_or_resume(out / "pairs" / "make.json", asked | {"max_new_tokens": max_new_tokens})
         _split(out, seed)
         # The training runs in a process of its own.
         gc.collect()
         clear_device_cache()
-    begin_or_resume(out / "pairs" / "make.json", asked | {"max_new_tokens": max_new_tokens})
-    if not (out / "adapter" / "adapter_config.json").is_file():
-        (out / "adapter.json").unlink(missing_ok=True)
-    begin_or_resume(out / "adapter.json", adapter)
-    if not (out / "adapter" / "adapter_config.json").is_file():
-        _train(out, model, given, layers.split(","), features if given else None, max_kl, dtype, seed)
+    if not trained.is_file():
+        candidate = Candidate(config, features if given else None)
+        write_config(out / "train.yaml", model, candidate, max_kl=max_kl, dtype=dtype, seed=seed, dataset=str(pairs))
+        files = ["--config", str(out / "train.yaml"), "--output_dir", str(out / "adapter")]
+        status = launch([*files, "--cache_activations", "True", "--save_strategy", "no", "--report_to", "none"])
+        if status:
+            raise typer.Exit(status)
     report(
         adapter=str(out / "adapter"),
         dataset=str(out / "test.parquet"),
@@ -102,28 +105,13 @@ def make(
     typer.echo(f"The adapter is in {out / 'adapter'}, a page about it in {out / 'report.html'}.")
 
 
-def _train(
-    out: Path,
-    model: str,
-    saes: dict[str, Any],
-    layers: list[str],
-    features: int | None,
-    max_kl: float,
-    dtype: str,
-    seed: int,
-) -> None:
-    """Runs `yapo train` on the pairs; ends the command if that fails."""
-    arguments = ["--model_name_or_path", model, "--dataset", str(out / "train.parquet")]
-    arguments += ["--space", "sae" if saes else "dense", "--layers", *layers]
-    arguments += ["--output_dir", str(out / "adapter"), "--max_kl", str(max_kl), "--dtype", dtype]
-    for name, value in saes.items():
-        arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]
-    if features is not None:
-        arguments += ["--max_features", str(features)]
-    arguments += ["--cache_activations", "True", "--save_strategy", "no", "--report_to", "none", "--seed", str(seed)]
-    status = launch(arguments)
-    if status:
-        raise typer.Exit(status)
+def _begin(file: Path, arguments: dict[str, Any], made: Path) -> None:
+    """Records what something is made of. Raises `ConfigError` if it is made already, of something else."""
+    from yapo_peft._utils import begin_or_resume
+
+    if not made.is_file():
+        file.unlink(missing_ok=True)
+    begin_or_resume(file, arguments)
 
 
 def _split(out: Path, seed: int) -> None:

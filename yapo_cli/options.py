@@ -63,6 +63,9 @@ Temperature = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NeutralText = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="Text file to measure on; default: built in.")
+]
 NewFolder = Annotated[
     Path, typer.Option("--out", callback=_new_folder, help="Output folder; must be empty or not exist.")
 ]

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import typer
+
+if TYPE_CHECKING:
+    from yapo_peft.evaluation import Candidate
 
 
 def train(context: typer.Context) -> None:
     """Train an adapter on preference pairs. The options are those of `trl dpo` and the adapter."""
     raise typer.Exit(launch(list(context.args)))
+
+
+def write_config(file: Path, model: str, candidate: Candidate, **others: Any) -> None:
+    """Writes a YAML config of `yapo train` that trains a candidate.
+
+    Args:
+        file: The file.
+        model: Folder or Hub repository of the model.
+        candidate: The adapter.
+        **others: More options of `yapo train`.
+    """
+    import yaml
+
+    from yapo_peft._utils import replacing
+
+    with replacing(file) as partial:
+        partial.write_text(
+            yaml.safe_dump({"model_name_or_path": model, **candidate.options(), **others}, sort_keys=False)
+        )
 
 
 def launch(arguments: list[str]) -> int:

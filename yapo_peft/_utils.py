@@ -150,6 +150,18 @@ def begin_or_resume(file: Path, arguments: dict[str, Any]) -> None:
         )
 
 
+def listed(value: Any) -> list[Any]:
+    """A value as a list: none for None, one for a single value."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter that is in memory; the CPU if none is."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Puts a model into evaluation mode for a while, and then each module back into the mode that it was in.

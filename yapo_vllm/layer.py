@@ -105,8 +105,8 @@ class _Features:
         names = ("b_enc", "magnitude_scale", "magnitude_bias") if is_gated else ("b_enc", "threshold")
         if part.encoder is not None and part.sae is not None:
             whole = {name: value.to(like) for name, value in _without_input_bias(part.sae).items()}
-            self._sae = replace(part.sae, **whole, b_in=None, W_dec=like.new_zeros(size, d_model))
-            self._sae = replace(self._sae, selected=torch.zeros(size, dtype=torch.long, device=like.device))
+            selected = torch.zeros(size, dtype=torch.long, device=like.device)
+            self._sae = replace(part.sae, **whole, b_in=None, W_dec=like.new_zeros(size, d_model), selected=selected)
         else:
             self._sae = SAEWeights(
                 W_enc=like.new_zeros(d_model, size),
@@ -127,9 +127,8 @@ class _Features:
         self._vectors.put(slot, part)
         here = self._places(slot, len(part.values) if part.sae is not None else 0)
         if part.sae is not None:
-            new = _without_input_bias(part.sae)
-            if part.sae.selected is not None:
-                new = {"selected": part.sae.selected}
+            selected = part.sae.selected
+            new = _without_input_bias(part.sae) if selected is None else {"selected": selected}
             for name, value in new.items():
                 own = getattr(self._sae, name)
                 own[..., here] = value.to(own)

@@ -6,14 +6,12 @@ import pytest
 import yaml
 from tiny import inference_sae, make_model, make_sae
 
-from yapo_peft.scoring import neutral
 from yapo_peft.scripts.arguments import parse
 
 
 @pytest.mark.feature("Commands", "`yapo choose`: the layer, SAE and number of features to train, as a config")
-def test_the_command_writes_a_config_that_train_takes(run, tmp_path, tokenizer, pairs_file, monkeypatch):
-    rows = neutral.packaged_text()[:4]
-    monkeypatch.setattr(neutral, "packaged_text", lambda: rows)
+@pytest.mark.usefixtures("few_neutral_rows")
+def test_the_command_writes_a_config_that_train_takes(run, tmp_path, tokenizer, pairs_file):
     base = tmp_path / "base"
     make_model().save_pretrained(base)
     tokenizer.save_pretrained(base)

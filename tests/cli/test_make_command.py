@@ -7,7 +7,6 @@ from datasets import load_dataset
 from tiny import inference_sae, make_attentive_model, make_sae
 
 from yapo_cli import make
-from yapo_peft.scoring import neutral
 from yapo_peft.scripts.arguments import parse
 from yapo_peft.scripts.yapo import main as train
 
@@ -15,9 +14,8 @@ WORDS = [f"w{n}" for n in range(50, 90)]
 
 
 @pytest.mark.feature("Commands", "`yapo make`: an adapter from two descriptions")
+@pytest.mark.usefixtures("few_neutral_rows")
 def test_an_adapter_is_made_and_an_interrupted_run_goes_on(run, tmp_path, tokenizer, monkeypatch):
-    rows = neutral.packaged_text()[:4]
-    monkeypatch.setattr(neutral, "packaged_text", lambda: rows)
     make_attentive_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     inference_sae(make_sae(), tmp_path / "sae")

@@ -8,17 +8,10 @@ from tiny import make_model, make_sae, random_ids
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig, YaPOTrainer, YaPOTrainingConfig, calibrate, sweep
 from yapo_peft.evaluation import Candidate, choose
-from yapo_peft.scoring import neutral
 from yapo_peft.tuner.adapters import steered_layers
 
+pytestmark = pytest.mark.usefixtures("few_neutral_rows")
 OPTIONS = {"bf16": False, "use_cpu": True, "logging_strategy": "no", "seed": 3}
-
-
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
-    """Neutral text of a few rows, because every training reads it."""
-    rows = neutral.packaged_text()[:4]
-    monkeypatch.setattr(neutral, "packaged_text", lambda: rows)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, begin_or_resume, evaluating, hash_model, replacing
+from .._utils import at_least, begin_or_resume, evaluating, hash_model, listed, replacing
 from ..errors import ConfigError, DatasetError
 from ..sae import load_sae
 from ..scoring.calibration import calibrate, require_bound
@@ -56,16 +56,16 @@ class Candidate:
         """A name that says what it is, such as "layer 14, my-sae, 64 features"."""
         config, saes = self.config, "dense"
         if config.space == "sae":
-            found = config.sae_id or [Path(path).name for path in _listed(config.sae_path)] or ["sae"]
-            saes = " + ".join(_listed(found))
-        layers = ", ".join(map(str, _listed(config.layers)))
+            found = config.sae_id or [Path(path).name for path in listed(config.sae_path)] or ["sae"]
+            saes = " + ".join(listed(found))
+        layers = ", ".join(map(str, listed(config.layers)))
         features = "" if self.max_features is None else f", {self.max_features} features"
         positions = "" if config.positions == "all" else f", positions={config.positions!r}"
         return f"layer {layers}, {saes}{features}{positions}"
 
     def identity(self) -> dict[str, Any]:
         """What tells it from others: its options, and the hash of each SAE that is a folder or an object."""
-        hashes = [load_sae(path=path).identity.content_hash for path in _listed(self.config.sae_path)]
+        hashes = [load_sae(path=path).identity.content_hash for path in listed(self.config.sae_path)]
         hashes = hashes or [sae.get("content_hash") for sae in self.config.sae_identity or []]
         return self.options() | {"saes": hashes}
 
@@ -74,8 +74,8 @@ class Candidate:
         named = ("layers", "space", "sae_release", "sae_id", "sae_path", "positions", "blocks")
         values = {name: getattr(self.config, name) for name in named} | {"max_features": self.max_features}
         # `yapo train` takes lists.
-        listed = ("layers", "sae_release", "sae_id", "sae_path")
-        return {n: _listed(v) if n in listed else v for n, v in values.items() if v is not None}
+        as_lists = ("layers", "sae_release", "sae_id", "sae_path")
+        return {n: listed(v) if n in as_lists else v for n, v in values.items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -275,9 +275,3 @@ class _Bench:
             with redirect_stdout(StringIO()):  # one bar for all
                 trainer = YaPOTrainer(model, args, train_dataset=self.pairs, processing_class=self.tokenizer)
                 trainer.train()
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, evaluating, mixed_seed
+from .._utils import at_least, device_of, evaluating, mixed_seed
 from ..errors import ConfigError, DatasetError
 from ..scoring.checks import longest, require_length
 from ..scoring.generation import answer
@@ -126,7 +126,7 @@ def _sweep_likelihoods(
     batch_size: int,
 ) -> list[dict[str, float]]:
     batches = measure.batches(dataset, tokenizer, batch_size)
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = device_of(model)
     with dialled(model, 1.0, adapter_name):
         scorer = SweepScorer(model, len(multipliers))
     require_length(scorer.base, longest(batches), "A row")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least
+from .._utils import at_least, device_of
 from ..errors import ConfigError, DatasetError
 from ..scoring.checks import context_length
 from ..scoring.pairs import chat_ids, common_prefix, padding_of, prompt_ids, rendering
@@ -120,7 +120,7 @@ def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[st
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Returns the device and the dtype of a model's weights."""
     base = base_of(model)
-    return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu")), base.dtype
+    return device_of(base), base.dtype
 
 
 def tokenizer_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

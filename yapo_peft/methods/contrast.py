@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import choice, evaluating
+from .._utils import choice, device_of, evaluating
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..scoring.checks import longest, require_length
@@ -106,7 +106,7 @@ def measure_contrast(
     batches = pair_batches(dataset, tokenizer, batch_size)
     require_length(model.get_base_model(), longest(batches), "A pair")
     contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    device = device_of(model)
     # Skips the head, because the logits are not needed.
     backbone: Any = cast(Any, model.get_base_model()).base_model
     with evaluating(model):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import device_of, evaluating
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..sae.identity import content_hash
@@ -76,20 +76,20 @@ def convert_to_jumprelu(
     held_out = held_out[:_COMPARED]
     with evaluating(model):
         for ids in tqdm(fitted, desc="Fitting thresholds", unit="row"):
-            _read(model, name, readings, ids)
+            for reading, h in zip(readings, _outputs(model, name, readings, ids), strict=True):
+                reading.add(h)
             if sum(reading.size for reading in readings) > _MOST_VALUES:
                 warnings.warn("Not all text is read, because the code has many features: prune it first.", stacklevel=2)
                 break
         converted = [reading.converted() for reading in readings]
         found = _compared(model, name, readings, converted, held_out)
-        for reading, sae in zip(readings, converted, strict=True):
-            reading.layer.yapo_sae[name] = sae
+        _attach(readings, converted)
         config = cast(Any, model).peft_config[name]
         config.sae_identity = [_sae(layer, name).identity.to_dict() for layer in layers]
         config.self_contained, config.conversion = True, found
         if config.damage is not None:
             neutral = neutral_rows(None, tokenizer)[:_CALIBRATED]
-            text = NeutralText(model, neutral, _device(model), None, adapter_name=name)
+            text = NeutralText(model, neutral, device_of(model), None, adapter_name=name)
             record_damage(model, name, layers, measured(text))
     return found
 
@@ -124,16 +124,11 @@ class _Reading:
 
     def add(self, h: Tensor) -> None:
         """Reads the layer's output, `(tokens, d_model)`."""
-        values, active, features = self.read(h)
-        self.values.append(values.cpu())
-        self.active.append(active.cpu())
-        self.lowest.append(features.masked_fill(features == 0, torch.inf).amin(-1).float().cpu())
-
-    def read(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The pre-activations of the code's features, whether they are active, and all features of the TopK SAE."""
         weights, indices = self.sae.weights(h.device, h.dtype), self.indices.to(h.device)
         features = weights.encode(h)[0]
-        return weights.pre_activations(h)[:, indices].float(), features[:, indices] > 0, features
+        self.values.append(weights.pre_activations(h)[:, indices].float().cpu())
+        self.active.append((features[:, indices] > 0).cpu())
+        self.lowest.append(features.masked_fill(features == 0, torch.inf).amin(-1).float().cpu())
 
     def converted(self) -> FrozenSAE:
         """The SAE with thresholds instead of k."""
@@ -169,11 +164,11 @@ def fit_thresholds(values: Tensor, active: Tensor) -> Tensor:
     return torch.where(best > 0, halfway, ordered[0])
 
 
-def _read(model: nn.Module, name: str, readings: list[_Reading], ids: list[int]) -> None:
+def _outputs(model: nn.Module, name: str, readings: list[_Reading], ids: list[int]) -> list[Tensor]:
+    """The unsteered outputs of the layers, `(tokens, d_model)` each."""
     with steering(model, 0.0, name), block_outputs(reading.layer for reading in readings) as outputs:
         _logits(model, ids)
-    for reading in readings:
-        reading.add(outputs[reading.layer.index][0])
+    return [outputs[reading.layer.index][0] for reading in readings]
 
 
 def _compared(
@@ -183,12 +178,9 @@ def _compared(
     wrong, either, error, total = 0, 0, 0.0, 0.0
     divergences: dict[str, list[Tensor]] = {"kl_plus": [], "kl_minus": []}
     for ids in tqdm(rows, desc="Comparing", unit="row"):
-        with steering(model, 0.0, name), block_outputs(reading.layer for reading in readings) as outputs:
-            _logits(model, ids)
-        for reading, sae in zip(readings, converted, strict=True):
-            h = outputs[reading.layer.index][0]
-            before = reading.read(h)[2][:, reading.indices.to(h.device)].float()
-            after = sae.select(reading.indices, h.device, h.dtype).encode(h)[0].float()
+        for reading, sae, h in zip(readings, converted, _outputs(model, name, readings, ids), strict=True):
+            parts = (each.select(reading.indices, h.device, h.dtype) for each in (reading.sae, sae))
+            before, after = (part.encode(h)[0].float() for part in parts)
             wrong += int(((before > 0) != (after > 0)).sum())
             either += int(((before > 0) | (after > 0)).sum())
             error, total = error + float((before - after).abs().sum()), total + float(before.sum())
@@ -213,13 +205,9 @@ def _attach(readings: list[_Reading], saes: list[FrozenSAE]) -> None:
 
 
 def _logits(model: nn.Module, ids: list[int]) -> Tensor:
-    inputs = torch.tensor([ids], device=_device(model))
+    inputs = torch.tensor([ids], device=device_of(model))
     return model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
 
 
 def _sae(layer: YaPOLayer, name: str) -> FrozenSAE:
     return cast(FrozenSAE, layer.yapo_sae[name])
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(p.device for p in model.parameters() if not p.is_meta)

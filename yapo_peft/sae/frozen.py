@@ -57,6 +57,9 @@ class FrozenSAE:
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         """Returns the weights on a device, in a dtype."""
+        return self._moved(device, dtype)
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         moved = {name: self._copy(name, tensor, device, dtype) for name, tensor in self._native.tensors()}
         return dataclasses.replace(self._native, **moved)
 
@@ -69,7 +72,7 @@ class FrozenSAE:
         if key not in self._copies:
             # Copies made in inference mode could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
-                self._copies[key] = tensor.to(device, dtype)
+                self._copies[key] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
         return self._copies[key]
 
     def decoder_rows(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -79,7 +82,7 @@ class FrozenSAE:
     def select(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         """Returns the weights of features `(n,)`, on a device, in a dtype; does not move the others if possible."""
         if self._native.activation == "topk" and len(indices):  # its encoder needs all features
-            return self.weights(device, dtype).select(indices.to(device))
+            return self._moved(device, dtype).select(indices.to(device))
         return self._native.select(indices.to(self._native.W_dec.device)).to(device, dtype)
 
     def renamed(self, identity: SAEIdentity, hook_name: str | None) -> FrozenSAE:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ class SAEPart(FrozenSAE):
 
     def fill(self, indices: Tensor, part: SAEWeights) -> None:
         """Sets the weights of some features, `(n,)`, in ascending order."""
-        self._indices, self._part = indices.long().cpu(), part
+        self._indices, self._part, self._copies = indices.long().cpu(), part, {}
 
     @property
     def _native(self) -> SAEWeights:
@@ -61,14 +59,8 @@ class SAEPart(FrozenSAE):
     def select(self, indices: Tensor, device: torch.device, dtype: torch.dtype) -> SAEWeights:
         """See `FrozenSAE.select`; features of a TopK encoder that is not carried require the whole SAE."""
         places, part = self._places(indices), self._part
-        is_topk = self.activation == "topk" and len(indices) > 0
-        if places is None or part is None or (is_topk and part.selected is None):
+        if places is None or part is None or (part.activation == "topk" and len(indices) and part.selected is None):
             return self.whole().select(indices, device, dtype)
-        if is_topk:
-            # The encoder is large: copies of it are kept.
-            encoder = {n: self._copy(n, t, device, dtype) for n, t in part.tensors() if n in ("W_enc", "b_enc", "b_in")}
-            rows = replace(part, W_dec=part.W_dec.to(device, dtype), **encoder)
-            return replace(rows, selected=cast(Tensor, part.selected).to(device)).select(places.to(device))
         return super().select(places, device, dtype)
 
     def whole(self) -> FrozenSAE:

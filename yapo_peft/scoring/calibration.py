@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import evaluating
+from .._utils import device_of, evaluating
 from ..errors import ConfigError
 from ..tuner.adapters import adapter_of, record_damage, require_enabled, write_code, write_codes
 from ..tuner.layer import YaPOLayer
@@ -68,7 +68,7 @@ def calibrate(
     before = [layer.code(name).detach().clone() for layer in layers]
     if not any(bool(code.any()) for code in before):
         raise ConfigError(f"Adapter {name!r} is zero and does not steer at any scale: train or fit it first.")
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = device_of(model)
     rows = neutral_rows(dataset, tokenizer)[:_ROWS]
     text = NeutralText(model, rows, device, None, adapter_name=name)
     with evaluating(model):

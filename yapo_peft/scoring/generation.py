@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import device_of
 from .pairs import padding_of
 
 
@@ -33,7 +34,7 @@ def answer(
     Returns:
         Each answer's text without special tokens, and whether it ended before the length limit.
     """
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = device_of(model)
     padding = padding_of(tokenizer)
     inputs = _padded(prompts, padding, device)
     options = {"pad_token_id": padding, **generation}

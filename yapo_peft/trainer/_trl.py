@@ -23,7 +23,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from .._utils import evaluating
+from .._utils import device_of, evaluating
 from ..errors import UnsupportedOperationError
 from ..scoring.lm_head import AnswerHead
 from .checkpoints import last_whole_checkpoint, require_resumable
@@ -164,7 +164,7 @@ class TRLSeams(DPOTrainer):
         # Before training, FSDP can leave all processes but the first without weights.
         if self.accelerator.is_main_process:
             inputs = self._model_inputs(self._collated(list(islice(dataset, 1))))
-            device = next(p.device for p in base.parameters() if not p.is_meta)
+            device = device_of(base)
             inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
             with evaluating(self.model), torch.no_grad():
                 head = AnswerHead.of(base, self.model, {n: v for n, v in inputs.items() if n != "fused_lm_head"})

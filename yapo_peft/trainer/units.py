@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 
-from .._utils import evaluating
+from .._utils import device_of, evaluating
 from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from ..scoring.pairs import padded_answers
@@ -62,7 +62,7 @@ def measure_units(trainer: DPOTrainer, base: Any, layers: list[YaPOLayer]) -> Un
 def _measured(trainer: DPOTrainer, base: Any, layers: list[YaPOLayer]) -> Units:
     found: dict[tuple[int, str], list[Tensor]] = {}
     model = cast(nn.Module, trainer.model)
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = device_of(model)
     longest = min(_TOKENS, cast(DPOConfig, trainer.args).max_length or _TOKENS)
     with evaluating(model):
         for row in islice(cast(Iterable[Any], trainer.train_dataset), _EXAMPLES):

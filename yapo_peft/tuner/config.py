@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType, TaskType
 from torch import Tensor
 
-from .._utils import choice, finite, hash_tensors, help_from_docstring, is_finite
+from .._utils import choice, finite, hash_tensors, help_from_docstring, is_finite, listed
 from ..adapter_file.card import save_card
 from ..adapter_file.reading import require_whole
 from ..errors import AdapterFileError, ConfigError, UnsupportedOperationError
@@ -202,7 +202,7 @@ class YaPOConfig(PeftConfig):
     def _check_names(self) -> None:
         for name in ("sae_release", "sae_id", "sae_path", "modules_to_save"):
             value = getattr(self, name)
-            if value is not None and not all(isinstance(one, str) and one for one in _listed(value)):
+            if not all(isinstance(one, str) and one for one in listed(value)):
                 raise ConfigError(f"{name}={value!r:.100}: give a name, or a list of names.")
         identities = self.sae_identity
         if identities is not None and not (isinstance(identities, list) and all(map(_is_identity, identities))):
@@ -272,10 +272,6 @@ def _require_measured(by: str, keys: tuple[str, ...], **given: object) -> None:
     if not isinstance(value, dict) or value.keys() != set(keys) or not all(map(is_finite, value.values())):
         listed = ", ".join(map(repr, keys))
         raise ConfigError(f"{name}={value!r:.100}: {by} fills it in ({listed}); leave it out.")
-
-
-def _listed(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
 
 
 def _is_index(value: object) -> bool:
