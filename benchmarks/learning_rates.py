@@ -2,7 +2,7 @@
 
 A code is trained for each SAE and learning rate, which is given in units of a typical activation; the results also list
 it in the units of the SAE's own features. The embedded SAE is always included; further SAEs are folders of SAEs of the
-embedded model, as written by examples/train_sae.py.
+embedded model, as `yapo sae train` writes them.
 
     python benchmarks/learning_rates.py --sae runs/layer-8 runs/layer-22 --data train.csv --out rates.json
 """

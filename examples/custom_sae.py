@@ -2,7 +2,7 @@
 
 python examples/custom_sae.py --out out/custom
 
-The tensors here come from the embedded SAE. To train your own SAE first, see examples/train_sae.py.
+The tensors here come from the embedded SAE. `yapo sae train` trains one.
 """
 
 from __future__ import annotations

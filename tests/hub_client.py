@@ -10,6 +10,7 @@ from tiny import D_MODEL, inference_sae, make_model, make_sae, preference_rows, 
 
 import yapo_peft
 from yapo_cli import main as yapo
+from yapo_peft.sae import load_sae
 from yapo_peft.sae.directory import _bytes_on_hub
 from yapo_vllm.served import AdapterFile
 
@@ -53,6 +54,7 @@ def push(folder: Path) -> None:
     model.push_to_hub("tester/adapter")
     expected["trained"] = expected["by the command"] = _train(folder)
     assert yapo(["push", str(folder / "out"), "tester/pushed", "--private"]) == 0
+    _train_sae(folder)
     expected["bytes of the SAE"] = _bytes_on_hub("tester/saes", "layer_2")
     torch.save(expected, folder / "expected.pt")
 
@@ -88,6 +90,37 @@ def _train(folder: Path) -> torch.Tensor:
     trainer.push_to_hub(dataset_name="tester/pairs")
     with torch.no_grad():
         return trainer.model.eval()(random_ids()).logits
+
+
+def _train_sae(folder: Path) -> None:
+    """An SAE that the command trained and pushed is found under the name that its card says."""
+    from huggingface_hub import ModelCard
+
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 97}" for i in range(900)))
+    options = [
+        "--layers",
+        "2",
+        "--d-sae",
+        "32",
+        "--l0",
+        "8",
+        "--batch-size",
+        "64",
+        "--buffer",
+        "1024",
+        "--context",
+        "16",
+    ]
+    out = str(folder / "saes")
+    train = ["sae", "train", "tester/base", "--dataset", str(folder / "text.txt"), "--out", out, "--tokens", "640"]
+    assert yapo([*train, *options]) == 0
+    assert yapo(["push", out, "tester/trained-saes"]) == 0
+    pushed = load_sae(release="tester/trained-saes", sae_id="layer_2")
+    assert pushed.identity.content_hash == load_sae(path=f"{out}/layer_2").identity.content_hash
+    card = ModelCard.load("tester/trained-saes").content
+    assert 'sae_release="tester/trained-saes", sae_id="layer_2"' in card
+    assert 'SAE.from_pretrained("tester/trained-saes", "layer_2")' in card
+    assert "base_model: tester/base" in card
 
 
 def download(folder: Path) -> None:

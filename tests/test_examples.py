@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from embedded import ASSETS, SETS
 from forked import run_script
-from tiny import make_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,49 +36,6 @@ def test_embedded_sae_is_small_and_accurate():
     assert measures["l0"] <= 40
     assert measures["dead_features"] <= 0.10
     assert measures["loss_recovered_from_zero"] >= 0.95
-
-
-@pytest.mark.slow
-def test_sae_trained_by_the_example_can_be_steered_with(tmp_path, tokenizer):
-    from peft import get_peft_model
-
-    from yapo_peft import YaPOConfig
-
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    text = " ".join(f"w{i * i % 97}" for i in range(6000))
-    (tmp_path / "text.txt").write_text(text)
-    chats = [{"question": f"w{i} w{i + 1}", "answer": f"w{2 * i} w3 w4"} for i in range(20)]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    options = [
-        "--model",
-        "model",
-        "--layer",
-        "1",
-        "--out",
-        "sae",
-        "--d-sae",
-        "64",
-        "--k",
-        "8",
-        "--samples",
-        "20000",
-        "--batch",
-        "256",
-        "--context",
-        "32",
-    ]
-    (tmp_path / "stories").mkdir()
-    (tmp_path / "stories" / "data.jsonl").write_text(
-        "\n".join(json.dumps({"story": text[i : i + 400]}) for i in range(99))
-    )
-    sources = ["--text", "text.txt", "chats.jsonl:question:answer", "hub:stories:train:story"]
-    done = run_script(ROOT / "examples" / "train_sae.py", *options, *sources, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    measures = json.loads((tmp_path / "sae" / "measures.json").read_text())
-    assert 0.3 < measures["explained_variance"] <= 1
-    assert 0 < measures["l0"] < 32
-    get_peft_model(make_model(), YaPOConfig(layers=1, sae_path=str(tmp_path / "sae")))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ ROOT = Path(yapo_peft.__file__).parents[1]
 # A package imports only from itself and from those before it.
 ORDER = (
     "_version", "errors", "_utils", "sae", "steering", "adapter_file", "tuner", "scoring", "trainer", "methods", "data",
-    "evaluation", "interpret", "report", "export", "app", "scripts",
+    "evaluation", "interpret", "sae_training", "report", "export", "app", "scripts",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def may_import(file: Path, module: str) -> bool:
     inner = inner.removesuffix(".py")
     package, *rest = module.split(".")
     if package == "sae_lens":
-        return (own, file.name) == ("yapo_peft", "loader.py") and inner == "sae"
+        return own == "yapo_peft" and (inner == "sae_training" or (inner, file.name) == ("sae", "loader.py"))
     if package == "trl":
         return inner in ("trainer", "scripts") or (inner, module) in (
             ("data", "trl.extract_prompt"),

@@ -1,4 +1,4 @@
-"""`yapo push`: upload an adapter to the Hub."""
+"""`yapo push`: upload an adapter, or SAEs that `yapo sae train` trained, to the Hub."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ _FILES = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ]
+_SAE_FILES = ["layer_*/cfg.json", "layer_*/sae_weights.safetensors", "layer_*/measures.json"]
+# The local paths in the snippets of a card, and what they are on the Hub.
+_SNIPPETS = {
+    r'((?:AutoPeftModelForCausalLM\.from_pretrained\(|PeftModel\.from_pretrained\(model, ))"[^"]*"': r'\1"REPOSITORY"',
+    r'SAE\.load_from_disk\("(layer_\d+)"\)': r'SAE.from_pretrained("REPOSITORY", "\1")',
+    r'sae_path="(layer_\d+)"': r'sae_release="REPOSITORY", sae_id="\1"',
+}
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or the output of `yapo sae train`.")],
     repository: Annotated[
         str, typer.Argument(metavar="OWNER/NAME", help="Hub repository; created if it does not exist.")
     ],
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a steering adapter",
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
 ) -> None:
-    """Upload an adapter and its model card to the Hub.
+    """Upload an adapter, or trained SAEs, with its card to the Hub.
 
     Files that training left in the folder are not uploaded. `yapo report ADAPTER --card ...` adds features and a plot
     to the card.
@@ -44,30 +51,35 @@ def push(
     from yapo_peft import ConfigError, YaPOConfig
     from yapo_peft.report.page import require_card
 
-    if not (folder / "adapter_config.json").is_file():
+    are_saes = any(folder.glob("layer_*/measures.json"))
+    if are_saes:
+        card = ModelCard.load(folder / "README.md")
+    elif (folder / "adapter_config.json").is_file():
+        config = YaPOConfig.from_pretrained(str(folder))
+        if not isinstance(config, YaPOConfig):
+            raise ConfigError(f"{folder} has an adapter of another method: push it with PEFT.")
+        card = ModelCard.load(require_card(folder))
+        for name in _local(config):
+            print(f"yapo push: warning: others cannot load this adapter: {name}", file=sys.stderr)
+    else:
         raise ConfigError(f"No adapter found in {folder}: pass a folder written by save_pretrained or a trainer.")
-    config = YaPOConfig.from_pretrained(str(folder))
-    if not isinstance(config, YaPOConfig):
-        raise ConfigError(f"{folder} has an adapter of another method: push it with PEFT.")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise ConfigError(f"{repository!r} is not a valid repository name: must be owner/name.") from error
-    card = ModelCard.load(require_card(folder))
-    for name in _local(config):
-        print(f"yapo push: warning: others cannot load this adapter: {name}", file=sys.stderr)
     api = HfApi()
     repo_id = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    # The card's snippet has the local path.
-    card.text = re.sub(
-        r'((?:AutoPeftModelForCausalLM\.from_pretrained\(|PeftModel\.from_pretrained\(model, ))"[^"]*"',
-        rf'\1"{repo_id}"',
-        card.text,
-    )
+    for snippet, uploaded in _SNIPPETS.items():
+        card.text = re.sub(snippet, uploaded.replace("REPOSITORY", repo_id), card.text)
+    message = message or ("Upload SAEs" if are_saes else "Upload a steering adapter")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     api.upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=_FILES, revision=revision, commit_message=message
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=_SAE_FILES if are_saes else _FILES,
+        revision=revision,
+        commit_message=message,
     )
     card.push_to_hub(repo_id, revision=revision, commit_message=message)
     typer.echo(f"Uploaded to {api.endpoint}/{repo_id}.")

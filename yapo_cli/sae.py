@@ -1,4 +1,4 @@
-"""`yapo sae`: find and describe SAEs."""
+"""`yapo sae`: find, describe, measure and train SAEs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
+from . import options, sae_train
 
-app = typer.Typer(no_args_is_help=True, help="Find SAEs for a model without downloading them.")
+app = typer.Typer(no_args_is_help=True, help="Find SAEs for a model, measure them, and train new ones.")
+app.command()(sae_train.train)
+app.command()(sae_train.measure)
 
 
 @app.command("list")

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 import yapo_peft
 from yapo_cli import main as yapo
 from yapo_peft.data import contrast
+from yapo_peft.sae_training import SAETrainingConfig
 from yapo_peft.scoring import neutral
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,8 @@ MODELS = {
     "google/gemma-3-1b-it": "gemma3",
     "meta-llama/Llama-3.1-8B-Instruct": "llama",
     "Qwen/Qwen3-1.7B": "qwen3",
+    "my-org/my-model": "gemma2",
+    "my-org/my-gemma": "gemma2",
 }
 
 
@@ -129,6 +132,8 @@ def furnish(tokenizer) -> dict:
     }  # fmt: skip
     Path("dpo.yaml").write_text(json.dumps(config))
     Path("sample.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8 " * 50)
+    Path("wiki.txt").write_text(" ".join(f"w{i * i % 97}" for i in range(9000)))
+    Path("chats.jsonl").write_text(json.dumps({"messages": rows[0]["prompt"] + rows[0]["chosen"]}))
     sae = make_sae(d_in=D_MODEL, d_sae=D_MODEL, layer=LAYER)
     inference_sae(sae, Path("folder/of/the/sae"))
     inference_sae(make_sae(d_in=D_MODEL, d_sae=D_MODEL, layer=14), Path("path/of/the/sae"))
@@ -167,7 +172,7 @@ def furnish(tokenizer) -> dict:
         "__name__": "page", "yapo_peft": yapo_peft, "PeftModel": PeftModel, "get_peft_model": get_peft_model,
         "base": base, "model": model, "tokenizer": tokenizer, "sae": sae, "args": args, "trainer": trainer,
         "topk_model": topk_model.eval(), "pairs": pairs, "held_out": pairs, "held_out_pairs": pairs, "prompts": pairs,
-        "texts": ["w1 w2 w3 w4 w5 " * 60] * 2, "inputs": inputs, "ids": random_ids(3),
+        "texts": ["w1 w2 w3 w4 w5 " * 1200] * 2, "inputs": inputs, "ids": random_ids(3),
         "three_rows": tokenizer(["w1 w2"] * 3, return_tensors="pt"),
     }  # fmt: skip
 
@@ -236,6 +241,13 @@ def stand_ins(tokenizer) -> None:
     def briefly(self, *arguments, **options):
         self.args.max_steps = 2
         return real_train(self, *arguments, **options)
+
+    def small(self):
+        real_check(self)
+        self.tokens, self.batch_size, self.buffer, self.d_sae, self.l0 = 128, 64, 1024, self.d_sae and 64, 8
+
+    real_check = SAETrainingConfig.__post_init__
+    SAETrainingConfig.__post_init__ = small
 
     # Trainings and calibrations read it all.
     few, questions = neutral.packaged_text()[:8], contrast.packaged_questions()[:12]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from itertools import islice
 from typing import Any, cast
 
@@ -19,13 +18,9 @@ from ..scoring.checks import context_length
 from ..scoring.pairs import chat_ids, common_prefix, padding_of, prompt_ids, rendering
 from ..tuner import YaPOLayer, steering
 from ..tuner.blocks import base_of
-from ..tuner.hooks import block_outputs, forward_hooks
+from ..tuner.hooks import run_up_to
 
 _SHAPES = "pass texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
-
-
-class _StopForward(Exception):  # noqa: N818
-    """Ends a forward pass after the highest layer that is read."""
 
 
 def tokens_of(text: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -105,16 +100,8 @@ def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[st
 
     Layers above the highest of them do not run, unless accelerate offloads weights layer by layer.
     """
-    base = base_of(model)
-
-    def stop(output: Any) -> None:
-        raise _StopForward
-
-    can_stop = not any(hasattr(module, "_hf_hook") for module in base.modules())
-    stopping = forward_hooks([(layers[-1].block, stop)] if can_stop else [])
-    with steering(model, 0.0), block_outputs(layers) as outputs, stopping, suppress(_StopForward):
-        base.base_model(**inputs, use_cache=False)
-    return outputs
+    with steering(model, 0.0):
+        return run_up_to(model, {layer.index: layer.block for layer in layers}, inputs)
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -63,7 +63,7 @@ def find_saes(model: str, layer: int | None = None) -> list[ListedSAE]:
     if not releases:
         known = ", ".join(sorted({entry.model for entry in directory.values()}))
         raise SAENotFoundError(
-            f"sae-lens' directory has no SAE for {model!r}: train one with examples/train_sae.py, pass sae_path for a "
+            f"sae-lens' directory has no SAE for {model!r}: train one with `yapo sae train`, pass sae_path for a "
             f"local one, or use one of these models: {known}."
         )
     found = [

@@ -104,14 +104,19 @@ class FrozenSAE:
         Raises:
             UnsupportedSAEError: The SAE reads another activation.
         """
-        if not self.hook_name:
-            return None
-        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)|(?:.*\.)?(?:layers|h)\.(\d+)", self.hook_name)
-        if match is None:
-            raise UnsupportedSAEError(
-                f"The SAE reads {self.hook_name!r}, which is not the output of a layer: use an SAE of the residual "
-                "stream, such as one trained on 'blocks.15.hook_resid_post'."
-            )
-        if match[3] is not None:
-            return int(match[3])
-        return int(match[1]) - (match[2] == "pre")
+        return layer_read(self.hook_name)
+
+
+def layer_read(hook_name: str | None) -> int | None:
+    """The layer whose output an SAE with this hook name reads; None if it has none. Raises as `FrozenSAE.block`."""
+    if not hook_name:
+        return None
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)|(?:.*\.)?(?:layers|h)\.(\d+)", hook_name)
+    if match is None:
+        raise UnsupportedSAEError(
+            f"The SAE reads {hook_name!r}, which is not the output of a layer: use an SAE of the residual stream, such "
+            "as one trained on 'blocks.15.hook_resid_post'."
+        )
+    if match[3] is not None:
+        return int(match[3])
+    return int(match[1]) - (match[2] == "pre")

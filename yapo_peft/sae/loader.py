@@ -1,4 +1,4 @@
-"""Loads SAEs with sae-lens, once per process. The only file that imports sae_lens."""
+"""Loads SAEs with sae-lens, once per process. With SAE training, the only place that imports sae_lens."""
 
 from __future__ import annotations
 
@@ -79,11 +79,20 @@ def load_sae(
         with torch.inference_mode(False):
             if source[0] == "path":
                 # sae-lens maps the file into memory, where whoever writes to it would change the weights.
-                frozen = _freeze(_from_folder(source[1]), None, None, copy=True)
+                frozen = _freeze(read_sae(path=source[1]), None, None, copy=True)
             else:
-                frozen = _freeze(_from_release(source[1], source[2]), release, sae_id)
+                frozen = _freeze(read_sae(release=release, sae_id=sae_id), release, sae_id)
         _by_source[source] = weakref.ref(frozen)
     return frozen
+
+
+def read_sae(*, release: str | None = None, sae_id: str | None = None, path: str | None = None) -> SAE[Any]:
+    """Reads an SAE of sae-lens, on the CPU, from a folder or a release. Raises `SAENotFoundError` if there is none."""
+    if path is not None:
+        return _from_folder(path)
+    if release is None or sae_id is None:
+        raise SAENotFoundError("No SAE was specified: pass path, or release and sae_id.")
+    return _from_release(release, sae_id)
 
 
 def register_sae(sae: SAE[Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedOperationError
-from .blocks import hidden_states, with_hidden_states
+from .blocks import base_of, hidden_states, with_hidden_states
 
 if TYPE_CHECKING:
     from .layer import YaPOLayer
@@ -45,6 +45,33 @@ def block_outputs(layers: Iterable[YaPOLayer]) -> Generator[dict[int, Tensor]]:
 
     with forward_hooks((layer.block, partial(keep, layer.index)) for layer in layers):
         yield outputs
+
+
+class _StopForward(Exception):  # noqa: N818
+    """Ends a forward pass after the highest layer that is read."""
+
+
+def run_up_to(model: nn.Module, blocks: Mapping[int, nn.Module], inputs: dict[str, Tensor]) -> dict[int, Tensor]:
+    """Runs a model up to the highest of some layers; returns the outputs of all of them, `(batch, seq, d_model)`.
+
+    Layers above do run if accelerate offloads weights layer by layer.
+
+    Args:
+        model: The model.
+        blocks: The layers to read, by their indices.
+        inputs: What the model is called with.
+    """
+    base, outputs = base_of(model), dict[int, Tensor]()
+    can_stop = not any(hasattr(module, "_hf_hook") for module in base.modules())
+
+    def keep(index: int, output: Any) -> None:
+        outputs[index] = hidden_states(output)
+        if can_stop and index == max(blocks):
+            raise _StopForward
+
+    with forward_hooks((block, partial(keep, index)) for index, block in blocks.items()), suppress(_StopForward):
+        base.base_model(**inputs, use_cache=False)
+    return outputs
 
 
 @contextmanager

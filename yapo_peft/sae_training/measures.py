@@ -1,0 +1,167 @@
+"""How well an SAE fits a model: what it reconstructs, with how many features, and what that does to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .._utils import at_least, device_of, evaluating
+from ..errors import ConfigError, DatasetError
+from ..sae.frozen import layer_read
+from ..sae.loader import read_sae
+from ..scoring.checks import context_length
+from ..tuner.blocks import base_of, decoder_blocks, hidden_size, hidden_states, resolve_layers, with_hidden_states
+from ..tuner.hooks import forward_hooks
+from .activations import Activations, LayerStatistics
+from .config import SAETrainingConfig
+from .rows import rows_of
+from .saes import require_width
+
+
+def measure_sae(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Any],
+    *,
+    release: str | None = None,
+    sae_id: str | None = None,
+    path: str | None = None,
+    layer: int | None = None,
+    tokens: int = 100_000,
+    context: int = 256,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Measures how well an SAE fits a model on text that it should not have been trained on.
+
+    The first token of each sequence, special tokens and attention sinks (more than ten times the median norm) are left
+    out: their activations are neither counted nor replaced.
+
+    Args:
+        model: A transformers causal language model; if it has adapters, they are measured with it.
+        tokenizer: The model's tokenizer.
+        texts: Texts, conversations, or rows with a column `text`, `messages`, or `prompt` and an answer.
+        release: Name of a release in sae-lens' directory or on the Hub; requires `sae_id`.
+        sae_id: Name of the SAE within the release.
+        path: Folder of a local SAE, instead.
+        layer: Layer whose output the SAE reads. Default: the one that it was trained on.
+        tokens: Number of tokens to measure on; fewer if the texts have fewer.
+        context: Tokens per sequence. Longer texts are split.
+        batch_size: Sequences per forward pass.
+
+    Returns:
+        `tokens`: the number of tokens that count. `explained_variance`: the share of the variance around the mean that
+        the reconstruction explains. `l0`: active features per token. `dead_features`: share of the features that are
+        never active. `loss`, `loss_with_reconstruction`, `loss_with_mean`, `loss_with_zero`: the model's loss in nats
+        per token, and that with the layer's output replaced. `loss_recovered`: the share of the loss that replacing by
+        the mean costs, that the reconstruction avoids; `loss_recovered_from_zero`: the same for replacing by zero.
+
+    Raises:
+        ConfigError: The layer is unknown or out of range, or the SAE has another width than the model.
+        DatasetError: The texts have no tokens that count.
+        SAENotFoundError: There is no such SAE.
+    """
+    at_least(2, tokens=tokens, context=context)
+    at_least(1, batch_size=batch_size)
+    sae = read_sae(release=release, sae_id=sae_id, path=path)
+    layer = layer_read(sae.cfg.metadata.hook_name) if layer is None else layer
+    if layer is None:
+        raise ConfigError("The SAE does not say which layer it reads: pass layer=.")
+    require_width(sae, hidden_size(base_of(model)))
+    blocks = decoder_blocks(base_of(model))[1]
+    (layer,) = resolve_layers([layer], len(blocks))
+    context = min(context, context_length(base_of(model)) or context)
+    config = SAETrainingConfig(layer, context=context, forward_batch_size=batch_size, loss_tokens=tokens)
+    rows = rows_of(texts, tokenizer, context, tokens)
+    activations = Activations(model, {layer: blocks[layer]}, rows, tokenizer.all_special_ids, config)
+    return measures_of(sae, model, layer, activations, activations.statistics(range(len(rows)))[layer], config)
+
+
+@torch.no_grad()
+def measures_of(
+    sae: Any,
+    model: nn.Module,
+    layer: int,
+    activations: Activations,
+    statistics: LayerStatistics,
+    config: SAETrainingConfig,
+) -> dict[str, float]:
+    """Measures an SAE of sae-lens on activations; see `measure_sae`."""
+    device = device_of(model)
+    sae = sae.to(device=device, dtype=torch.float32)
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
+    count, active, error = 0, 0, 0.0
+    total, squares = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=_exact(device)), 0.0
+    size = config.forward_batch_size
+    indices = range(len(activations.rows))
+    for start in tqdm(range(0, len(indices), size), desc=f"Measuring layer {layer}", unit="batch"):
+        limits = {layer: statistics.limit}
+        h = activations.of(list(indices[start : start + size]), limits)[layer].to(device).float()
+        features = sae.encode(h)
+        fired |= (features > 0).any(0)
+        active += int((features > 0).sum())
+        error += float((sae.decode(features) - h).square().sum())
+        count += len(h)
+        exact = h.to(total.device).double()
+        total += exact.sum(0)
+        squares += float(exact.square().sum())
+    if not count:
+        raise DatasetError("The text has no tokens to measure on: pass longer texts.")
+    mean = (total / count).float().to(device)
+    variance = squares - count * float(total.div(count).square().sum())
+    # Sequences at equal distances, because their order may be that of several sources.
+    scored = indices[:: max(1, round(sum(map(len, activations.rows)) / config.loss_tokens))]
+    loss_of = partial(_loss, model, layer, activations, scored, statistics.limit)
+    clean, zeroed, averaged = loss_of(None), loss_of(torch.zeros_like), loss_of(lambda h: mean.expand_as(h))
+    reconstructed = loss_of(sae)
+    return {
+        "tokens": count,
+        "explained_variance": 1 - error / variance,
+        "l0": active / count,
+        "dead_features": 1 - float(fired.float().mean()),
+        "loss": clean,
+        "loss_with_reconstruction": reconstructed,
+        "loss_with_mean": averaged,
+        "loss_with_zero": zeroed,
+        "loss_recovered": (averaged - reconstructed) / (averaged - clean),
+        "loss_recovered_from_zero": (zeroed - reconstructed) / (zeroed - clean),
+    }
+
+
+def _exact(device: torch.device) -> torch.device:
+    """A device that has float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _loss(
+    model: nn.Module,
+    layer: int,
+    activations: Activations,
+    indices: Sequence[int],
+    limit: float,
+    replacement: Callable[[Tensor], Tensor] | None,
+) -> float:
+    """The model's loss in nats per token, with a layer's output replaced at the tokens that count."""
+    block = decoder_blocks(base_of(model))[1][layer]
+    total, count = 0.0, 0
+    for _, inputs, counts in activations.batches(indices):
+
+        def replace(output: Any, counts: Tensor = counts) -> Any:
+            if replacement is None:
+                return None
+            h = hidden_states(output)
+            replaced = (counts & (h.float().norm(dim=-1) < limit))[..., None]
+            return with_hidden_states(output, torch.where(replaced, replacement(h.float()).to(h.dtype), h))
+
+        with evaluating(model), forward_hooks([(block, replace)]):
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        scored = inputs["attention_mask"][:, 1:].bool()
+        targets = inputs["input_ids"][:, 1:][scored]
+        total += float(nn.functional.cross_entropy(logits[scored].float(), targets, reduction="sum"))
+        count += len(targets)
+    return total / count
