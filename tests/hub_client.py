@@ -11,7 +11,7 @@ from tiny import D_MODEL, inference_sae, make_model, make_sae, preference_rows, 
 import yapo_peft
 from yapo_cli import main as yapo
 from yapo_peft.sae import load_sae
-from yapo_peft.sae.directory import _bytes_on_hub
+from yapo_peft.sae.directory import _files_on_hub
 from yapo_vllm.served import AdapterFile
 
 LAYER = 2
@@ -55,7 +55,7 @@ def push(folder: Path) -> None:
     expected["trained"] = expected["by the command"] = _train(folder)
     assert yapo(["push", str(folder / "out"), "tester/pushed", "--private"]) == 0
     _train_sae(folder)
-    expected["bytes of the SAE"] = _bytes_on_hub("tester/saes", "layer_2")
+    expected["files of the SAEs"] = _files_on_hub("tester/saes")
     torch.save(expected, folder / "expected.pt")
 
 

@@ -20,11 +20,13 @@ def list_(
     layer: Annotated[int | None, typer.Option(min=0, help="Layer whose output they read; default: all.")] = None,
     release: Annotated[str | None, typer.Option(help="Only list releases whose name contains this.")] = None,
     sae_id: Annotated[str | None, typer.Option("--id", help="Only ids with this in them, such as width_65k.")] = None,
+    sizes: Annotated[bool, typer.Option("--sizes", help="Ask the Hub how large they are, in bytes.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """List the SAEs of sae-lens' directory that read the output of a model's layers.
 
-    SAEs of its base model or of a sibling are listed too: see the column `model`. L0 is as published.
+    SAEs of its base model or of a sibling are listed too: see the column `model`. L0 is as published; what is not known
+    is left empty. The directory has no widths: they are in the ids, or see `yapo sae inspect` and --sizes.
 
     `yapo sae list google/gemma-2-2b-it --layer 15 --id width_65k`
     """
@@ -32,6 +34,7 @@ def list_(
 
     from yapo_peft import SAENotFoundError
     from yapo_peft.sae import find_saes
+    from yapo_peft.sae.directory import size_on_hub
 
     from .output import print_table
 
@@ -39,6 +42,8 @@ def list_(
     if not found:
         raise SAENotFoundError("No SAE matches: leave out --layer, --release or --id.")
     table = pd.DataFrame([vars(sae) for sae in found])
+    if sizes:
+        table["bytes"] = [size_on_hub(sae.release, sae.sae_id) for sae in found]
     if not as_json:
         table = table.drop(columns="is_of_model").dropna(axis="columns", how="all")
     print_table(table, as_json)

@@ -55,7 +55,7 @@ def test_find_saes_raises_for_unknown_model():
         find_saes("me/mine")
 
 
-def test_sae_command_lists_and_inspects(capsys, sae_folder):
+def test_sae_command_lists_and_inspects(capsys, sae_folder, monkeypatch):
     assert main(["sae", "list", "google/gemma-2-2b-it", "--layer", "15", "--id", "width_65k", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert all("width_65k" in row["sae_id"] and row["layer"] == 15 for row in rows)
@@ -66,6 +66,11 @@ def test_sae_command_lists_and_inspects(capsys, sae_folder):
     facts = json.loads(capsys.readouterr().out)
     assert facts == describe_sae("gemma-scope-2b-pt-res", "layer_15/width_65k/average_l0_68")
     assert (facts["layer"], facts["l0"], facts["bytes"]) == (15, 68, None)
+    files = [(f"{facts['path']}/params.npz", 300), (f"{facts['path']}/more", 4), (f"{facts['path']}0/params.npz", 9)]
+    monkeypatch.setattr("yapo_peft.sae.directory._files_on_hub", {facts["repository"]: files}.__getitem__)
+    wanted = ("--release", "gemma-scope-2b-pt-res", "--id", "width_65k/average_l0_68", "--layer", "15")
+    assert main(["sae", "list", "google/gemma-2-2b", *wanted, "--sizes", "--json"]) == 0
+    assert [row["bytes"] for row in json.loads(capsys.readouterr().out)] == [304]
     assert main(["sae", "inspect", sae_folder()]) == 0
     assert "jumprelu" in capsys.readouterr().out
     assert main(["sae", "inspect", "gemma-scope-2b-pt-res", "layer_99"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SAENotFoundError
@@ -111,6 +112,17 @@ def _l0(entry: PretrainedSAELookup, sae_id: str) -> float | None:
     return entry.expected_l0.get(sae_id) or (float(match[1]) if match else None)
 
 
+def size_on_hub(release: str, sae_id: str) -> int | None:
+    """Total size of an SAE's files in bytes; None if the Hub cannot be reached, or does not say.
+
+    Raises:
+        SAENotFoundError: The release or the SAE does not exist.
+    """
+    entry = require_listed(release, sae_id)
+    path, files = entry.saes_map[sae_id], _files_on_hub(entry.repo_id)
+    return sum(size for name, size in files if f"{name}/".startswith(f"{path}/")) or None
+
+
 def describe_sae(release: str, sae_id: str) -> dict[str, Any]:
     """Returns an SAE's entry in the directory and, if the Hub can be reached, the size of its files in bytes.
 
@@ -127,18 +139,19 @@ def describe_sae(release: str, sae_id: str) -> dict[str, Any]:
         "l0": _l0(entry, sae_id),
         "repository": entry.repo_id,
         "path": path,
-        "bytes": _bytes_on_hub(entry.repo_id, path),
+        "bytes": size_on_hub(release, sae_id),
         "neuronpedia": f"https://www.neuronpedia.org/{source}" if source else None,
     }
 
 
-def _bytes_on_hub(repo_id: str, path: str) -> int | None:
-    """Total size of the files at a path of a repository; None if the Hub cannot be reached."""
+@cache
+def _files_on_hub(repo_id: str) -> list[tuple[str, int]]:
+    """The files of a repository with their sizes; none if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
         files = HfApi().model_info(repo_id, files_metadata=True).siblings or []
     except (OSError, OfflineModeIsEnabled):
-        return None
-    return sum(file.size or 0 for file in files if f"{file.rfilename}/".startswith(f"{path}/")) or None
+        return []
+    return [(file.rfilename, file.size or 0) for file in files]
