@@ -74,7 +74,9 @@ Layers = Annotated[str, typer.Option(metavar="NUMBERS", help="Layers to steer, s
 SaeRelease = Annotated[str | None, typer.Option(help="SAE release in SAELens; see `yapo sae list`.")]
 SaeId = Annotated[list[str] | None, typer.Option(help="SAE in the release; repeat for each layer.")]
 SaePath = Annotated[list[str] | None, typer.Option(help="Folder of a local SAE; repeat for each layer.")]
-Positions = Annotated[str, typer.Option(help="Tokens to steer: all, completion or last.")]
+Positions = Annotated[
+    str, typer.Option(help="Tokens to steer: all, completion, last, prompt, or a slice such as prompt[-4:].")
+]
 
 
 def require_trainable(dtype: str) -> None:

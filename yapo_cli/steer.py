@@ -25,7 +25,8 @@ def steer(
     sae_id: options.SaeId = None,
     sae_path: options.SaePath = None,
     positions: Annotated[
-        str | None, typer.Option(help="Tokens to steer: all (default), completion or last.", show_default=False)
+        str | None,
+        typer.Option(help="Tokens to steer: all, completion, last, prompt, or a slice such as prompt[-4:]."),
     ] = None,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from yapo_peft.errors import ConfigError
+from yapo_peft.tuner.positions import span_of
 
 from .key import KEY
 from .served import Served
@@ -57,16 +58,11 @@ def scheduled_steering(request: Any) -> Steering:
 def cache_salt(steering: list[tuple[Served, float]], prompt_length: int, salt: str | None) -> str:
     """Returns a salt that lets requests share a cached prefix only if they steer it alike.
 
-    If only some tokens are steered, the first of them is part of the salt: tokens that one request generated, steered,
-    are another request's prompt, not steered.
+    Which tokens are steered is part of the salt: tokens that one request generated, steered, are another request's
+    prompt, not steered.
     """
-    key = [[a.digest, s.hex(), None if a.positions == "all" else first_steered(a, prompt_length)] for a, s in steering]
+    key = [[a.digest, s.hex(), *span_of(a.positions).within(prompt_length)] for a, s in steering]
     return "yapo:" + hashlib.sha256(json.dumps([salt, key]).encode()).hexdigest()
-
-
-def first_steered(adapter: Served, prompt_length: int) -> int:
-    """Returns the index of the first token of a request that an adapter steers."""
-    return {"all": 0, "completion": prompt_length, "last": prompt_length - 1}[adapter.positions]
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:

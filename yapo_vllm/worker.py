@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from yapo_peft import __version__
 from yapo_peft.errors import UnsupportedOperationError
+from yapo_peft.tuner.positions import span_of
 
 from .layer import Capacity, LayerSteering, Step
 from .op import steer_output_of
-from .request import Steering, first_steered, scheduled_steering
+from .request import Steering, scheduled_steering
 from .served import AdapterFile, LayerPart, Prepared, Served
 from .settings import Settings
 
@@ -114,19 +115,25 @@ class WorkerSteering:
             return
         multipliers = np.zeros((len(requests), self._capacity.slots), dtype=np.float32)
         starts = np.zeros((len(requests), self._capacity.slots), dtype=np.int64)
+        ends = np.full_like(starts, np.iinfo(np.int64).max)
         layers: set[int] = set()
         slots: set[int] = set()
         for place, (steering, prompt_length) in steered:
             for number, multiplier in steering:
                 adapter = self._adapters[number]
                 multipliers[place, adapter.slot] = multiplier
-                starts[place, adapter.slot] = first_steered(adapter, prompt_length)
+                first, end = span_of(adapter.positions).within(prompt_length)
+                starts[place, adapter.slot] = first
+                if end is not None:
+                    ends[place, adapter.slot] = end
                 layers.update(adapter.layers)
                 slots.add(adapter.slot)
-        per_token = torch.from_numpy(multipliers.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
-        start = torch.from_numpy(starts.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
-        is_after = positions[: len(per_token), None] >= start
-        self._step.set(per_token.masked_fill(~is_after, 0), layers, slots)
+        per_token, start, end = (
+            torch.from_numpy(values.repeat(counts, axis=0)).to(positions.device, non_blocking=True)
+            for values in (multipliers, starts, ends)
+        )
+        position = positions[: len(per_token), None]
+        self._step.set(per_token.masked_fill((position < start) | (position >= end), 0), layers, slots)
 
 
 def attach(runner: Any, settings: Settings) -> WorkerSteering:

@@ -57,7 +57,7 @@ def test_batched_scores_match_scoring_each_answer_alone(tokenizer, conversationa
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("positions", ["all", "completion"])
+@pytest.mark.parametrize("positions", ["all", "completion", "prompt[-2:]"])
 def test_lower_layers_run_once_for_all_multipliers(tokenizer, architecture, positions, monkeypatch):
     model = get_peft_model(make_model(architecture), YaPOConfig(layers=2, sae=make_sae(), positions=positions))
     set_code(model, random_code())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from yapo_peft.errors import ConfigError
-from yapo_vllm.request import cache_salt, first_steered, steering_of
+from yapo_vllm.request import cache_salt, steering_of
 from yapo_vllm.served import Served
 from yapo_vllm.settings import Settings
 
@@ -112,12 +112,11 @@ def test_cache_salt_is_shared_by_equal_steering_only():
     assert len({base, *different}) == len(different) + 1
 
 
-@pytest.mark.parametrize(("positions", "first"), [("all", 0), ("completion", 10), ("last", 9)])
-def test_cache_salt_depends_on_the_first_steered_token(positions, first):
+@pytest.mark.parametrize("positions", ["all", "completion", "last", "prompt[:4]", "prompt[-4:]", "completion[2:4]"])
+def test_cache_salt_depends_on_the_steered_tokens(positions):
     adapter = served(positions=positions)
-    assert first_steered(adapter, 10) == first
     same = cache_salt([(adapter, 1.0)], 10, None) == cache_salt([(adapter, 1.0)], 11, None)
-    assert same == (positions == "all")
+    assert same == (positions in ("all", "prompt[:4]"))
 
 
 def test_settings_are_read_from_the_environment():

@@ -33,18 +33,20 @@ def scheduled(new=(), finished=()):
     return SimpleNamespace(scheduled_new_reqs=list(new), finished_req_ids=set(finished))
 
 
-@pytest.mark.feature("vLLM", "Token positions (all, completion, last) under chunked prefill")
+@pytest.mark.feature("vLLM", "Token positions (all, completion, last, slices) under chunked prefill")
 def test_each_adapter_of_a_request_steers_its_own_tokens(write_adapter, environment):
     sources = {name: write_adapter(name, positions=name)[0] for name in ("all", "completion", "last")}
-    environment(ADAPTERS=",".join(f"{name}={source}" for name, source in sources.items()), MAX_ADAPTERS="3")
+    sources["window"] = write_adapter("window", positions="prompt[1:-1]")[0]
+    environment(ADAPTERS=",".join(f"{name}={source}" for name, source in sources.items()), MAX_ADAPTERS="4")
     worker = WorkerSteering(runner_of(make_model()), settings())
-    worker.follow(scheduled([request(1, 2, 3, id="mixed", tokens=range(4)), request(id="plain")]))
+    worker.follow(scheduled([request(1, 2, 3, 4, id="mixed", tokens=range(4)), request(id="plain")]))
     # Two tokens of the prompt, then the rest of it and two of the answer, as prefix caching or chunks may have it.
     for start, count in ((0, 2), (2, 4)):
         positions = torch.tensor([*range(start, start + count), 0, 1, 2])
         worker.plan(["mixed", "plain"], np.array([count, 3]), positions)
         multiplier = worker._step.multiplier[: count + 3]
-        wanted = torch.tensor([[1.0, p >= 4, p >= 3] for p in range(start, start + count)] + [[0.0, 0.0, 0.0]] * 3)
+        wanted = [[1.0, p >= 4, p >= 3, 1 <= p < 3] for p in range(start, start + count)] + [[0.0] * 4] * 3
+        wanted = torch.tensor(wanted)
         assert torch.equal(multiplier, wanted)
         assert worker._step.on[:, 0].nonzero().flatten().tolist() == list(range(count))
     worker.follow(scheduled(finished=["mixed"]))

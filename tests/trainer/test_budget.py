@@ -37,6 +37,25 @@ def test_divergence_steers_the_tokens_of_the_adapter(tokenizer):
     torch.testing.assert_close(text.divergence(model, [0, 1, 2], torch.ones(3)), torch.stack(expected))
 
 
+def test_of_adapters_that_steer_prompts_the_first_half_of_a_text_is_steered(tokenizer):
+    """Whatever else is in the batch."""
+    model, everywhere = make_adapter(positions="prompt"), make_adapter()
+    rows = neutral_rows(TEXT, tokenizer)
+    found = NeutralText(model, rows, torch.device("cpu"), None).divergence(model, [0, 1, 2], torch.ones(3))
+    for row, kl in zip(rows, found, strict=True):
+        ids = torch.tensor([row])
+        labels = ids.masked_fill(torch.arange(len(row)) < len(row) // 2, -100)
+        with torch.no_grad():
+            steered = model(ids, labels=labels).logits[0].log_softmax(-1)
+            with model.disable_adapter():
+                base = model(ids).logits[0].log_softmax(-1)
+            whole = everywhere(ids).logits[0].log_softmax(-1)
+        expected = (base.exp() * (base - steered)).sum(-1)
+        assert float(kl) == pytest.approx(float(expected.mean()), rel=1e-3)
+        half = len(row) // 2
+        torch.testing.assert_close(steered[:half], whole[:half])
+
+
 def test_packaged_text_starts_with_every_kind():
     rows = packaged_text()
     assert len(rows) >= 400

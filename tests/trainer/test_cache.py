@@ -53,6 +53,8 @@ OPTIONS = {
     "last layer": {"adapter": {"layers": -1}},
     "dense": {"adapter": {"space": "dense", "sae": None}},
     "answers only": {"adapter": {"positions": "completion"}},
+    "start of answers": {"adapter": {"positions": "completion[:2]"}},
+    "end of prompts": {"adapter": {"positions": "prompt[-2:]"}, "direction": "both"},
     "last tokens": {"adapter": {"positions": "last"}, "direction": "example"},
     "ld_alpha": {"ld_alpha": 0.3},
     "weighting": {"use_weighting": True},

@@ -21,7 +21,7 @@ from yapo_peft import ConfigError, SAEMismatchError, SAENotFoundError, Unsupport
         ({"layers": 1, "sae_release": "r", "sae_id": "i"}, "sae_path='x' and sae_release='r', sae_id='i' are both"),
         ({"layers": [0, 1]}, r"sae_path names 1 SAEs for 2 layers \(\[0, 1\]\): give one per layer"),
         ({"layers": 0, "sae_path": ["x", "y"]}, "sae_path names 2 SAEs for 1 layers"),
-        ({"layers": 0, "positions": "first"}, "positions='first': must be one of 'all', 'completion', 'last'"),
+        ({"layers": 0, "positions": "first"}, "positions='first': must be 'all', 'completion', 'last'"),
         ({"layers": 0, "multiplier": float("nan")}, "multiplier=nan: must be a finite number"),
         ({"layers": 0, "multiplier": "1"}, "multiplier='1': must be a finite number"),
         ({"layers": 0, "init_weights": "gaussian"}, "init_weights='gaussian': must be one of True"),

@@ -15,8 +15,23 @@ from transformers import (
 
 from yapo_peft import ConfigError, UnsupportedOperationError, YaPOConfig
 from yapo_peft.tuner.adapters import steered_layers
+from yapo_peft.tuner.positions import span_of
 
 PROMPT, ANSWER = 5, 4
+# The tokens of a prompt of 5 and an answer of 4 that each steers.
+STEERED = {
+    "all": [1] * 9,
+    "completion": [0] * 5 + [1] * 4,
+    "last": [0] * 4 + [1] * 5,
+    "prompt": [1] * 5 + [0] * 4,
+    "prompt[:2]": [1] * 2 + [0] * 7,
+    "prompt[-2:]": [0] * 3 + [1] * 2 + [0] * 4,
+    "prompt[1:-1]": [0] + [1] * 3 + [0] * 5,
+    "prompt[:9]": [1] * 5 + [0] * 4,
+    "completion[:2]": [0] * 5 + [1] * 2 + [0] * 2,
+    "completion[1:3]": [0] * 6 + [1] * 2 + [0],
+    "completion[3:]": [0] * 8 + [1],
+}
 
 
 def model_at(positions, architecture="llama", layer=2):
@@ -43,18 +58,83 @@ def labels_of(ids):
 @pytest.mark.parametrize(
     ("positions", "with_labels", "expected"),
     [
+        *((positions, True, expected) for positions, expected in STEERED.items()),
         ("all", False, [1] * 9),
-        ("all", True, [1] * 9),
-        ("completion", True, [0] * 5 + [1] * 4),
         ("completion", False, [0] * 9),
-        ("last", True, [0] * 4 + [1] * 5),
+        ("completion[1:3]", False, [0] * 9),
         ("last", False, [0] * 8 + [1]),
+        ("prompt", False, [1] * 9),
+        ("prompt[-2:]", False, [0] * 7 + [1] * 2),
     ],
 )
 def test_tokens_that_are_steered(positions, with_labels, expected):
     ids = random_ids(2, PROMPT + ANSWER)
     inputs = {"input_ids": ids} | ({"labels": labels_of(ids)} if with_labels else {})
     assert moved_tokens(model_at(positions), **inputs).int().tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("positions", STEERED)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_generation_serving_and_labels_steer_the_same_tokens(positions, padding):
+    """One meaning for training, generation (step by step, with padding) and vLLM."""
+    span = span_of(positions)
+    first, end = span.within(PROMPT)
+    assert [int(first <= place < (end or 99)) for place in range(PROMPT + ANSWER)] == STEERED[positions]
+    model, steered = model_at(positions), []
+
+    def watch(module, args, output):
+        steered.append((output != args[0]).any(-1)[0].int().tolist())
+
+    steered_layers(model)[0].register_forward_hook(watch)
+    prompt = torch.cat([torch.zeros(1, padding, dtype=torch.long), random_ids(1, PROMPT)], 1)
+    options = {"max_new_tokens": ANSWER + 1, "min_new_tokens": ANSWER + 1, "do_sample": False, "pad_token_id": 0}
+    model.generate(input_ids=prompt, attention_mask=(prompt != 0).long(), **options)
+    assert [each for step in steered for each in step][padding:] == STEERED[positions]
+
+
+def test_answers_that_share_a_prompt_are_counted_each_from_its_start():
+    """The layout in which the trainer runs a prompt once, twice in a row: two pairs, whose positions start again."""
+    ids, scored = random_ids(1, 14), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]])
+    labels = ids.masked_fill(scored == 0, -100)
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 2, 3, 0, 0]])
+    mask = torch.zeros(1, 1, 14, 14)
+    for positions, expected in {
+        "completion[:1]": [3, 5, 9, 10],
+        "completion[1:]": [4, 6, 11],
+        "prompt[-1:]": [2, 8],
+        "prompt[:1]": [0, 7],
+        "last": [2, 3, 4, 5, 6, 8, 9, 10, 11],
+    }.items():
+        inputs = {"input_ids": ids, "labels": labels, "position_ids": position_ids, "attention_mask": mask}
+        assert moved_tokens(model_at(positions), **inputs)[0].nonzero().flatten().tolist() == expected, positions
+
+
+def test_steps_outside_generate_steer_what_is_known():
+    prompt, step = random_ids(1, PROMPT), random_ids(1, 1, seed=1)
+    for positions, expected in {"prompt[:2]": 0, "completion": 1, "last": 1, "completion[1:]": None}.items():
+        model = model_at(positions)
+        with torch.no_grad():
+            past = model(prompt, use_cache=True).past_key_values
+        if expected is None:
+            with pytest.raises(UnsupportedOperationError, match="which is not known here: use generate"):
+                model(step, past_key_values=past)
+            continue
+        steered = []
+        steered_layers(model)[0].register_forward_hook(
+            lambda module, args, output, into=steered: into.append(int((output != args[0]).any()))
+        )
+        with torch.no_grad():
+            model(step, past_key_values=past)
+        assert steered == [expected], positions
+
+
+@pytest.mark.parametrize(
+    "positions",
+    ["prompts", "prompt[]", "prompt[3:3]", "prompt[-2:-2]", "completion[-3:]", "completion[:0]", "all[1:]", 3],
+)
+def test_positions_that_name_no_tokens_are_refused(positions):
+    with pytest.raises(ConfigError, match="positions="):
+        YaPOConfig(layers=1, sae=make_sae(), positions=positions)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -67,7 +147,7 @@ def test_last_is_the_last_attended_token(side):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("positions", ["all", "completion", "last"])
+@pytest.mark.parametrize("positions", ["all", "completion", "last", "prompt[-3:]", "completion[1:3]"])
 def test_generation_steers_what_scoring_with_labels_steers(architecture, positions):
     model = model_at(positions, architecture)
     prompt = random_ids(2, PROMPT)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least
 from ..errors import DatasetError
-from ..scoring.lm_head import needs_labels
+from ..scoring.lm_head import text_labels
 from ..tuner.dial import dialled
 
 
@@ -117,8 +117,7 @@ def prompts_of(dataset: Any) -> list[Any]:
 
 def _next_token_logits(model: Any, input_ids: Tensor) -> Tensor:
     """Logits of each next token, `(chunks, block_size - 1, vocabulary)`."""
-    labels = {"labels": input_ids} if needs_labels(model) else {}
-    return model(input_ids=input_ids, use_cache=False, **labels).logits[:, :-1]
+    return model(input_ids=input_ids, use_cache=False, **text_labels(model, input_ids)).logits[:, :-1]
 
 
 def _texts(dataset: Any) -> Iterable[str]:

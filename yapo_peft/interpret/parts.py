@@ -10,7 +10,7 @@ from torch import Tensor
 from ..sae.weights import SAEWeights
 from ..steering.formula import Multiplier, moved_features
 from ..tuner import YaPOLayer
-from ..tuner.call import tokens_to_steer
+from ..tuner.positions import tokens_to_steer
 
 
 @dataclass(frozen=True)

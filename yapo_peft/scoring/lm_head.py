@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..tuner.adapters import steered_layers
 from ..tuner.hooks import forward_hooks
+from ..tuner.positions import labels_for
 from .checks import LAYER_ERRORS, TOKENS_AT_ONCE, same
 from .packing import PackedBatch
 
@@ -192,5 +193,15 @@ def log_probs_of_answers(
 
 def needs_labels(model: Any) -> bool:
     """Whether an active adapter needs labels to tell which tokens are the answer's."""
+    return bool(_positions_of(model) - {"all"})
+
+
+def text_labels(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """The labels that active adapters need on text without prompts, if they do, as arguments of the model."""
+    found = _positions_of(model) - {"all"}
+    return {"labels": labels_for(found, input_ids, attention_mask)} if found else {}
+
+
+def _positions_of(model: Any) -> set[str]:
     module: nn.Module = model if isinstance(model, nn.Module) else model.model
-    return any(layer.positions[name] != "all" for layer in steered_layers(module) for name in layer.steering_adapters)
+    return {layer.positions[name] for layer in steered_layers(module) for name in layer.steering_adapters}

@@ -20,7 +20,7 @@ from ..tuner import steering
 from ..tuner.blocks import base_of
 from ..tuner.hooks import forward_hooks
 from .checks import context_length
-from .lm_head import head_on, logits_at, needs_labels
+from .lm_head import head_on, logits_at, text_labels
 from .pairs import chat_ids, rendering, text_of
 from .upper_half import UpperHalf
 
@@ -218,7 +218,7 @@ class NeutralText:
             hidden = pad_sequence([cast(Tensor, row.hidden) for row in batch.known], batch_first=True)
             below = self._upper.given(hidden.to(self._device))
         with below:
-            labels = {"labels": batch.inputs["input_ids"]} if needs_labels(self._base) else {}
+            labels = text_labels(self._base, **batch.inputs)
             return logits_at(self._base, call, batch.inputs | labels, batch.predictors).logits
 
     @torch.no_grad()

@@ -18,8 +18,8 @@ from ..steering.learning import ActiveFeatures
 from ..steering.selection import select_features
 from ..tuner import YaPOLayer
 from ..tuner.adapters import write_code
-from ..tuner.call import tokens_to_steer
 from ..tuner.hooks import block_outputs, changed_outputs
+from ..tuner.positions import tokens_to_steer
 from .budget import limited
 from .config import YaPOTrainingConfig
 from .units import trained_codes

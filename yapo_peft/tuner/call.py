@@ -1,11 +1,11 @@
-"""What steering needs to know about the current call of a model, and which of its tokens are steered."""
+"""What steering needs to know about the current call of a model."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,13 @@ if TYPE_CHECKING:
     from .layer import YaPOLayer
 
 
-Positions = Literal["all", "completion", "last"]
-POSITIONS: tuple[str, ...] = get_args(Positions)
-
-
 class Call:
     """The current call of a model, recorded by a forward pre-hook; shared by all its steered layers.
 
     Attributes:
         labels: As passed to the model, `(batch, seq)`.
         attention_mask: As passed to the model.
+        position_ids: As passed to the model.
         uncounted: Whether token positions are unknown: several sequences are packed into a row, or the model keeps a
             state instead of a cache.
         past_length: Number of tokens in the cache.
@@ -146,7 +143,7 @@ class Call:
         if inputs.get("adapter_names") is not None:
             raise ConfigError("adapter_names= is a feature of PeftModel: wrap the model with get_peft_model.")
         self.labels = inputs.get("labels")
-        self.attention_mask = inputs.get("attention_mask")
+        self.attention_mask, self.position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
         self.uncounted = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cache_params"))
         past = inputs.get("past_key_values")
         if past is None and self.prompt_length is not None:
@@ -167,11 +164,15 @@ class Call:
     @property
     def _state(self) -> State:
         """What a forward pass changes."""
-        return self.labels, self.attention_mask, self.uncounted, self.past_length, self.multipliers
+        return (
+            self.labels, self.attention_mask, self.position_ids, self.uncounted, self.past_length, self.multipliers
+        )  # fmt: skip
 
     @_state.setter
     def _state(self, value: State) -> None:
-        self.labels, self.attention_mask, self.uncounted, self.past_length, self.multipliers = value
+        (
+            self.labels, self.attention_mask, self.position_ids, self.uncounted, self.past_length, self.multipliers
+        ) = value  # fmt: skip
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -188,61 +189,3 @@ def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:
         next((n for n in (kwargs.get(name), getattr(given, name, None), getattr(config, name, None)) if n), 1)
         for name in ("num_beams", "num_return_sequences")
     )
-
-
-def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None:
-    """Selects which of the current tokens an adapter steers.
-
-    - "all": every token.
-    - "completion": tokens of the completion. With labels, those whose label is not -100; in `generate`, those after
-      the prompt; otherwise those passed once the cache is not empty (what is passed before is the prompt).
-    - "last": every token from which the next one is predicted. With labels, those whose next label is not -100; in
-      `generate`, the last one of the prompt and all after it; otherwise the last attended token of each row.
-
-    Args:
-        positions: One of `POSITIONS`.
-        hidden: The current hidden states, `(batch, seq, d_model)`.
-        call: The current call of the model.
-
-    Returns:
-        A boolean mask `(batch, seq)`, or None for all tokens.
-
-    Raises:
-        UnsupportedOperationError: Token positions are unknown, and there are no labels.
-    """
-    if positions == "all":
-        return None
-    batch, seq = hidden.shape[:2]
-    if call.labels is not None:
-        scored = call.labels.to(hidden.device) != -100
-        if positions == "completion":
-            return scored
-        predicts = torch.zeros_like(scored)
-        predicts[:, :-1] = scored[:, 1:]
-        return predicts | scored
-    if call.uncounted:
-        raise UnsupportedOperationError(
-            f"positions={positions!r} cannot tell prompts and answers apart where several sequences are packed into a "
-            "row (generate_batch), the model keeps a state instead of a cache (Mamba, RWKV), or it is called within "
-            "its own generate (guidance_scale, logits processors): use an adapter of positions='all', or, for a state, "
-            "generate with use_cache=False."
-        )
-    index = call.past_length + torch.arange(seq, device=hidden.device)
-    if call.prompt_length is not None:
-        after_prompt = (index >= call.prompt_length).expand(batch, seq)
-        end = call.prompt_length
-    else:
-        past_length = int(call.past_length)
-        after_prompt = torch.full((batch, seq), positions == "completion" and past_length > 0, device=hidden.device)
-        end = past_length + seq
-    if positions == "completion":
-        return after_prompt
-    return after_prompt | (index == _last_attended(call.attention_mask, end, hidden.device))
-
-
-def _last_attended(attention_mask: Tensor | None, end: int, device: torch.device) -> Tensor:
-    """Index of the last attended token among the first `end` of each row, `(batch, 1)`, or of all rows, `(1,)`."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < end:
-        return torch.tensor([end - 1], device=device)
-    attended = attention_mask[:, :end].to(device) != 0
-    return (attended * torch.arange(end, device=device)).argmax(dim=1, keepdim=True)

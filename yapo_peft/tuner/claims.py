@@ -18,9 +18,10 @@ from ..errors import UnsupportedOperationError
 
 # What a claim changes: the multipliers of a model, or the state of one of its calls.
 Kind = Literal["multiplier", "call"]
-# Of a call: the labels, the attention mask, whether positions are unknown, the length of the cache, the multipliers.
-State = tuple[Tensor | None, Tensor | None, bool, int | Tensor, Tensor | None]
-OUTSIDE: State = (None, None, False, 0, None)
+# Of a call: the labels, the attention mask, the position ids, whether positions are unknown, the length of the cache,
+# the multipliers.
+State = tuple[Tensor | None, Tensor | None, Tensor | None, bool, int | Tensor, Tensor | None]
+OUTSIDE: State = (None, None, None, False, 0, None)
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from ..adapter_file.reading import require_whole
 from ..errors import AdapterFileError, ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart, load_sae, register_sae
 from ..sae.identity import is_hash
-from .call import POSITIONS
+from .positions import span_of
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -53,8 +53,9 @@ class YaPOConfig(PeftConfig):
         sae_id: Id of each layer's SAE within its release.
         sae_path: Local sae-lens folder of each layer's SAE, instead of a release and an id.
         multiplier: Multiplier with which a loaded adapter starts: 1 as trained, 0 off, negative for the opposite.
-        positions: Tokens to steer: "all" as published, "completion" for generated tokens only, or "last" for every
-            token from which the next one is predicted.
+        positions: Tokens to steer: "all" as published; "completion" for generated tokens only; "last" for every token
+            from which one of them is predicted; "prompt"; or a slice, such as "prompt[:8]", "prompt[-4:]" or
+            "completion[:16]".
         blocks: Name of the list of decoder layers in the model, such as "model.layers". Found for the models of
             transformers; an error lists the names where it is not.
         init_weights: True for a zero code, which changes nothing; False for a small random one, for tests.
@@ -109,7 +110,7 @@ class YaPOConfig(PeftConfig):
         if sae is not None:
             self._take(sae if isinstance(sae, list) else [sae])
         self._check_saes(len(self.layers))
-        choice(POSITIONS, positions=self.positions)
+        span_of(self.positions)
         choice((True, False), init_weights=self.init_weights, self_contained=self.self_contained)
         finite(multiplier=self.multiplier)
         self.multiplier = float(self.multiplier)

@@ -16,9 +16,10 @@ from ..steering.folded import FoldedSteering
 from ..steering.formula import Multiplier, dense_shift, steering_shift
 from ..steering.learning import ActiveFeatures, sparse_shift
 from .blocks import CHILD_NAME, hidden_states, with_hidden_states
-from .call import Call, tokens_to_steer
+from .call import Call
 from .config import YaPOConfig
 from .hooks import require_single_hooks
+from .positions import tokens_to_steer
 
 
 def is_code(name: str) -> bool:
