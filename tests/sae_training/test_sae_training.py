@@ -172,7 +172,7 @@ def test_first_special_and_outlying_tokens_are_left_out_of_all_layers(tokenizer)
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("w7")] *= 1000
     found = [f"w1 {text} <eos> w7 w8" for text in texts(40)]
     activations = prepared(model, tokenizer, config, found)
-    statistics = activations.statistics(range(40))
+    statistics = activations.statistics()
     stream = iter(ActivationStream(activations, {layer: each.limit for layer, each in statistics.items()}, config))
     allowed = {1: [], 2: []}
     w7, eos = tokenizer.convert_tokens_to_ids(["w7", "<eos>"])
@@ -212,7 +212,7 @@ def test_a_pass_over_the_text_uses_each_token_at_most_once(tokenizer):
 @pytest.mark.parametrize("subtract", [True, False])
 def test_an_sae_to_continue_with_starts_as_it_is(tmp_path, tokenizer, kind, subtract):
     model, config = make_model(), replace(configured([1]), d_sae=None, l0=None)
-    statistics = prepared(model, tokenizer, config).statistics(range(40))[1]
+    statistics = prepared(model, tokenizer, config).statistics()[1]
     start = make_sae(kind, layer=1, apply_b_dec_to_input=subtract)
     h = prepared(model, tokenizer, config).of([0, 1], None)[1]
     expected = start.encode(h)

@@ -41,7 +41,7 @@ def test_of_adapters_that_steer_prompts_the_first_half_of_a_text_is_steered(toke
     """Whatever else is in the batch."""
     model, everywhere = make_adapter(positions="prompt"), make_adapter()
     rows = neutral_rows(TEXT, tokenizer)
-    found = NeutralText(model, rows, torch.device("cpu"), None).divergence(model, [0, 1, 2], torch.ones(3))
+    found = NeutralText(model, rows, torch.device("cpu"), None).divergence(model, [0, 1, 2], torch.ones(3)).detach()
     for row, kl in zip(rows, found, strict=True):
         ids = torch.tensor([row])
         labels = ids.masked_fill(torch.arange(len(row)) < len(row) // 2, -100)

@@ -111,6 +111,10 @@ class Activations:
                 parts[layer].append(output[counts])
         return {layer: torch.cat(found) for layer, found in parts.items()}
 
+    def sample(self, tokens: int) -> list[int]:
+        """Sequences of about so many tokens, at equal distances, because their order may be that of several sources."""
+        return list(range(0, len(self.rows), max(1, round(self._starts[-1] / tokens))))
+
     def _read(self, indices: list[int]) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
         if not self._stored:
             yield from self._computed(indices)
@@ -147,20 +151,13 @@ class Activations:
                     files[layer][places] = output.cpu()
                 progress.update(len(places))
 
-    def statistics(self, indices: Iterable[int]) -> dict[int, LayerStatistics]:
-        """Estimates norms and means on the first of some sequences.
+    def statistics(self) -> dict[int, LayerStatistics]:
+        """Estimates norms and means on sequences at equal distances.
 
         Raises:
             DatasetError: They have no tokens that count.
         """
-        sample: list[int] = []
-        tokens = 0
-        for index in indices:
-            sample.append(index)
-            tokens += len(self.rows[index])
-            if tokens >= _SAMPLE:
-                break
-        outputs = self.of(sample, None)
+        outputs = self.of(self.sample(_SAMPLE), None)
         found: dict[int, LayerStatistics] = {}
         for layer, output in outputs.items():
             if not len(output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -112,7 +113,10 @@ class TrainingLoop:
     def _tracker(self) -> Any:
         import wandb
 
-        return wandb.init(config=vars(self._config), resume="allow", dir=str(self._folder))
+        # The same run again if training goes on in this folder.
+        run = f"{self._folder.resolve()} {(self._folder / 'run.json').read_text(encoding='utf-8')}"
+        name = hashlib.sha256(run.encode()).hexdigest()[:16]
+        return wandb.init(config=vars(self._config), id=name, resume="allow", dir=str(self._folder))
 
     def _save(self) -> None:
         """Writes a checkpoint, and then removes those before it."""

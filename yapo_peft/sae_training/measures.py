@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -79,7 +79,7 @@ def measure_sae(
     config = SAETrainingConfig(layer, context=context, forward_batch_size=batch_size, loss_tokens=tokens)
     rows = rows_of(texts, tokenizer, context, tokens)
     activations = Activations(model, {layer: blocks[layer]}, rows, tokenizer.all_special_ids, config)
-    return measures_of(sae, model, layer, activations, activations.statistics(range(len(rows)))[layer], config)
+    return measures_of(sae, model, layer, activations, activations.statistics()[layer], config)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def measures_of(
     config: SAETrainingConfig,
 ) -> dict[str, float]:
     """Measures an SAE of sae-lens on activations; see `measure_sae`."""
-    device = device_of(model)
+    device, before = device_of(model), (sae.device, sae.dtype)
     sae = sae.to(device=device, dtype=torch.float32)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
     count, active, error = 0, 0, 0.0
@@ -114,11 +114,10 @@ def measures_of(
         raise DatasetError("The text has no tokens to measure on: pass longer texts.")
     mean = (total / count).float().to(device)
     variance = squares - count * float(total.div(count).square().sum())
-    # Sequences at equal distances, because their order may be that of several sources.
-    scored = indices[:: max(1, round(sum(map(len, activations.rows)) / config.loss_tokens))]
-    loss_of = partial(_loss, model, layer, activations, scored, statistics.limit)
+    loss_of = partial(_loss, model, layer, activations, activations.sample(config.loss_tokens), statistics.limit)
     clean, zeroed, averaged = loss_of(None), loss_of(torch.zeros_like), loss_of(lambda h: mean.expand_as(h))
     reconstructed = loss_of(sae)
+    sae.to(*before)
     return {
         "tokens": count,
         "explained_variance": 1 - error / variance,
@@ -142,7 +141,7 @@ def _loss(
     model: nn.Module,
     layer: int,
     activations: Activations,
-    indices: Sequence[int],
+    indices: list[int],
     limit: float,
     replacement: Callable[[Tensor], Tensor] | None,
 ) -> float:

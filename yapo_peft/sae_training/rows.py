@@ -45,9 +45,13 @@ def held_out_rows(
     held_out: list[Tensor] = []
     every, read = max(2, round(1 / share)), 0
     for index, rows in enumerate(_read(texts, tokenizer, context)):
-        cut = len(rows) - round(len(rows) * share) if len(rows) >= every else 0 if index % every == every - 1 else None
+        cut = len(rows)
+        if len(rows) >= every:
+            cut -= round(len(rows) * share)
+        elif index % every == every - 1:
+            cut = 0
         train += rows[:cut]
-        held_out += [] if cut is None else rows[cut:]
+        held_out += rows[cut:]
         read += sum(map(len, rows[:cut]))
         if read >= most:
             break

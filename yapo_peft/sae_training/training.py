@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _MEASURES = "measures.json"
 # Settings that may change when training goes on.
-_FREE = ("store", "report_to", "save_steps")
+_FREE = ("store", "report_to", "save_steps", "forward_batch_size")
 
 
 def train_saes(
@@ -99,7 +99,7 @@ def train_saes(
     if config.store is not None:
         for activations in (text, evaluated):
             activations.store(Path(config.store), name)
-    statistics = text.statistics(range(len(train)))
+    statistics = text.statistics()
 
     def measured(sae: SAE[Any], layer: int) -> dict[str, float]:
         return measures_of(sae, model, layer, evaluated, statistics[layer], config)

@@ -117,7 +117,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         moved_tokens = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if self.track_moved else None
         for adapter_name, multiplier, rows in shares:
             shift, moved = self._shift(adapter_name, multiplier, h if rows is None else h[rows])
-            mask = tokens_to_steer(self.positions[adapter_name], h, self.call)
+            positions = self.positions[adapter_name]
+            mask = None if positions == "all" else tokens_to_steer(positions, h, self.call)
             if mask is not None:
                 mask = mask if rows is None else mask[rows]
                 shift = shift.masked_fill(~mask[..., None], 0)

@@ -144,7 +144,7 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
     past_length = int(call.past_length)
     index = past_length + torch.arange(seq, device=hidden.device)
     if call.prompt_length is None and past_length > 0:
-        return _step_outside_generate(positions, span, index, call).expand(batch, seq)
+        return _step_outside_generate(positions, index, past_length + seq, call).expand(batch, seq)
     prompt_length = past_length + seq if call.prompt_length is None else call.prompt_length
     first, end = _attended(call.attention_mask, prompt_length, hidden.device)
     is_answer = index >= prompt_length
@@ -153,12 +153,13 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
     return (covered & (is_answer | (index < end))).expand(batch, seq)
 
 
-def _step_outside_generate(positions: str, span: Span, index: Tensor, call: Call) -> Tensor:
+def _step_outside_generate(positions: str, index: Tensor, end: int, call: Call) -> Tensor:
     """Which tokens behind a cache are steered, where nothing says how long the prompt was."""
+    span = span_of(positions)
     if span.has_prompt:
         return torch.zeros_like(index, dtype=torch.bool)
     if positions == "last":
-        return index == _attended(call.attention_mask, int(index[-1]) + 1, index.device)[1] - 1
+        return index == _attended(call.attention_mask, end, index.device)[1] - 1
     if span.before is not None or span.after:
         raise UnsupportedOperationError(
             f"positions={positions!r} counts tokens from the end of the prompt, which is not known here: use generate."
