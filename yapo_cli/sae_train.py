@@ -94,8 +94,7 @@ def train(
         report_to=report_to,
         seed=seed,
     )
-    loaded, tokenizer = _load(model, dtype, device)
-    texts = _texts(dataset, split, tokenizer)
+    loaded, tokenizer, texts = _load(model, dtype, device, dataset, split)
     start_by_layer = dict(zip(chosen, started, strict=True)) if started else None
     measures = train_saes(loaded, tokenizer, texts, config, out, start=start_by_layer)
     for layer, found in measures.items():
@@ -125,8 +124,7 @@ def measure(
     from .output import print_json
 
     source = _source(sae)
-    loaded, tokenizer = _load(model, dtype, device)
-    texts = _texts(dataset, split, tokenizer)
+    loaded, tokenizer, texts = _load(model, dtype, device, dataset, split)
     found = measure_sae(
         loaded, tokenizer, texts, **source, layer=layer, tokens=tokens, context=context, batch_size=batch_size
     )
@@ -151,22 +149,24 @@ def _source(text: str) -> dict[str, str]:
     return {"release": release, "sae_id": sae_id}
 
 
-def _load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+def _load(name: str, dtype: str, device: str | None, sources: list[str], split: str) -> tuple[Any, Any, Iterable[Any]]:
+    """Loads a model, its tokenizer, and the texts of several sources, in turn."""
     from .loading import load_model, load_tokenizer
 
-    tokenizer, model = load_tokenizer(name), load_model(name, dtype)
-    return model if device is None else model.to(device), tokenizer
-
-
-def _texts(sources: list[str], split: str, tokenizer: Any) -> Iterable[Any]:
-    """The texts of several sources, in turn."""
-    is_chat, missing = bool(getattr(tokenizer, "chat_template", None)), object()
-    each = [_of(source, split, is_chat) for source in sources]
-    return (text for text in chain.from_iterable(zip_longest(*each, fillvalue=missing)) if text is not missing)
+    tokenizer, missing = load_tokenizer(name), object()
+    each = [_of(source, split, bool(getattr(tokenizer, "chat_template", None))) for source in sources]
+    texts = (text for text in chain.from_iterable(zip_longest(*each, fillvalue=missing)) if text is not missing)
+    model = load_model(name, dtype)
+    try:
+        return model if device is None else model.to(device), tokenizer, texts
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device}: {error}") from None
 
 
 def _of(source: str, split: str, is_chat: bool) -> Iterator[Any]:
     """The texts of a source; both of a pair's answers are texts."""
+    from yapo_peft import DatasetError
+
     name, columns = _named(source)
     if Path(name).suffix.lower() in (".txt", ".md"):
         if columns:
@@ -178,7 +178,11 @@ def _of(source: str, split: str, is_chat: bool) -> Iterator[Any]:
     if not columns:
         return chain.from_iterable(map(_both_answers, rows))
     wanted = [columns[0], *(columns[1].split(",") if len(columns) == 2 else [])]
-    return chain.from_iterable(_picked(row, wanted, is_chat) for row in _checked(rows, wanted, name))
+    first = next(iter(rows), {})
+    missing = [column for column in wanted if column not in first]
+    if missing:
+        raise DatasetError(f"{name!r} has no column {missing[0]!r}: name one of {', '.join(map(repr, first))}.")
+    return chain.from_iterable(_picked(row, wanted, is_chat) for row in rows)
 
 
 def _named(source: str) -> tuple[str, list[str]]:
@@ -199,16 +203,6 @@ def _rows(name: str, split: str) -> Iterable[Any]:
     from datasets import load_dataset
 
     return load_dataset(name, split=split, streaming=True)
-
-
-def _checked(rows: Iterable[Any], wanted: list[str], name: str) -> Iterator[Any]:
-    from yapo_peft import DatasetError
-
-    for row in rows:
-        missing = [column for column in wanted if column not in row]
-        if missing:
-            raise DatasetError(f"{name!r} has no column {missing[0]!r}: name one of {', '.join(map(repr, row))}.")
-        yield row
 
 
 def _both_answers(row: Any) -> Iterator[Any]:

@@ -66,7 +66,11 @@ def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
 
     def load_dataset(name, split, streaming):
         assert (name, split, streaming) == ("some/stories", "train", True)
-        return ({"story": f"w{i} w3 w1 w4 w1 w5 w9 w2"} for i in range(10**9))
+        return datasets.IterableDataset.from_generator(stories)
+
+    def stories():
+        for i in range(10**9):
+            yield {"story": f"w{i} w3 w1 w4 w1 w5 w9 w2"}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(sources)
@@ -90,6 +94,8 @@ def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
         (("train", "model", "--dataset", "text.txt", "--from", "nothing"), "No SAE in 'nothing'"),
         (("measure", "model", "sae", "--dataset", "text.txt", "--layer", "7"), "but the model has 4 layers"),
         (("measure", "model", "narrow", "--dataset", "text.txt"), "reads width 16"),
+        (("measure", "model", "sae", "--dataset", "text.txt", "--device", "cuda:7"), "--device cuda:7: "),
+        (("measure", "model", "sae", "--dataset", "text.txt", "--device", "gpu"), "--device gpu: "),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(run, sources, monkeypatch, arguments, message):
