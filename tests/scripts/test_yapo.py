@@ -274,6 +274,7 @@ def test_true_resumes_from_the_last_checkpoint(workplace, tmp_path, monkeypatch)
     monkeypatch.setattr(YaPOTrainer, "training_step", recorded(YaPOTrainer.training_step, steps))
     main(*parsed(*options, "--max_steps", "3", "--resume_from_checkpoint", "True"))
     assert steps == [1, 2]
+    assert "| dataset | train.jsonl |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_missing_split_lists_the_available_ones(workplace):

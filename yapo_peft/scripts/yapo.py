@@ -69,10 +69,11 @@ def main(
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    dataset_name = pairs.dataset or script_args.dataset_name
+    trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.print(f"The adapter is in {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"It is pushed to {trainer.hub_model_id}.")
     trainer.end()
 
