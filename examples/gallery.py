@@ -81,7 +81,8 @@ def make(name: str, method: str, folder: Path, options: argparse.Namespace) -> d
     features: Any = explain(model, tokenizer=tokenizer, top=6, labels=False) if method == "yapo" else None
     prompt = PROMPTS[name][0]
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.sae_path = MODEL, None
+    config.base_model_name_or_path = MODEL
+    config.sae_path = ["examples/assets/sae"] if method == "yapo" else None
     shutil.rmtree(folder, ignore_errors=True)
     save_adapter(model, folder)
     metrics = {"margin gained at -1": round(gains[0][0], 2), "margin gained at +1": round(gains[1][0], 2)}
@@ -95,7 +96,7 @@ def make(name: str, method: str, folder: Path, options: argparse.Namespace) -> d
         "kl": damage,
         "gains": gains,
         "pairs": len(held_out),
-        "features": None if features is None else [[row.feature, row.promotes] for row in features.itertuples()],
+        "features": None if features is None else [[int(row.feature), row.promotes] for row in features.itertuples()],
         "prompt": prompt,
         "answers": [[each, answers(model, tokenizer, [prompt], each)[0]] for each in MULTIPLIERS],
     }

@@ -82,6 +82,20 @@ def test_multi_adapter(workplace):
     assert printed.count("\n* ") == 5
 
 
+def test_gallery(workplace):
+    """Six adapters, of which those that are there are not made again."""
+    options = ("--out", "gallery", "--page", "page.md", "--steps", 3, "--pairs", 4, "--max-kl", 0.01)
+    run(workplace, "gallery.py", *options)
+    page = (workplace / "page.md").read_text()
+    names = [f"{name}-{method}" for name in ("enthusiasm", "caution") for method in ("yapo", "bipo", "caa")]
+    assert [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")] == names
+    assert page.count("| feature | promotes |") == 2
+    for name in names:
+        (workplace / "gallery" / name / "adapter_model.safetensors").unlink()
+    run(workplace, "gallery.py", *options)
+    assert (workplace / "page.md").read_text() == page
+
+
 def test_lm_eval_tasks(workplace):
     printed = run(workplace, "lm_eval_tasks.py", "first", "--multipliers", "0", "1", "--limit", "3")
     assert [line.split()[0] for line in printed.splitlines() if line.lstrip().startswith("facts")] == ["facts", "facts"]

