@@ -62,7 +62,9 @@ def push(
         for name in _local(config):
             print(f"yapo push: warning: others cannot load this adapter: {name}", file=sys.stderr)
     else:
-        raise ConfigError(f"No adapter found in {folder}: pass a folder written by save_pretrained or a trainer.")
+        raise ConfigError(
+            f"No adapter found in {folder}: pass a folder written by save_pretrained, a trainer or yapo sae train."
+        )
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

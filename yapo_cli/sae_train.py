@@ -75,6 +75,9 @@ def train(
     chosen: list[Any] = read if layers is None else options.layer_indices(layers)
     if started and len(chosen) != len(started):
         raise typer.BadParameter(f"--from is given {len(started)} times for {len(chosen)} layers: pass one per layer.")
+    for layer, reads in zip(chosen, read, strict=False):
+        if reads is not None and layer >= 0 and reads != layer:
+            raise typer.BadParameter(f"--layers {layers}: the SAE of --from for layer {layer} reads layer {reads}.")
     config = SAETrainingConfig(
         chosen,
         architecture=architecture,
@@ -201,8 +204,14 @@ def _rows(name: str, split: str) -> Iterable[Any]:
     if is_file(Path(name)) or Path(name).exists():
         return load_rows(name, split)
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    return load_dataset(name, split=split, streaming=True)
+    from yapo_peft import DatasetError
+
+    try:
+        return load_dataset(name, split=split, streaming=True)
+    except (ValueError, DatasetsError) as error:
+        raise DatasetError(f"--dataset {name} cannot be read from the Hub: {error}") from error
 
 
 def _both_answers(row: Any) -> Iterator[Any]:
@@ -218,7 +227,12 @@ def _picked(row: Any, columns: list[str], is_chat: bool) -> Iterator[Any]:
     if not answers:
         yield prompt
     for answer in answers:
-        if is_chat and isinstance(prompt, str):
-            yield as_message("prompt", prompt) + as_message("completion", answer)
+        if isinstance(prompt, str) and isinstance(answer, str) and not is_chat:
+            yield f"{prompt}\n{answer}"
         else:
-            yield prompt + answer if not isinstance(prompt, str) else f"{prompt}\n{answer}"
+            parts = (("prompt", prompt), ("completion", answer))
+            yield [
+                message
+                for name, part in parts
+                for message in (as_message(name, part) if isinstance(part, str) else part)
+            ]

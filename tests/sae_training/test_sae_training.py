@@ -13,7 +13,7 @@ from yapo_peft.sae.loader import read_sae
 from yapo_peft.sae_training import SAETrainingConfig, measure_sae, train_saes
 from yapo_peft.sae_training.activations import Activations, ActivationStream
 from yapo_peft.sae_training.loop import TrainingLoop
-from yapo_peft.sae_training.rows import held_out_rows, usable
+from yapo_peft.sae_training.rows import held_out_rows, usable, windows
 from yapo_peft.sae_training.saes import continued_sae, save_sae
 from yapo_peft.tuner.blocks import decoder_blocks
 
@@ -59,7 +59,7 @@ def test_saes_of_two_layers_explain_their_outputs_and_can_be_steered_with(tmp_pa
         folder = tmp_path / "saes" / f"layer_{layer}"
         assert 0.5 < found["explained_variance"] < 1
         assert 5 < found["l0"] < 12
-        assert 0.5 < found["loss_recovered"] < 1.5
+        assert found["loss_recovered"] > 0.5
         assert found == json.loads((folder / "measures.json").read_text())
         assert f"| {found['explained_variance']:.4f} |" in (tmp_path / "saes" / "README.md").read_text()
         sae = read_sae(path=str(folder))
@@ -254,9 +254,34 @@ def test_of_long_texts_the_end_is_held_out_and_of_short_ones_some(tokenizer):
     first = torch.tensor(tokenizer(long)["input_ids"], dtype=torch.int32).split(16)
     assert all(torch.equal(a, b) for a, b in zip(train, first[:9], strict=False))
     assert torch.equal(held_out[0], first[9])
-    assert len(held_out) == 1 + 2 * 2  # texts 9 and 19, of two sequences each
-    read, _ = held_out_rows(iter([long] * 10**6), tokenizer, 16, 0.1, 1000)
+    read, others = held_out_rows(iter([long] * 10**6), tokenizer, 16, 0.1, 1000)
     assert 1000 <= sum(map(len, read)) < 1200
+    assert sum(map(len, others)) < 250
+    read, others = held_out_rows([" ".join([long] * 100)], tokenizer, 16, 0.1, 1000)
+    assert 1000 <= sum(map(len, read)) < 2000
+    assert sum(map(len, others)) < 250
+
+
+def test_the_answers_to_a_prompt_are_held_out_together(tokenizer):
+    rows = [{"prompt": f"w{i} w{i // 7}", "chosen": f" w{side} w3 w4 w5"} for i in range(90) for side in (1, 2)]
+    train, held_out = held_out_rows(rows, tokenizer, 16, 0.1, 10**9)
+    prompts = [{tuple(row[:2].tolist()) for row in part} for part in (train, held_out)]
+    assert not prompts[0] & prompts[1]
+    assert len(held_out) == 2 * len(prompts[1])
+    assert 4 < len(prompts[1]) < 18
+
+
+def test_each_sequence_begins_with_the_token_that_texts_begin_with(tokenizer):
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    beginning = deepcopy(tokenizer)
+    beginning.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    found = windows(" ".join(f"w{i}" for i in range(40)), beginning, 16)
+    plain = windows(" ".join(f"w{i}" for i in range(40)), tokenizer, 15)
+    assert all(int(row[0]) == 1 for row in found)
+    assert all(torch.equal(row[1:], other) for row, other in zip(found, plain, strict=True))
 
 
 def test_a_new_sae_starts_at_the_mean_and_a_wandb_run_gets_what_the_bar_shows(tmp_path, tokenizer, monkeypatch):

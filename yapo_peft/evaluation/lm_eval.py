@@ -143,5 +143,5 @@ def _require_all_positions(model: nn.Module) -> None:
             if layer.positions.get(name, "all") != "all":
                 raise UnsupportedOperationError(
                     f"Adapter {name!r} steers positions={layer.positions[name]!r}: lm-eval does not mark "
-                    "where answers start, so nothing would be steered. Use an adapter with positions='all'."
+                    "where answers start. Use an adapter with positions='all'."
                 )

@@ -28,7 +28,8 @@ class SAETrainingConfig:
         learning_rate: Learning rate of Adam. It warms up in the first twentieth of the steps, and falls to a tenth in
             the last quarter.
         context: Tokens per sequence. Longer texts are split.
-        buffer: Tokens whose activations are shuffled together, at least 16 batches. They are in memory.
+        buffer: Tokens whose activations are shuffled together, at least 16 batches. They are in the model's device's
+            memory, or with `store` in that of the CPU.
         forward_batch_size: Sequences per forward pass of the model.
         eval_split: Share of the text to hold out for evaluation.
         loss_tokens: Held-out tokens to measure the model's loss on; explained variance and L0 are measured on all.
@@ -89,8 +90,6 @@ class SAETrainingConfig:
             finite(l0=self.l0)
             if self.l0 <= 0 or (self.d_sae is not None and self.l0 > self.d_sae):
                 raise ConfigError(f"l0={self.l0!r}: must be positive, and not more than the features.")
-            if self.architecture == "topk" and self.l0 != int(self.l0):
-                raise ConfigError(f"l0={self.l0!r}: must be a whole number for 'topk'.")
 
     @property
     def steps(self) -> int:

@@ -58,6 +58,9 @@ class TrainingLoop:
             feature_sampling_window=2000,
             logger=LoggingConfig(log_to_wandb=False),
         )
+        for sae in saes.values():
+            if device.type == "mps" and hasattr(sae, "topk_threshold"):  # in float64, which MPS does not have
+                sae.topk_threshold = sae.topk_threshold.float()
         self._trainers: dict[int, SAETrainer[Any, Any]] = {
             layer: SAETrainer(settings, sae.to(device), iter(())) for layer, sae in saes.items()
         }
@@ -67,7 +70,7 @@ class TrainingLoop:
         self._step = 0
 
     def run(self) -> None:
-        """Trains to the end, from the last checkpoint if there is one, and leaves a checkpoint of the end."""
+        """Trains to the end, from the last checkpoint if there is one."""
         from contextlib import nullcontext
 
         config = self._config

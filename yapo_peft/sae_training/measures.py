@@ -127,8 +127,8 @@ def measures_of(
         "loss_with_reconstruction": reconstructed,
         "loss_with_mean": averaged,
         "loss_with_zero": zeroed,
-        "loss_recovered": (averaged - reconstructed) / (averaged - clean),
-        "loss_recovered_from_zero": (zeroed - reconstructed) / (zeroed - clean),
+        "loss_recovered": (averaged - reconstructed) / (averaged - clean) if averaged != clean else float("nan"),
+        "loss_recovered_from_zero": (zeroed - reconstructed) / (zeroed - clean) if zeroed != clean else float("nan"),
     }
 
 

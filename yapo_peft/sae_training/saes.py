@@ -43,8 +43,13 @@ def require_possible(start: SAE[Any] | None, width: int, config: SAETrainingConf
         if config.d_sae not in (None, d_sae):
             raise ConfigError(f"d_sae={config.d_sae}: the SAE to start from has {d_sae} features.")
         require_width(start, width)
+    elif config.l0 is None and d_sae < _L0:
+        raise ConfigError(f"d_sae={d_sae}: the default l0={_L0:g} is more than that; pass l0.")
     if (config.l0 or 0) > d_sae:
         raise ConfigError(f"l0={config.l0:g}: must not be more than the {d_sae} features.")
+    is_topk = config.architecture == "topk" or (start is not None and start.cfg.architecture() == "topk")
+    if is_topk and config.l0 is not None and config.l0 != int(config.l0):
+        raise ConfigError(f"l0={config.l0!r}: must be a whole number for 'topk'.")
 
 
 def require_width(sae: SAE[Any], width: int) -> None:
@@ -90,7 +95,7 @@ def continued_sae(
     sae = _training_sae(kind, cfg.d_in, cfg.d_sae, config.l0 or given, config, cfg.apply_b_dec_to_input)
     state = {name: value.float() for name, value in start.state_dict().items()}
     if architecture == "standard":
-        state["threshold"] = torch.zeros(cfg.d_sae)
+        state["threshold"] = torch.zeros_like(state["b_enc"])
     norms = state["W_dec"].norm(dim=1).clamp(min=1e-8)
     if architecture != "topk" or getattr(cfg, "rescale_acts_by_decoder_norm", False):
         state["W_enc"], state["W_dec"] = state["W_enc"] * norms, state["W_dec"] / norms[:, None]
@@ -142,7 +147,7 @@ def _training_sae(
 
 
 def save_sae(sae: TrainingSAE[Any], scale: float, folder: Path, config: SAETrainingConfig) -> None:
-    """Saves an SAE for inference, in the layer's own units and with decoder rows of norm 1; replaces the folder."""
+    """Saves an SAE for inference, in the layer's own units; replaces the folder."""
     from sae_lens import SAE
 
     sae.fold_activation_norm_scaling_factor(scale)

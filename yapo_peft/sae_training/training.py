@@ -52,8 +52,7 @@ def train_saes(
 
     `output_dir` gets a folder for each layer, such as `layer_14`, which `YaPOConfig(sae_path=...)` takes, with its
     measures in `measures.json`; and a `README.md` with all of them, which is the card if the folder is pushed to the
-    Hub. A call that was interrupted continues at its last checkpoint if it is repeated; layers that are complete are
-    not trained again.
+    Hub. A call that was interrupted continues at its last checkpoint if it is repeated.
 
     Args:
         model: A transformers causal language model.
