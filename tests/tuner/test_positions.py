@@ -92,6 +92,17 @@ def test_generation_serving_and_labels_steer_the_same_tokens(positions, padding)
     assert [each for step in steered for each in step][padding:] == STEERED[positions]
 
 
+def test_a_padded_prompt_that_is_passed_in_parts_is_counted_from_its_start():
+    model, steered = model_at("prompt[:2]"), []
+    steered_layers(model)[0].register_forward_hook(
+        lambda module, args, output: steered.extend((output != args[0]).any(-1)[0].int().tolist())
+    )
+    prompt = torch.cat([torch.zeros(1, 3, dtype=torch.long), random_ids(1, PROMPT)], 1)
+    options = {"max_new_tokens": 1, "pad_token_id": 0, "do_sample": False, "prefill_chunk_size": 4}
+    model.generate(input_ids=prompt, attention_mask=(prompt != 0).long(), **options)
+    assert [place for place, is_steered in enumerate(steered) if is_steered and place >= 3] == [3, 4]
+
+
 def test_answers_that_share_a_prompt_are_counted_each_from_its_start():
     """The layout in which the trainer runs a prompt once, twice in a row: two pairs, whose positions start again."""
     ids, scored = random_ids(1, 14), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]])

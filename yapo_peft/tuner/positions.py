@@ -198,8 +198,11 @@ def _attended(attention_mask: Any, end: int, device: torch.device) -> tuple[Tens
 
     They are `(batch, 1)`, or of all rows, `(1,)`.
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < end:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return torch.tensor([0], device=device), torch.tensor([end], device=device)
+    if attention_mask.shape[1] < end:  # of a prompt that is passed in parts
+        first = (attention_mask.to(device) != 0).int().argmax(dim=1, keepdim=True)
+        return first, torch.tensor([end], device=device)
     attended = attention_mask[:, :end].to(device) != 0
     last = (attended * torch.arange(end, device=device)).argmax(dim=1, keepdim=True)
     return attended.int().argmax(dim=1, keepdim=True), last + 1
