@@ -52,6 +52,8 @@ def push(
     from yapo_peft.report.page import require_card
 
     are_saes = any(folder.glob("layer_*/measures.json"))
+    if are_saes and not (folder / "README.md").is_file():
+        raise ConfigError(f"The training of the SAEs in {folder} has not ended: repeat its command, which goes on.")
     if are_saes:
         card = ModelCard.load(folder / "README.md")
     elif (folder / "adapter_config.json").is_file():

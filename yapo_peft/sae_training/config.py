@@ -25,7 +25,7 @@ class SAETrainingConfig:
             start from.
         tokens: Tokens to train on. If the text has fewer, it is used several times.
         batch_size: Tokens per training step.
-        learning_rate: Learning rate of Adam. It warms up in the first twentieth of the steps, and falls to a tenth in
+        learning_rate: Learning rate of Adam. It warms up in the first twentieth of the steps, and falls to zero in
             the last quarter.
         context: Tokens per sequence. Longer texts are split.
         buffer: Tokens whose activations are shuffled together, at least 16 batches. They are in the model's device's
@@ -75,7 +75,7 @@ class SAETrainingConfig:
             at_least(16, d_sae=self.d_sae)
         at_least(1, batch_size=self.batch_size, forward_batch_size=self.forward_batch_size)
         at_least(1, loss_tokens=self.loss_tokens)
-        at_least(2, context=self.context)
+        at_least(4, context=self.context)
         at_least(0, save_steps=self.save_steps, seed=self.seed)
         if self.tokens < self.batch_size:
             raise ConfigError(f"tokens={self.tokens!r}: must be at least batch_size={self.batch_size}, one step.")
