@@ -41,17 +41,18 @@ def _own_tokenizer(adapter: str) -> Any:
         return None
 
 
-def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Any:
-    """Loads a model, with its adapter if `name` is one, in eval mode on the available device.
+def load_model(name: str, dtype: str = "auto", base: str | None = None, device: str | None = None) -> Any:
+    """Loads a model, with its adapter if `name` is one, in eval mode.
 
     Args:
         name: Folder or Hub repository of a model or an adapter.
         dtype: dtype of the model, such as "bfloat16"; "auto" is as saved.
         base: Folder or Hub repository of an adapter's model; None for where its config says.
+        device: Where it goes, such as "cuda:1"; None for the fastest available device.
 
     Raises:
         AdapterFileError: The adapter is damaged.
-        ConfigError: There is no such dtype, or an adapter's model is not where its config says.
+        ConfigError: There is no such dtype or device, or an adapter's model is not where its config says.
         OSError: There is no such model or adapter.
     """
     named = getattr(torch, dtype, None)
@@ -68,9 +69,13 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Any:
         if tokens > model.get_input_embeddings().weight.shape[0]:  # as PEFT's auto classes do
             model.resize_token_embeddings(tokens)
         model = PeftModel.from_pretrained(model, name)
-    # Each process of `accelerate launch` has its own device.
-    device = PartialState().device if "LOCAL_RANK" in os.environ else infer_device()
-    return model.to(device).eval()
+    if device is None:
+        # Each process of `accelerate launch` has its own device.
+        return model.to(PartialState().device if "LOCAL_RANK" in os.environ else infer_device()).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {error}") from error
 
 
 def _base_of(name: str, config: PeftConfig | None, base: str | None) -> tuple[str, str | None]:

@@ -48,25 +48,10 @@ def push(
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    from yapo_peft import ConfigError, YaPOConfig
-    from yapo_peft.report.page import require_card
+    from yapo_peft import ConfigError
 
     are_saes = any(folder.glob("layer_*/measures.json"))
-    if are_saes and not (folder / "README.md").is_file():
-        raise ConfigError(f"The training of the SAEs in {folder} has not ended: repeat its command, which goes on.")
-    if are_saes:
-        card = ModelCard.load(folder / "README.md")
-    elif (folder / "adapter_config.json").is_file():
-        config = YaPOConfig.from_pretrained(str(folder))
-        if not isinstance(config, YaPOConfig):
-            raise ConfigError(f"{folder} has an adapter of another method: push it with PEFT.")
-        card = ModelCard.load(require_card(folder))
-        for name in _local(config):
-            print(f"yapo push: warning: others cannot load this adapter: {name}", file=sys.stderr)
-    else:
-        raise ConfigError(
-            f"No adapter found in {folder}: pass a folder written by save_pretrained, a trainer or yapo sae train."
-        )
+    card = ModelCard.load(_card_of_saes(folder) if are_saes else _card_of_adapter(folder))
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -87,6 +72,31 @@ def push(
     )
     card.push_to_hub(repo_id, revision=revision, commit_message=message)
     typer.echo(f"Uploaded to {api.endpoint}/{repo_id}.")
+
+
+def _card_of_saes(folder: Path) -> Path:
+    from yapo_peft import ConfigError
+
+    if not (folder / "README.md").is_file():
+        raise ConfigError(f"The training of the SAEs in {folder} has not ended: repeat its command, which goes on.")
+    return folder / "README.md"
+
+
+def _card_of_adapter(folder: Path) -> Path:
+    """The card of an adapter, which must be one of ours. Warns if others cannot load it."""
+    from yapo_peft import ConfigError, YaPOConfig
+    from yapo_peft.report.page import require_card
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"No adapter found in {folder}: pass a folder written by save_pretrained, a trainer or yapo sae train."
+        )
+    config = YaPOConfig.from_pretrained(str(folder))
+    if not isinstance(config, YaPOConfig):
+        raise ConfigError(f"{folder} has an adapter of another method: push it with PEFT.")
+    for name in _local(config):
+        print(f"yapo push: warning: others cannot load this adapter: {name}", file=sys.stderr)
+    return require_card(folder)
 
 
 def _local(config: YaPOConfig) -> list[str]:

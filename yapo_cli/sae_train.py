@@ -1,4 +1,4 @@
-"""`yapo sae train` and `yapo sae measure`: SAEs of one's own."""
+"""`yapo sae train` and `yapo sae measure`: train SAEs, and measure how well one fits a model."""
 
 from __future__ import annotations
 
@@ -159,16 +159,12 @@ def _load(name: str, dtype: str, device: str | None, sources: list[str], split: 
     tokenizer, missing = load_tokenizer(name), object()
     each = [_of(source, split, bool(getattr(tokenizer, "chat_template", None))) for source in sources]
     texts = (text for text in chain.from_iterable(zip_longest(*each, fillvalue=missing)) if text is not missing)
-    model = load_model(name, dtype)
-    try:
-        return model if device is None else model.to(device), tokenizer, texts
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {device}: {error}") from None
+    return load_model(name, dtype, device=device), tokenizer, texts
 
 
 def _of(source: str, split: str, is_chat: bool) -> Iterator[Any]:
     """The texts of a source; both of a pair's answers are texts."""
-    from yapo_peft import DatasetError
+    from yapo_peft.data.sources import require_among
 
     name, columns = _named(source)
     if Path(name).suffix.lower() in (".txt", ".md"):
@@ -181,10 +177,7 @@ def _of(source: str, split: str, is_chat: bool) -> Iterator[Any]:
     if not columns:
         return chain.from_iterable(map(_both_answers, rows))
     wanted = [columns[0], *(columns[1].split(",") if len(columns) == 2 else [])]
-    first = next(iter(rows), {})
-    missing = [column for column in wanted if column not in first]
-    if missing:
-        raise DatasetError(f"{name!r} has no column {missing[0]!r}: name one of {', '.join(map(repr, first))}.")
+    require_among(list(next(iter(rows), {})), wanted)
     return chain.from_iterable(_picked(row, wanted, is_chat) for row in rows)
 
 
@@ -230,9 +223,5 @@ def _picked(row: Any, columns: list[str], is_chat: bool) -> Iterator[Any]:
         if isinstance(prompt, str) and isinstance(answer, str) and not is_chat:
             yield f"{prompt}\n{answer}"
         else:
-            parts = (("prompt", prompt), ("completion", answer))
-            yield [
-                message
-                for name, part in parts
-                for message in (as_message(name, part) if isinstance(part, str) else part)
-            ]
+            before = as_message("prompt", prompt) if isinstance(prompt, str) else prompt
+            yield before + (as_message("completion", answer) if isinstance(answer, str) else answer)

@@ -23,12 +23,12 @@ from ..adapter_file.reading import SavedAdapter
 from ..adapter_file.saving import save_adapter
 from ..errors import ConfigError
 from ..interpret import explain
-from ..interpret.texts import device_and_dtype, padded, unsteered_outputs
+from ..interpret.texts import device_and_dtype, padded
 from ..scoring.checks import require_room
 from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
-from ..tuner.adapters import adapter_of, steered_layers, write_code
+from ..tuner.adapters import adapter_of, steered_layers, unsteered_outputs, write_code
 from ..tuner.blocks import base_of
 from .streaming import RowStreamer, StopWhenSet
 

@@ -130,10 +130,15 @@ def require_columns(dataset: Dataset, names: Sequence[str]) -> None:
     Raises:
         DatasetError: A column is missing; the message lists the existing ones.
     """
-    missing = [name for name in names if name not in dataset.column_names]
+    require_among(dataset.column_names, names)
+
+
+def require_among(columns: Sequence[str], names: Sequence[str]) -> None:
+    """As `require_columns`, for the names of a dataset's columns."""
+    missing = [name for name in names if name not in columns]
     if missing:
-        there = ", ".join(map(repr, dataset.column_names))
-        near = [match for name in missing for match in get_close_matches(name, dataset.column_names, 1)]
+        there = ", ".join(map(repr, columns))
+        near = [match for name in missing for match in get_close_matches(name, columns, 1)]
         meant = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
         raise DatasetError(
             f"The dataset has no column {', '.join(map(repr, missing))}{meant}: name one of its columns {there}, such "

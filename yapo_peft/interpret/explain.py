@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, evaluating
 from ..errors import ConfigError
-from ..tuner.adapters import adapter_of
+from ..tuner.adapters import adapter_of, unsteered_outputs
 from .checks import features_by_layer, require_multiplier
 from .neuronpedia import neuronpedia_labels, neuronpedia_link
 from .parts import Parts
-from .texts import device_and_dtype, padded, text_batches, tokenizer_of, unsteered_outputs
+from .texts import device_and_dtype, padded, text_batches, tokenizer_of
 from .unembedding import Unembedding
 
 _DTYPES = {

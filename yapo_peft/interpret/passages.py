@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import at_least, evaluating, hash_model, replacing
 from ..errors import ConfigError
 from ..sae import FrozenSAE
-from ..tuner.adapters import adapter_of
+from ..tuner.adapters import adapter_of, unsteered_outputs
 from ..tuner.blocks import base_of
 from ..tuner.layer import is_steering
 from .checks import features_by_layer
-from .texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of, unsteered_outputs
+from .texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of
 
 _SAVED_EVERY = 50
 # On SmolLM2, the norm of a text's first token is 140 times the median, and that of the second can be 10 to 20 times.

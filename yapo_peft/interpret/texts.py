@@ -16,9 +16,7 @@ from .._utils import at_least, device_of
 from ..errors import ConfigError, DatasetError
 from ..scoring.checks import context_length
 from ..scoring.pairs import chat_ids, common_prefix, padding_of, prompt_ids, rendering
-from ..tuner import YaPOLayer, steering
 from ..tuner.blocks import base_of
-from ..tuner.hooks import run_up_to
 
 _SHAPES = "pass texts, or rows with a column 'text', 'messages', or 'prompt' with 'chosen' or 'completion'"
 
@@ -92,16 +90,6 @@ def padded(batch: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: t
     rows = [torch.tensor(tokens, dtype=torch.long, device=device) for tokens in batch]
     ids = pad_sequence(rows, batch_first=True, padding_value=padding_of(tokenizer))
     return {"input_ids": ids, "attention_mask": pad_sequence(list(map(torch.ones_like, rows)), batch_first=True)}
-
-
-@torch.no_grad()
-def unsteered_outputs(model: nn.Module, layers: list[YaPOLayer], inputs: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Returns the outputs of layers without steering, `(batch, seq, d_model)` by layer index.
-
-    Layers above the highest of them do not run, unless accelerate offloads weights layer by layer.
-    """
-    with steering(model, 0.0):
-        return run_up_to(model, {layer.index: layer.block for layer in layers}, inputs)
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -18,9 +18,8 @@ from ..sae import FrozenSAE
 from ..scoring.checks import longest, require_length
 from ..scoring.pairs import pair_batches
 from ..steering.learning import ActiveFeatures
-from ..tuner import YaPOLayer, steering
-from ..tuner.adapters import steered_layers
-from ..tuner.hooks import block_outputs
+from ..tuner import YaPOLayer
+from ..tuner.adapters import steered_layers, unsteered_outputs
 
 AnswerTokens = Literal["completion", "last"]
 
@@ -107,14 +106,11 @@ def measure_contrast(
     require_length(model.get_base_model(), longest(batches), "A pair")
     contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
     device = device_of(model)
-    # Skips the head, because the logits are not needed.
-    backbone: Any = cast(Any, model.get_base_model()).base_model
     with evaluating(model):
         for batch in tqdm(batches, desc="Reading answers", unit="batch"):
             weights = _token_weights(batch, special, tokens)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            with torch.no_grad(), steering(model, 0.0), block_outputs(layers) as outputs:
-                backbone(**inputs, use_cache=False)
+            outputs = unsteered_outputs(model, layers, inputs)
             for layer in layers:
                 _add(contrast, layer, outputs[layer.index], weights)
             contrast.pairs += len(weights) // 2

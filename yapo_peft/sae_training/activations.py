@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from .._utils import device_of, evaluating, mixed_seed, replacing
+from .._utils import device_of, evaluating, hash_tensors, mixed_seed, replacing
 from ..errors import DatasetError
+from ..interpret.texts import padded
 from ..tuner.hooks import run_up_to
 from .config import SAETrainingConfig
 from .rows import by_length, usable
@@ -48,6 +50,7 @@ class Activations:
     """The outputs of some layers of a model at the tokens of some sequences.
 
     Attributes:
+        blocks: The layers, by their indices.
         rows: The sequences, `(seq,)` each.
         special: Tokens that are left out, `(n,)`.
     """
@@ -57,15 +60,13 @@ class Activations:
         model: nn.Module,
         blocks: dict[int, nn.Module],
         rows: list[Tensor],
-        special: Iterable[int],
+        tokenizer: PreTrainedTokenizerBase,
         config: SAETrainingConfig,
     ) -> None:
-        self.rows, self.special = rows, torch.tensor(sorted(special), dtype=torch.int32)
-        self._model, self._blocks, self._config = model, blocks, config
+        self.blocks, self.rows, self.special = blocks, rows, torch.tensor(tokenizer.all_special_ids, dtype=torch.int32)
+        self._model, self._tokenizer, self._config = model, tokenizer, config
         self._usable = [usable(row, self.special) for row in rows]
-        self._starts = [0]
-        for row in rows:
-            self._starts.append(self._starts[-1] + len(row))
+        self._starts = [0, *accumulate(map(len, rows))]
         self._stored: dict[int, Tensor] = {}
 
     def batches(self, indices: Iterable[int]) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
@@ -75,11 +76,9 @@ class Activations:
         """
         device = device_of(self._model)
         for batch in by_length(self.rows, indices, self._config.forward_batch_size):
-            ids = pad_sequence([self.rows[index].long() for index in batch], batch_first=True)
             counts = pad_sequence([self._usable[index] for index in batch], batch_first=True)
-            lengths = torch.tensor([len(self.rows[index]) for index in batch])
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            yield batch, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, counts.to(device)
+            inputs = padded([self.rows[index].tolist() for index in batch], self._tokenizer, device)
+            yield batch, inputs, counts.to(device)
 
     @torch.no_grad()
     def _computed(self, indices: Iterable[int]) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
@@ -90,7 +89,7 @@ class Activations:
         device = device_of(self._model)
         with evaluating(self._model), torch.autocast(device.type, torch.bfloat16, enabled=self._config.bf16):
             for batch, inputs, _ in self.batches(indices):
-                outputs = run_up_to(self._model, self._blocks, inputs)
+                outputs = run_up_to(self._model, self.blocks, inputs)
                 mask = inputs["attention_mask"].bool()
                 found = {layer: output[mask] for layer, output in outputs.items()}
                 yield batch, {layer: h.bfloat16() for layer, h in found.items()} if self._config.bf16 else found
@@ -102,7 +101,7 @@ class Activations:
             indices: The sequences.
             limits: Norms from which a token is left out; None for no such limit.
         """
-        parts: dict[int, list[Tensor]] = {layer: [] for layer in self._blocks}
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in self.blocks}
         for batch, outputs in self._read(indices):
             counts = torch.cat([self._usable[index] for index in batch]).to(next(iter(outputs.values())).device)
             for layer, limit in (limits or {}).items():
@@ -130,10 +129,9 @@ class Activations:
             folder: Where the files are, or go to.
             name: What tells the model's outputs from those of others.
         """
-        ids = hashlib.sha256(torch.cat(self.rows).numpy().tobytes()).hexdigest()
-        starts = [name, ids, self._starts, self._config.bf16]
-        key = hashlib.sha256(json.dumps(starts).encode()).hexdigest()[:16]
-        paths = {layer: folder / f"{key}-layer-{layer}.bin" for layer in self._blocks}
+        head = json.dumps([name, self._starts, self._config.bf16])
+        key = hash_tensors(head, [("rows", torch.cat(self.rows))])[:16]
+        paths = {layer: folder / f"{key}-layer-{layer}.bin" for layer in self.blocks}
         _, example = next(self._computed([0]))
         shapes = {layer: (output.dtype, self._starts[-1], output.shape[1]) for layer, output in example.items()}
         if not all(path.is_file() for path in paths.values()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from sae_lens import TrainingSAE
     from sae_lens.training.sae_trainer import SAETrainer
 
-_STREAM = "stream.json"
+_STREAM, _NAME = "stream.json", re.compile(r"checkpoint-(\d+)")
 # Steps between the numbers of the progress bar and of the tracker.
 _LOGGED = 20
 
@@ -41,22 +43,20 @@ class TrainingLoop:
         folder: Path,
         device: torch.device,
     ) -> None:
-        from sae_lens.config import LoggingConfig, SAETrainerConfig
+        from sae_lens.config import SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         settings = SAETrainerConfig(
             total_training_samples=config.steps * config.batch_size,
             train_batch_size_samples=config.batch_size,
             lr=config.learning_rate,
-            lr_end=config.learning_rate / 10,
+            lr_end=config.learning_rate,  # must be given, and is not read by the schedule, which decays to zero
             lr_warm_up_steps=config.steps // 20,
             lr_decay_steps=config.steps // 4,
             device=str(device),
             autocast=config.bf16,
             # Steps without being active, after which a feature counts as dead.
             dead_feature_window=max(100, min(1000, config.steps // 30)),
-            feature_sampling_window=2000,
-            logger=LoggingConfig(log_to_wandb=False),
         )
         for sae in saes.values():
             if device.type == "mps" and hasattr(sae, "topk_threshold"):  # in float64, which MPS does not have
@@ -71,12 +71,10 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
-        from contextlib import nullcontext
-
         config = self._config
-        checkpoint = max(checkpoints(self._folder), key=_step_of, default=None)
-        if checkpoint is not None:
-            self._load(checkpoint)
+        begun = checkpoints(self._folder)
+        if begun:
+            self._load(begun[-1])
         total = config.steps * config.batch_size
         tracker = self._tracker() if config.report_to == "wandb" else nullcontext()
         bar = tqdm(total=total, initial=self._step * config.batch_size, unit="token", unit_scale=True, desc="Training")
@@ -143,9 +141,6 @@ class TrainingLoop:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run that are complete."""
-    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    """The checkpoints of a run that are complete, from the first to the last."""
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]

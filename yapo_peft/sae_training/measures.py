@@ -18,7 +18,7 @@ from ..sae.loader import read_sae
 from ..scoring.checks import context_length
 from ..tuner.blocks import base_of, decoder_blocks, hidden_size, hidden_states, resolve_layers, with_hidden_states
 from ..tuner.hooks import forward_hooks
-from .activations import Activations, LayerStatistics
+from .activations import Activations
 from .config import SAETrainingConfig
 from .rows import rows_of
 from .saes import require_width
@@ -78,20 +78,15 @@ def measure_sae(
     context = min(context, context_length(base_of(model)) or context)
     config = SAETrainingConfig(layer, context=context, forward_batch_size=batch_size, loss_tokens=tokens)
     rows = rows_of(texts, tokenizer, context, tokens)
-    activations = Activations(model, {layer: blocks[layer]}, rows, tokenizer.all_special_ids, config)
-    return measures_of(sae, model, layer, activations, activations.statistics()[layer], config)
+    activations = Activations(model, {layer: blocks[layer]}, rows, tokenizer, config)
+    return measures_of(sae, model, layer, activations, activations.statistics()[layer].limit, config)
 
 
 @torch.no_grad()
 def measures_of(
-    sae: Any,
-    model: nn.Module,
-    layer: int,
-    activations: Activations,
-    statistics: LayerStatistics,
-    config: SAETrainingConfig,
+    sae: Any, model: nn.Module, layer: int, activations: Activations, limit: float, config: SAETrainingConfig
 ) -> dict[str, float]:
-    """Measures an SAE of sae-lens on activations; see `measure_sae`."""
+    """Measures an SAE of sae-lens on activations whose norm is below a limit; see `measure_sae`."""
     device, before = device_of(model), (sae.device, sae.dtype)
     sae = sae.to(device=device, dtype=torch.float32)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
@@ -100,8 +95,7 @@ def measures_of(
     size = config.forward_batch_size
     indices = range(len(activations.rows))
     for start in tqdm(range(0, len(indices), size), desc=f"Measuring layer {layer}", unit="batch"):
-        limits = {layer: statistics.limit}
-        h = activations.of(list(indices[start : start + size]), limits)[layer].to(device).float()
+        h = activations.of(list(indices[start : start + size]), {layer: limit})[layer].to(device).float()
         features = sae.encode(h)
         fired |= (features > 0).any(0)
         active += int((features > 0).sum())
@@ -114,9 +108,9 @@ def measures_of(
         raise DatasetError("The text has no tokens to measure on: pass longer texts.")
     mean = (total / count).float().to(device)
     variance = squares - count * float(total.div(count).square().sum())
-    loss_of = partial(_loss, model, layer, activations, activations.sample(config.loss_tokens), statistics.limit)
-    clean, zeroed, averaged = loss_of(None), loss_of(torch.zeros_like), loss_of(lambda h: mean.expand_as(h))
-    reconstructed = loss_of(sae)
+    loss_of = partial(_loss, model, layer, activations, activations.sample(config.loss_tokens), limit)
+    clean, reconstructed = loss_of(lambda h: h), loss_of(sae)
+    zeroed, averaged = loss_of(torch.zeros_like), loss_of(lambda h: mean.expand_as(h))
     sae.to(*before)
     return {
         "tokens": count,
@@ -143,24 +137,23 @@ def _loss(
     activations: Activations,
     indices: list[int],
     limit: float,
-    replacement: Callable[[Tensor], Tensor] | None,
+    replacement: Callable[[Tensor], Tensor],
 ) -> float:
     """The model's loss in nats per token, with a layer's output replaced at the tokens that count."""
-    block = decoder_blocks(base_of(model))[1][layer]
     total, count = 0.0, 0
-    for _, inputs, counts in activations.batches(indices):
-
-        def replace(output: Any, counts: Tensor = counts) -> Any:
-            if replacement is None:
-                return None
-            h = hidden_states(output)
-            replaced = (counts & (h.float().norm(dim=-1) < limit))[..., None]
-            return with_hidden_states(output, torch.where(replaced, replacement(h.float()).to(h.dtype), h))
-
-        with evaluating(model), forward_hooks([(block, replace)]):
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-        scored = inputs["attention_mask"][:, 1:].bool()
-        targets = inputs["input_ids"][:, 1:][scored]
-        total += float(nn.functional.cross_entropy(logits[scored].float(), targets, reduction="sum"))
-        count += len(targets)
+    with evaluating(model):
+        for _, inputs, counts in activations.batches(indices):
+            with forward_hooks([(activations.blocks[layer], partial(_replaced, replacement, counts, limit))]):
+                logits = model(**inputs, use_cache=False).logits[:, :-1]
+            scored = inputs["attention_mask"][:, 1:].bool()
+            targets = inputs["input_ids"][:, 1:][scored]
+            total += float(nn.functional.cross_entropy(logits[scored].float(), targets, reduction="sum"))
+            count += len(targets)
     return total / count
+
+
+def _replaced(replacement: Callable[[Tensor], Tensor], counts: Tensor, limit: float, output: Any) -> Any:
+    """A layer's output, replaced at the tokens that count."""
+    h = hidden_states(output)
+    replaced = (counts & (h.float().norm(dim=-1) < limit))[..., None]
+    return with_hidden_states(output, torch.where(replaced, replacement(h.float()).to(h.dtype), h))

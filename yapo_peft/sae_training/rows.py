@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,6 +117,5 @@ def usable(row: Tensor, special: Tensor) -> Tensor:
 def by_length(rows: list[Tensor], indices: Iterable[int], size: int) -> Iterator[list[int]]:
     """Batches of sequences of similar lengths."""
     ordered = sorted(indices, key=lambda index: len(rows[index]))
-    edges = [*range(0, len(ordered), size), len(ordered)]
-    for start, end in pairwise(edges):
-        yield ordered[start:end]
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

@@ -96,54 +96,39 @@ def continued_sae(
     state = {name: value.float() for name, value in start.state_dict().items()}
     if architecture == "standard":
         state["threshold"] = torch.zeros_like(state["b_enc"])
-    norms = state["W_dec"].norm(dim=1).clamp(min=1e-8)
-    if architecture != "topk" or getattr(cfg, "rescale_acts_by_decoder_norm", False):
-        state["W_enc"], state["W_dec"] = state["W_enc"] * norms, state["W_dec"] / norms[:, None]
-        for name in ("b_enc", "threshold"):
-            if name in state:
-                state[name] = state[name] * norms
-    elif kind == "topk":
-        sae.cfg.rescale_acts_by_decoder_norm = False  # they are ranked as they are
-    # All activations are scaled: inputs, and with them biases and thresholds.
-    for name in ("b_enc", "b_dec", "threshold"):
-        if name in state:
-            state[name] = state[name] * statistics.scale
     sae.load_state_dict(state)
+    if architecture == "topk" and not cfg.rescale_acts_by_decoder_norm:
+        sae.cfg.rescale_acts_by_decoder_norm = False  # its features are ranked as they are
+    else:
+        sae.fold_W_dec_norm()
+    # All activations are scaled: inputs, and with them biases and thresholds.
+    for name, parameter in sae.named_parameters():
+        if name in ("b_enc", "b_dec", "threshold"):
+            parameter.data *= statistics.scale
     return sae
 
 
 def _training_sae(
     architecture: str, width: int, d_sae: int, l0: float, config: SAETrainingConfig, subtract: bool
 ) -> TrainingSAE[Any]:
-    from sae_lens import (
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        JumpReLUTrainingSAE,
-        JumpReLUTrainingSAEConfig,
-        MatryoshkaBatchTopKTrainingSAE,
-        MatryoshkaBatchTopKTrainingSAEConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
+    from sae_lens import TrainingSAE
+    from sae_lens.saes.sae import TrainingSAEConfig
 
-    shape: dict[str, Any] = {
+    # Each architecture takes its own.
+    settings = {
+        "architecture": architecture,
         "d_in": width,
         "d_sae": d_sae,
         "normalize_activations": "expected_average_only_in",
         "apply_b_dec_to_input": subtract,
+        "k": int(l0) if architecture == "topk" else l0,
+        # The share of a step in the running mean that becomes the threshold: short trainings would not reach it.
+        "topk_threshold_lr": max(0.01, min(1.0, 10 / config.steps)),
+        "matryoshka_widths": [d_sae // 16, d_sae // 4, d_sae],
+        "jumprelu_sparsity_loss_mode": "quadratic",
+        "target_l0": l0,
     }
-    if architecture == "jumprelu":
-        return JumpReLUTrainingSAE(
-            JumpReLUTrainingSAEConfig(**shape, jumprelu_sparsity_loss_mode="quadratic", target_l0=l0)
-        )
-    if architecture == "topk":
-        return TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=int(l0)))
-    # The share of a step in the running mean that becomes the threshold: short trainings would not reach it.
-    shape |= {"k": l0, "topk_threshold_lr": max(0.01, min(1.0, 10 / config.steps))}
-    if architecture == "batchtopk":
-        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape))
-    widths = [d_sae // 16, d_sae // 4, d_sae]
-    return MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=widths))
+    return TrainingSAE.from_dict(TrainingSAEConfig.from_dict(settings).to_dict())
 
 
 def save_sae(sae: TrainingSAE[Any], scale: float, folder: Path, config: SAETrainingConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -90,9 +89,9 @@ def train_saes(
         train = rows_of(texts, tokenizer, context, config.tokens)
         others = rows_of(held_out, tokenizer, context)
     blocks = {layer: all_blocks[layer] for layer in layers}
-    text, evaluated = (Activations(base, blocks, rows, tokenizer.all_special_ids, config) for rows in (train, others))
+    text, evaluated = (Activations(base, blocks, rows, tokenizer, config) for rows in (train, others))
     name = hash_model(base, sampled=True)
-    run = {"model": name, "text": hashlib.sha256(torch.cat(train + others).numpy().tobytes()).hexdigest()}
+    run = {"model": name, "text": hash_tensors("", [("train", torch.cat(train)), ("held out", torch.cat(others))])}
     run |= {f"start of layer {layer}": hash_tensors("", sae.state_dict().items()) for layer, sae in start.items()}
     begin_or_resume(folder / "run.json", {**run, **{k: v for k, v in asdict(config).items() if k not in _FREE}})
     if config.store is not None:
@@ -101,7 +100,7 @@ def train_saes(
     statistics = text.statistics()
 
     def measured(sae: SAE[Any], layer: int) -> dict[str, float]:
-        return measures_of(sae, model, layer, evaluated, statistics[layer], config)
+        return measures_of(sae, model, layer, evaluated, statistics[layer].limit, config)
 
     before = {layer: measured(sae, layer) for layer, sae in start.items()}
     folders = {layer: folder / f"layer_{layer}" for layer in layers}

@@ -15,7 +15,7 @@ from ..errors import ConfigError, UnsupportedOperationError
 from ..sae import FrozenSAE
 from ..steering.formula import Multiplier
 from .config import YaPOConfig, digest_of
-from .hooks import require_single_hooks
+from .hooks import require_single_hooks, run_up_to
 from .layer import YaPOLayer
 
 
@@ -218,3 +218,13 @@ def _checked(multiplier: Multiplier | Sequence[float]) -> Multiplier:
         return cast(Tensor, as_rows(multiplier))
     finite(multiplier=multiplier)
     return float(multiplier)
+
+
+@torch.no_grad()
+def unsteered_outputs(model: nn.Module, layers: Iterable[YaPOLayer], inputs: dict[str, Tensor]) -> dict[int, Tensor]:
+    """Returns the outputs of layers without steering, `(batch, seq, d_model)` by layer index.
+
+    Layers above the highest of them do not run, unless accelerate offloads weights layer by layer.
+    """
+    with steering(model, 0.0):
+        return run_up_to(model, {layer.index: layer.block for layer in layers}, inputs)

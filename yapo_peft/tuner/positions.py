@@ -14,7 +14,7 @@ from ..errors import ConfigError, UnsupportedOperationError
 if TYPE_CHECKING:
     from .call import Call
 
-_WINDOW = re.compile(r"(prompt|completion)(?:\[(-?\d*):(-?\d*)\])?")
+_WINDOW = re.compile(r"(prompt|completion)(?:\[(-?\d+)?:(-?\d+)?\])?")
 _FORMS = "'all', 'completion', 'last', 'prompt', or a slice of the prompt or the completion, such as 'prompt[-4:]'"
 
 
@@ -80,8 +80,6 @@ def _parse(positions: str) -> Span:
     if match is None:
         raise ConfigError(f"positions={positions!r}: must be {_FORMS}.")
     first, end = (int(bound) if bound else None for bound in (match[2], match[3]))
-    if "-" in (match[2], match[3]):
-        raise ConfigError(f"positions={positions!r}: must be {_FORMS}.")
     if match[1] == "completion":
         if (first or 0) < 0 or (end or 0) < 0:
             raise ConfigError(f"positions={positions!r}: a completion is counted from its start, which has no end yet.")
