@@ -12,8 +12,8 @@ from wordy import configured, outputs_of, prepared, texts
 from yapo_peft import ConfigError, DatasetError, UnsupportedSAEError, YaPOConfig
 from yapo_peft.sae.loader import read_sae
 from yapo_peft.sae_training import measure_sae, train_saes
-from yapo_peft.sae_training.loop import TrainingLoop
 from yapo_peft.sae_training.saes import continued_sae, save_sae
+from yapo_peft.sae_training.training import TrainingLoop
 from yapo_peft.tuner.blocks import decoder_blocks
 
 

@@ -1,17 +1,21 @@
-"""How well an SAE fits a model: what it reconstructs, with how many features, and what that does to the loss."""
+"""How well an SAE fits a model: what it reconstructs, with how many features, and at what loss; and the page of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, FileSystemLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._utils import at_least, device_of, evaluating
+from .._utils import at_least, device_of, evaluating, replacing
 from ..errors import ConfigError, DatasetError
 from ..sae.frozen import layer_read
 from ..sae.loader import read_sae
@@ -22,6 +26,17 @@ from .activations import Activations
 from .config import SAETrainingConfig
 from .rows import rows_of
 from .saes import require_width
+
+_TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
+_ROWS = {
+    "explained_variance": "explained variance",
+    "l0": "active features per token (L0)",
+    "dead_features": "dead features",
+    "loss_recovered": "loss recovered, relative to the mean",
+    "loss_recovered_from_zero": "loss recovered, relative to zero",
+    "loss": "next-token loss (nats)",
+    "loss_with_reconstruction": "next-token loss with the reconstruction (nats)",
+}
 
 
 def measure_sae(
@@ -157,3 +172,45 @@ def _replaced(replacement: Callable[[Tensor], Tensor], counts: Tensor, limit: fl
     h = hidden_states(output)
     replaced = (counts & (h.float().norm(dim=-1) < limit))[..., None]
     return with_hidden_states(output, torch.where(replaced, replacement(h.float()).to(h.dtype), h))
+
+
+def save_page(
+    folder: Path,
+    model_name: str | None,
+    measures: Mapping[int, Mapping[str, float]],
+    before: Mapping[int, Mapping[str, float]],
+    config: SAETrainingConfig,
+) -> None:
+    """Writes `README.md` with the measures of SAEs, and of those that they started from, by layer."""
+    columns = [
+        (f"layer {layer}{suffix}", found[layer])
+        for layer in measures
+        for suffix, found in ((", before", before), ("", measures))
+        if layer in found
+    ]
+    rows = [(text, [_written(name, found[name]) for _, found in columns]) for name, text in _ROWS.items()]
+    first = next(iter(measures.values()))
+    text = _TEMPLATES.get_template("page.md.jinja").render(
+        model=model_name,
+        layers=list(measures),
+        columns=[name for name, _ in columns],
+        rows=rows,
+        tokens=int(first["tokens"]),
+        config=config,
+        settings=[(name, value) for name, value in asdict(config).items() if value is not None and name != "store"],
+        versions=[(name, version(name)) for name in ("yapo-peft", "sae-lens", "transformers", "torch")],
+    )
+    with replacing(folder / "README.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _written(name: str, value: float) -> str:
+    if name == "dead_features":
+        return f"{value:.2%}"
+    return f"{value:.1f}" if name == "l0" else f"{value:.4f}"
+
+
+def hub_name(model: Any) -> str | None:
+    """The name of a model on the Hub; None if it is of a local folder."""
+    name = getattr(model, "name_or_path", "") or ""
+    return None if not name or Path(name).exists() else name
