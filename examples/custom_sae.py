@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from yapo_peft import YaPOConfig, steering
 from yapo_peft.methods import fit_sas, measure_contrast
+from yapo_peft.sae_training import measure_sae
 
 
 def main() -> None:
@@ -34,7 +35,9 @@ def main() -> None:
 
     print("2. Check that the SAE fits the model")
     pairs = preferences("enthusiasm", "train").select(range(options.pairs))
-    report_fit(model, tokenizer, sae, layer, [pair["chosen"][0]["content"] for pair in pairs])
+    sae.save_model(options.out / "sae")
+    fit = measure_sae(model, tokenizer, pairs, path=str(options.out / "sae"))
+    print(f"The SAE explains {fit['explained_variance']:.0%} of the variance with {fit['l0']:.0f} features per token.")
 
     print("3. Fit a code without training (SAS)")
     model = get_peft_model(model, YaPOConfig(layers=layer, sae=sae, self_contained=True))
@@ -55,25 +58,11 @@ def main() -> None:
 def from_tensors(tensors: dict[str, torch.Tensor], layer: int) -> JumpReLUSAE:
     """Builds an SAE from `W_enc` `(d_in, d_sae)`, `W_dec` `(d_sae, d_in)`, `b_enc`, `threshold` and `b_dec`."""
     d_in, d_sae = tensors["W_enc"].shape
-    # Set apply_b_dec_to_input=True for an encoder that subtracts b_dec from its input.
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=False))
+    # Gemma Scope's encoders do not subtract b_dec from their input: apply_b_dec_to_input=False.
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=True))
     sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"  # checked against the adapter's layer
     sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return sae
-
-
-@torch.no_grad()
-def report_fit(model, tokenizer, sae: JumpReLUSAE, layer: int, texts: list[str]) -> None:
-    """Prints explained variance and L0 on the layer's output, skipping the first tokens, which are attention sinks."""
-    outputs = []
-    for text in texts:
-        output = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
-        outputs.append(output.hidden_states[layer + 1][0, 2:])
-    h = torch.cat(outputs)
-    features = sae.encode(h)
-    l0 = float((features > 0).sum(dim=1).float().mean())
-    unexplained = (h - sae.decode(features)).pow(2).sum() / (h - h.mean(dim=0)).pow(2).sum()
-    print(f"The SAE explains {100 * (1 - float(unexplained)):.0f} % of the variance with {l0:.0f} features per token.")
 
 
 if __name__ == "__main__":

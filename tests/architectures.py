@@ -37,6 +37,11 @@ _ARCHITECTURES = {
         {**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
         "gpt-oss (MoE, attention sinks)",
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        {**_LLAMA, "intermediate_size_mlp": 64, "num_local_experts": 4, "attention_chunk_size": 16},
+        "Llama 4 (MoE, attention in chunks)",
+    ),
     "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}, "Mixtral"),
     "olmo3": ("Olmo3Config", _SLIDING, "OLMo 3"),
     "phi3": ("Phi3Config", _LLAMA, "Phi-3 and Phi-4"),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from forked import run_script
 from nbclient import NotebookClient
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from tiny import inference_sae, make_model, make_sae, random_code, set_code
+from sae_lens import SAE
+from tiny import D_MODEL, inference_sae, make_model, make_sae, random_code, set_code
 
 from yapo_peft import YaPOConfig
 
@@ -104,6 +106,8 @@ def test_lm_eval_tasks(workplace):
 def test_custom_sae(workplace):
     printed = run(workplace, "custom_sae.py", "--out", "custom", "--pairs", 8, "--tau", 0.9)
     assert "% of the variance" in printed
+    saved, given = (SAE.load_from_disk(workplace / folder) for folder in ("custom/sae", "sae"))
+    assert torch.equal(saved.encode(torch.ones(1, D_MODEL)), given.encode(torch.ones(1, D_MODEL)))
     assert float(printed.split("logits differ by at most ")[1].split()[0].rstrip(".")) < 1e-4
 
 

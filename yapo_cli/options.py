@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -97,8 +99,21 @@ def short_names(adapters: list[str]) -> list[str]:
 
 def read_text(file: Path) -> str:
     """Reads a text file."""
-    try:
+    with _utf8(file):
         return file.read_text(encoding="utf-8")
+
+
+def read_pieces(file: Path) -> Iterator[str]:
+    """Reads a long text file in pieces of some thousand characters, which end at line breaks."""
+    with _utf8(file), file.open(encoding="utf-8") as lines:
+        while piece := lines.readlines(4000):
+            yield "".join(piece)
+
+
+@contextmanager
+def _utf8(file: Path) -> Generator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{file} is not UTF-8 text (byte {error.start}): convert it.") from None
 

@@ -17,9 +17,9 @@ Dataset = Annotated[
     list[str],
     typer.Option(
         metavar="SOURCE[:COLUMNS]",
-        help="Text: a text file, a CSV, JSON or Parquet file, a saved dataset, or a Hub dataset. After a colon, the "
-        "column of texts or conversations; or those of prompts and of answers, as pairs.csv:prompt:chosen,rejected. "
-        "Repeat for more.",
+        help="Text: a text file, a CSV, JSON or Parquet file, a saved dataset, or a Hub dataset, whose config may "
+        "follow, as ORG/NAME/CONFIG. After a colon, the column of texts or conversations; or those of prompts and of "
+        "answers, as pairs.csv:prompt:chosen,rejected. Repeat for more, which are read in turn.",
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of Hub or saved datasets.")]
@@ -245,7 +245,9 @@ def _of(source: str, split: str, is_chat: bool) -> Iterator[Any]:
     if Path(name).suffix.lower() in (".txt", ".md"):
         if columns:
             raise typer.BadParameter(f"--dataset {source}: a text file has no columns.")
-        return iter([options.read_text(Path(name))])
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"The file {name!r} does not exist.")
+        return options.read_pieces(Path(name))
     if len(columns) > 2:
         raise typer.BadParameter(f"--dataset {source}: name one column, or those of prompts and of answers.")
     rows = _rows(name, split)
@@ -270,21 +272,25 @@ def _rows(name: str, split: str) -> Iterable[Any]:
     from yapo_peft.data.sources import is_file
 
     if is_file(Path(name)) or Path(name).exists():
-        return load_rows(name, split)
+        return load_rows(name, split if Path(name).is_dir() else "train")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     from yapo_peft import DatasetError
 
+    config = None
+    if name.count("/") == 2:
+        name, _, config = name.rpartition("/")
     try:
-        return load_dataset(name, split=split, streaming=True)
+        return load_dataset(name, config, split=split, streaming=True)
     except (ValueError, DatasetsError) as error:
         raise DatasetError(f"--dataset {name} cannot be read from the Hub: {error}") from error
 
 
 def _both_answers(row: Any) -> Iterator[Any]:
     yield row
-    if row.get("prompt") and row.get("chosen") and row.get("rejected"):
+    is_pair = not (row.get("text") or row.get("messages")) and row.get("prompt") and row.get("chosen")
+    if is_pair and row.get("rejected"):
         yield {**row, "chosen": row["rejected"]}
 
 
@@ -294,9 +300,7 @@ def _picked(row: Any, columns: list[str], is_chat: bool) -> Iterator[Any]:
     prompt, *answers = (row[column] for column in columns)
     if not answers:
         yield prompt
-    for answer in answers:
-        if isinstance(prompt, str) and isinstance(answer, str) and not is_chat:
-            yield f"{prompt}\n{answer}"
-        else:
-            before = as_message("prompt", prompt) if isinstance(prompt, str) else prompt
-            yield before + (as_message("completion", answer) if isinstance(answer, str) else answer)
+    for answer in filter(None, answers):
+        is_plain = isinstance(prompt, str) and isinstance(answer, str) and not is_chat
+        before = f"{prompt}\n" if is_plain else as_message("prompt", prompt) if isinstance(prompt, str) else prompt
+        yield {"prompt": before, "completion": answer}

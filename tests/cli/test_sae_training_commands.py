@@ -17,7 +17,8 @@ def sources(tmp_path, tokenizer):
     """A model, and text in four forms."""
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 97}" for i in range(800)))
+    lines = [" ".join(f"w{i * i % 97}" for i in range(start, start + 40)) for start in range(0, 3200, 40)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
     rows = [f"w{i} w{i + 1},w{i} w2 w3 w4,w5 w6 w7 w8" for i in range(90)]
     (tmp_path / "pairs.csv").write_text("\n".join(["question,right,wrong", *rows]))
     chats = [[{"role": "user", "content": f"w{i} w9"}, {"role": "assistant", "content": "w1 w2"}] for i in range(30)]
@@ -45,9 +46,15 @@ def test_saes_are_trained_on_text_of_all_kinds_measured_and_continued(run, sourc
     status, out, err = run("sae", "train", "model", "--layers", "1,2", *datasets, "--out", "saes", *SETTINGS)
     assert status == 0, err
     assert "saes/layer_1: explained variance 0." in out
-    assert len(read) == 1 + 2 * 90 + 30 + 40
-    assert read[1] == [{"role": "user", "content": "w0 w1"}, {"role": "assistant", "content": "w0 w2 w3 w4"}]
-    assert {"role": "assistant", "content": "w5 w6 w7 w8"} in [text[-1] for text in read if isinstance(text, list)]
+    assert len(read) == 3 + 2 * 90 + 30 + 40
+    # The sources are read in turn, a long text file in pieces.
+    assert [type(text) for text in read[:5]] == [str, dict, list, dict, str]
+    prompt = [{"role": "user", "content": "w0 w1"}]
+    assert [text for text in read if isinstance(text, dict) and text.get("prompt") == prompt] == [
+        {"prompt": prompt, "completion": "w0 w2 w3 w4"},
+        {"prompt": prompt, "completion": "w5 w6 w7 w8"},
+    ]
+    assert "".join(text for text in read if isinstance(text, str)) == (sources / "text.txt").read_text()
 
     status, out, err = run("sae", "measure", "model", "saes/layer_2", "--dataset", "text.txt", "--json")
     assert status == 0, err
@@ -64,8 +71,8 @@ def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
     """A Hub dataset, of which only what is needed is read."""
     import datasets
 
-    def load_dataset(name, split, streaming):
-        assert (name, split, streaming) == ("some/stories", "train", True)
+    def load_dataset(name, config, split, streaming):
+        assert (name, config, split, streaming) == ("some/stories", "short", "train", True)
         return datasets.IterableDataset.from_generator(stories)
 
     def stories():
@@ -74,7 +81,7 @@ def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(sources)
-    options = ("--layers", "1", "--dataset", "some/stories:story", "--out", "saes", *SETTINGS)
+    options = ("--layers", "1", "--dataset", "some/stories/short:story", "--out", "saes", *SETTINGS)
     status, _, err = run("sae", "train", "model", *options)
     assert status == 0, err
 
@@ -106,6 +113,14 @@ def test_what_cannot_be_trained_on_is_named(run, sources, monkeypatch, arguments
     status, _, err = run("sae", *arguments, *out)
     assert status in (1, 2)
     assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_saes_whose_training_has_not_ended_are_not_pushed(run, tmp_path):
+    (tmp_path / "layer_1").mkdir()
+    (tmp_path / "layer_1" / "measures.json").write_text("{}")
+    status, _, err = run("push", tmp_path, "me/saes")
+    assert status == 2
+    assert "has not ended: repeat its command" in " ".join(err.split())
 
 
 def test_device_moves_the_model(run, sources, monkeypatch):

@@ -31,7 +31,8 @@ from yapo_peft import (
     YaPOTrainingConfig,
 )
 from yapo_peft.methods import fit_caa, fit_random, fit_sas, measure_contrast
-from yapo_peft.methods.contrast import _special_tokens, _token_weights
+from yapo_peft.methods.contrast import _token_weights
+from yapo_peft.scoring.pairs import special_tokens
 from yapo_peft.tuner.adapters import steered_layers
 
 ROWS = preference_rows(11)
@@ -110,13 +111,13 @@ def test_training_continues_from_fitted_code(tokenizer, tmp_path):
     ("answer", "read"),
     [("w1 zebra w2 <eos>", "w1 zebra w2"), ("<bos> w1 w2 <eos> w3", "w1 w2"), ("<turn> w1 <turn> w2", "w1")],
 )
-def test_answer_weights_skip_special_tokens(answer, read, tokenizer):
+def test_answer_weights_skipspecial_tokens(answer, read, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken("w99", special=True)])
     ids, expected = (tokenizer(text.replace("<turn>", "w99"))["input_ids"] for text in (answer, read))
     batch = {"input_ids": torch.tensor([[5, 6, *ids]]), "answer_mask": torch.tensor([[0, 0] + [1] * len(ids)])}
     for tokens in ("completion", "last"):
-        weights = _token_weights(batch, _special_tokens(tokenizer), tokens)
+        weights = _token_weights(batch, special_tokens(tokenizer), tokens)
         found = batch["input_ids"][weights > 0].tolist()
         assert found == (expected if tokens == "completion" else expected[-1:])
         assert float(weights.sum()) == pytest.approx(1)

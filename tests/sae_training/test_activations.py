@@ -1,10 +1,12 @@
 """What SAEs are trained on: which tokens, of which texts, in which order."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import make_model
+from tokenizers import AddedToken
 from wordy import configured, outputs_of, prepared, texts
 
 from yapo_peft.sae_training import train_saes
@@ -28,17 +30,19 @@ def test_stored_activations_train_the_same_sae(tmp_path, tokenizer, monkeypatch)
 
 def test_first_special_and_outlying_tokens_are_left_out_of_all_layers(tokenizer):
     model, config = make_model(), replace(configured([1, 2]), batch_size=64, buffer=1024)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("w9", special=True)])  # as those of chat templates
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("w7")] *= 1000
-    found = [f"w1 {text} <eos> w7 w8" for text in texts(40)]
+    found = [f"w1 {text} <eos> w9 w7 w8" for text in texts(40)]
     activations = prepared(model, tokenizer, config, found)
     statistics = activations.statistics()
     stream = iter(ActivationStream(activations, {layer: each.limit for layer, each in statistics.items()}, config))
     allowed = {1: [], 2: []}
-    w7, eos = tokenizer.convert_tokens_to_ids(["w7", "<eos>"])
+    left_out = tokenizer.convert_tokens_to_ids(["w7", "w9", "<eos>"])
     for row in activations.rows:
         assert not usable(row, activations.special)[0]
-        kept = [place for place, token in enumerate(row.tolist()) if place and token not in (w7, eos)]
+        kept = [place for place, token in enumerate(row.tolist()) if place and token not in left_out]
         for layer, each in allowed.items():
             each.append(outputs_of(model, layer, row)[kept])
     for _ in range(8):

@@ -74,8 +74,8 @@ def test_tokens_that_are_steered(positions, with_labels, expected):
 
 
 @pytest.mark.parametrize("positions", STEERED)
-@pytest.mark.parametrize("padding", [0, 3])
-def test_generation_serving_and_labels_steer_the_same_tokens(positions, padding):
+@pytest.mark.parametrize(("padding", "cache"), [(0, None), (3, None), (3, "static")])
+def test_generation_serving_and_labels_steer_the_same_tokens(positions, padding, cache):
     """One meaning for training, generation (step by step, with padding) and vLLM."""
     span = span_of(positions)
     first, end = span.within(PROMPT)
@@ -88,7 +88,7 @@ def test_generation_serving_and_labels_steer_the_same_tokens(positions, padding)
     steered_layers(model)[0].register_forward_hook(watch)
     prompt = torch.cat([torch.zeros(1, padding, dtype=torch.long), random_ids(1, PROMPT)], 1)
     options = {"max_new_tokens": ANSWER + 1, "min_new_tokens": ANSWER + 1, "do_sample": False, "pad_token_id": 0}
-    model.generate(input_ids=prompt, attention_mask=(prompt != 0).long(), **options)
+    model.generate(input_ids=prompt, attention_mask=(prompt != 0).long(), cache_implementation=cache, **options)
     assert [each for step in steered for each in step][padding:] == STEERED[positions]
 
 
@@ -117,6 +117,14 @@ def test_answers_that_share_a_prompt_are_counted_each_from_its_start():
         "last": [2, 3, 4, 5, 6, 8, 9, 10, 11],
     }.items():
         inputs = {"input_ids": ids, "labels": labels, "position_ids": position_ids, "attention_mask": mask}
+        assert moved_tokens(model_at(positions), **inputs)[0].nonzero().flatten().tolist() == expected, positions
+
+
+def test_tokens_behind_an_answer_are_no_part_of_the_next_text_of_a_packed_row():
+    ids, scored = random_ids(1, 10), torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0, 1, 1]])
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(scored == 0, -100), "position_ids": position_ids}
+    for positions, expected in {"prompt[:1]": [0, 6], "prompt[-3:]": [0, 1, 6, 7], "last": [1, 2, 3, 7, 8, 9]}.items():
         assert moved_tokens(model_at(positions), **inputs)[0].nonzero().flatten().tolist() == expected, positions
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, device_of
+from ..data.sources import as_message
 from ..errors import ConfigError, DatasetError
 from ..scoring.checks import context_length
 from ..scoring.pairs import chat_ids, common_prefix, padding_of, prompt_ids, rendering
@@ -54,7 +55,11 @@ def content_of_row(row: dict[str, Any]) -> Any:
     """The text or messages of a row. Raises `DatasetError` if it has neither."""
     found = next((row[name] for name in ("text", "messages") if row.get(name)), None)
     if found is None and row.get("prompt"):
-        found = row["prompt"] + (row.get("chosen") or row.get("completion") or type(row["prompt"])())
+        found, answer = row["prompt"], row.get("chosen") or row.get("completion")
+        if answer and isinstance(found, str) != isinstance(answer, str):
+            found = as_message("prompt", found) if isinstance(found, str) else found
+            answer = as_message("chosen", answer) if isinstance(answer, str) else answer
+        found = found + answer if answer else found
     if found is None:
         raise DatasetError(f"A row has no text in its columns {sorted(row)}: {_SHAPES}.")
     return found

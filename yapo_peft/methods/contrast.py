@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,7 @@ from .._utils import choice, device_of, evaluating
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..scoring.checks import longest, require_length
-from ..scoring.pairs import pair_batches
+from ..scoring.pairs import pair_batches, special_tokens
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
 from ..tuner.adapters import steered_layers, unsteered_outputs
@@ -104,7 +104,7 @@ def measure_contrast(
         )
     batches = pair_batches(dataset, tokenizer, batch_size)
     require_length(model.get_base_model(), longest(batches), "A pair")
-    contrast, special = Contrast({}, {}, 0), _special_tokens(tokenizer)
+    contrast, special = Contrast({}, {}, 0), special_tokens(tokenizer)
     device = device_of(model)
     with evaluating(model):
         for batch in tqdm(batches, desc="Reading answers", unit="batch"):
@@ -115,12 +115,6 @@ def measure_contrast(
                 _add(contrast, layer, outputs[layer.index], weights)
             contrast.pairs += len(weights) // 2
     return contrast
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids of the special tokens, including those of chat templates, without the unknown token."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return torch.tensor(sorted({*added, *tokenizer.all_special_ids} - {cast(int | None, tokenizer.unk_token_id)}))
 
 
 def _token_weights(batch: dict[str, Tensor], special: Tensor, tokens: str) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .._utils import device_of, evaluating, hash_tensors, mixed_seed, replacing
 from ..errors import DatasetError
 from ..interpret.texts import padded
+from ..scoring.pairs import special_tokens
 from ..tuner.hooks import run_up_to
 from .config import SAETrainingConfig
 from .rows import by_length, usable
@@ -63,19 +64,21 @@ class Activations:
         tokenizer: PreTrainedTokenizerBase,
         config: SAETrainingConfig,
     ) -> None:
-        self.blocks, self.rows, self.special = blocks, rows, torch.tensor(tokenizer.all_special_ids, dtype=torch.int32)
+        self.blocks, self.rows, self.special = blocks, rows, special_tokens(tokenizer).int()
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._usable = [usable(row, self.special) for row in rows]
         self._starts = [0, *accumulate(map(len, rows))]
         self._stored: dict[int, Tensor] = {}
 
-    def batches(self, indices: Iterable[int]) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
+    def batches(
+        self, indices: Iterable[int], most: int | None = None
+    ) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
         """Yields the indices of a batch of sequences, what to call the model with, and which tokens count.
 
-        Tensors are `(batch, seq)`, on the model's device.
+        Tensors are `(batch, seq)`, on the model's device. Batches have at most `most` sequences.
         """
-        device = device_of(self._model)
-        for batch in by_length(self.rows, indices, self._config.forward_batch_size):
+        device, size = device_of(self._model), self._config.forward_batch_size
+        for batch in by_length(self.rows, indices, size if most is None else min(size, most)):
             counts = pad_sequence([self._usable[index] for index in batch], batch_first=True)
             inputs = padded([self.rows[index].tolist() for index in batch], self._tokenizer, device)
             yield batch, inputs, counts.to(device)
@@ -91,7 +94,7 @@ class Activations:
             for batch, inputs, _ in self.batches(indices):
                 outputs = run_up_to(self._model, self.blocks, inputs)
                 mask = inputs["attention_mask"].bool()
-                found = {layer: output[mask] for layer, output in outputs.items()}
+                found = {layer: output[mask.to(output.device)] for layer, output in outputs.items()}
                 yield batch, {layer: h.bfloat16() for layer, h in found.items()} if self._config.bf16 else found
 
     def of(self, indices: list[int], limits: dict[int, float] | None) -> dict[int, Tensor]:
@@ -105,9 +108,9 @@ class Activations:
         for batch, outputs in self._read(indices):
             counts = torch.cat([self._usable[index] for index in batch]).to(next(iter(outputs.values())).device)
             for layer, limit in (limits or {}).items():
-                counts &= outputs[layer].float().norm(dim=1) < limit
+                counts &= (outputs[layer].float().norm(dim=1) < limit).to(counts.device)
             for layer, output in outputs.items():
-                parts[layer].append(output[counts])
+                parts[layer].append(output[counts.to(output.device)])
         return {layer: torch.cat(found) for layer, found in parts.items()}
 
     def sample(self, tokens: int) -> list[int]:

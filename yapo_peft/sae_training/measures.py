@@ -27,6 +27,8 @@ from .config import SAETrainingConfig
 from .rows import rows_of
 from .saes import require_width
 
+# Logits that are computed at once.
+_LOGITS = 1 << 28
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
 _ROWS = {
     "explained_variance": "explained variance",
@@ -102,7 +104,7 @@ def measures_of(
     sae: Any, model: nn.Module, layer: int, activations: Activations, limit: float, config: SAETrainingConfig
 ) -> dict[str, float]:
     """Measures an SAE of sae-lens on activations whose norm is below a limit; see `measure_sae`."""
-    device, before = device_of(model), (sae.device, sae.dtype)
+    device, before = device_of(activations.blocks[layer]), (sae.device, sae.dtype)
     sae = sae.to(device=device, dtype=torch.float32)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
     count, active, error = 0, 0, 0.0
@@ -156,12 +158,13 @@ def _loss(
 ) -> float:
     """The model's loss in nats per token, with a layer's output replaced at the tokens that count."""
     total, count = 0.0, 0
+    width = max(len(activations.rows[index]) for index in indices) * base_of(model).config.get_text_config().vocab_size
     with evaluating(model):
-        for _, inputs, counts in activations.batches(indices):
+        for _, inputs, counts in activations.batches(indices, max(1, _LOGITS // width)):
             with forward_hooks([(activations.blocks[layer], partial(_replaced, replacement, counts, limit))]):
                 logits = model(**inputs, use_cache=False).logits[:, :-1]
-            scored = inputs["attention_mask"][:, 1:].bool()
-            targets = inputs["input_ids"][:, 1:][scored]
+            scored = inputs["attention_mask"][:, 1:].bool().to(logits.device)
+            targets = inputs["input_ids"][:, 1:].to(logits.device)[scored]
             total += float(nn.functional.cross_entropy(logits[scored].float(), targets, reduction="sum"))
             count += len(targets)
     return total / count
@@ -170,7 +173,7 @@ def _loss(
 def _replaced(replacement: Callable[[Tensor], Tensor], counts: Tensor, limit: float, output: Any) -> Any:
     """A layer's output, replaced at the tokens that count."""
     h = hidden_states(output)
-    replaced = (counts & (h.float().norm(dim=-1) < limit))[..., None]
+    replaced = (counts.to(h.device) & (h.float().norm(dim=-1) < limit))[..., None]
     return with_hidden_states(output, torch.where(replaced, replacement(h.float()).to(h.dtype), h))
 
 

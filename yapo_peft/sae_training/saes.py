@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -58,15 +59,25 @@ def require_width(sae: SAE[Any], width: int) -> None:
         raise ConfigError(f"The SAE reads width {sae.cfg.d_in}, but the layer's output has {width}: use another SAE.")
 
 
+def with_defaults(config: SAETrainingConfig, width: int) -> SAETrainingConfig:
+    """The settings of new SAEs of layers of a given width."""
+    return replace(
+        config,
+        architecture=config.architecture or "batchtopk",
+        d_sae=config.d_sae or _FEATURES_PER_DIMENSION * width,
+        l0=config.l0 or _L0,
+    )
+
+
 def new_sae(width: int, statistics: LayerStatistics, config: SAETrainingConfig) -> TrainingSAE[Any]:
-    """An SAE with random weights for a layer of a given width."""
-    d_sae = config.d_sae or _FEATURES_PER_DIMENSION * width
+    """An SAE with random weights for a layer of a given width; the settings have no defaults left."""
+    architecture, d_sae, l0 = cast(str, config.architecture), cast(int, config.d_sae), cast(float, config.l0)
     torch.manual_seed(config.seed)
-    sae = _training_sae(config.architecture or "batchtopk", width, d_sae, config.l0 or _L0, config, True)
+    sae = _training_sae(architecture, width, d_sae, l0, config, True)
     # Features then explain deviations from the mean only, and fewer of them die.
     sae.b_dec.data.copy_(statistics.mean * statistics.scale)
-    if config.architecture == "jumprelu":
-        _set_thresholds(sae, statistics, config.l0 or _L0)
+    if architecture == "jumprelu":
+        _set_thresholds(sae, statistics, l0)
     return sae
 
 

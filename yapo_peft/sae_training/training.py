@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from .activations import Activations, ActivationStream
 from .config import SAETrainingConfig
 from .measures import hub_name, measures_of, save_page
 from .rows import held_out_rows, rows_of
-from .saes import continued_sae, new_sae, require_possible, save_sae
+from .saes import continued_sae, new_sae, require_possible, save_sae, with_defaults
 
 if TYPE_CHECKING:
     from sae_lens import SAE, TrainingSAE
@@ -88,6 +88,9 @@ def train_saes(
     for layer in layers:
         require_possible(start.get(layer), width, config)
     context = min(config.context, context_length(base) or config.context)
+    config = replace(config, layers=layers, context=context)
+    if not start:
+        config = with_defaults(config, width)
     if held_out is None:
         train, others = held_out_rows(texts, tokenizer, context, config.eval_split, config.tokens)
     else:
@@ -173,7 +176,7 @@ class TrainingLoop:
         }
         for layer, trainer in self._trainers.items():
             trainer.activation_scaler.scaling_factor = scales[layer]
-        self._stream, self._config, self._folder = stream, config, folder
+        self._stream, self._config, self._folder, self._device = stream, config, folder, device
         self._step = 0
 
     def run(self) -> None:
@@ -193,7 +196,7 @@ class TrainingLoop:
                 logged: dict[str, Any] = {}
                 for layer, trainer in self._trainers.items():
                     trainer.maybe_reset_sparsity()
-                    output = trainer.step(batch[layer])
+                    output = trainer.step(batch[layer].to(self._device))
                     if is_logged:
                         found = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
                         logged |= {f"layer_{layer}/{name}": value for name, value in found.items()}

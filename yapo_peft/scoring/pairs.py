@@ -146,6 +146,12 @@ def chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) 
     return cast(list[int], tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids of the special tokens, including those of chat templates, without the unknown token."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return torch.tensor(sorted({*added, *tokenizer.all_special_ids} - {cast(int | None, tokenizer.unk_token_id)}))
+
+
 def common_prefix(first: list[int], second: list[int]) -> int:
     """Length of the common prefix of two lists of tokens."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):

@@ -46,6 +46,7 @@ class Call:
         self.generation: object | None = None
         self.features: ActiveFeatures | None = None
         self.layers: list[YaPOLayer] = []
+        self._prompt_mask: Any = None
         self._generate_multipliers: Tensor | None = None
         self._repeats = 1
         # Length of the last step's input without a cache, within `generate`.
@@ -83,13 +84,14 @@ class Call:
         """Treats the calls in a `with` block as steps of one `generate`, given its arguments and the model's config."""
         rows = as_rows(multipliers)
         with self.claims.claim("call"):
-            before = self.prompt_length, self._repeats, self._generate_multipliers, self.generation
-            self.prompt_length, self._repeats = _prompt_length(args, kwargs), _repeats(args, kwargs, config)
-            self._generate_multipliers, self.generation, self._seen = rows, object(), 0
+            before = self._generate_state
+            mask, repeats = kwargs.get("attention_mask"), _repeats(args, kwargs, config)
+            self._generate_state = (_prompt_length(args, kwargs), mask, repeats, rows, object())
+            self._seen = 0
             try:
                 yield
             finally:
-                self.prompt_length, self._repeats, self._generate_multipliers, self.generation = before
+                self._generate_state = before
 
     @contextmanager
     def routing(self, adapter_names: list[str]) -> Generator[None]:
@@ -123,6 +125,18 @@ class Call:
         if multipliers.dim() == 0:
             return multipliers.expand(batch)
         return multipliers.repeat_interleave(self._repeats_of(len(multipliers), batch, "multiplier"))
+
+    def padding_mask(self, batch: int) -> Tensor | None:
+        """The mask that says which tokens are padding, `(batch, seq)`; None if there is none.
+
+        Caches of a fixed size come with masks of another form: in `generate`, it is then that of the prompt.
+        """
+        mask = self.attention_mask
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = self._prompt_mask
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
 
     def _repeats_of(self, given: int, batch: int, name: str) -> int:
         if given == batch:
@@ -160,6 +174,15 @@ class Call:
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
         """Restores the state of before, so that direct calls of submodules don't see stale labels."""
         self._state = OUTSIDE if torch.compiler.is_compiling() else self.claims.leave_forward()
+
+    @property
+    def _generate_state(self) -> tuple[int | None, Any, int, Tensor | None, object | None]:
+        """What a `generate` changes."""
+        return self.prompt_length, self._prompt_mask, self._repeats, self._generate_multipliers, self.generation
+
+    @_generate_state.setter
+    def _generate_state(self, value: tuple[int | None, Any, int, Tensor | None, object | None]) -> None:
+        self.prompt_length, self._prompt_mask, self._repeats, self._generate_multipliers, self.generation = value
 
     @property
     def _state(self) -> State:

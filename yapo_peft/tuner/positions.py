@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -142,22 +142,22 @@ def tokens_to_steer(positions: str, hidden: Tensor, call: Call) -> Tensor | None
     past_length = int(call.past_length)
     index = past_length + torch.arange(seq, device=hidden.device)
     if call.prompt_length is None and past_length > 0:
-        return _step_outside_generate(positions, index, past_length + seq, call).expand(batch, seq)
+        return _step_outside_generate(positions, index, past_length + seq, call.padding_mask(batch)).expand(batch, seq)
     prompt_length = past_length + seq if call.prompt_length is None else call.prompt_length
-    first, end = _attended(call.attention_mask, prompt_length, hidden.device)
+    first, end = _attended(call.padding_mask(batch), prompt_length, hidden.device)
     is_answer = index >= prompt_length
     covered = span.covers(index - first, torch.where(is_answer, index - prompt_length, index - end))
     # What is between the end of a prompt and the completions is padding.
     return (covered & (is_answer | (index < end))).expand(batch, seq)
 
 
-def _step_outside_generate(positions: str, index: Tensor, end: int, call: Call) -> Tensor:
+def _step_outside_generate(positions: str, index: Tensor, end: int, mask: Tensor | None) -> Tensor:
     """Which tokens behind a cache are steered, where nothing says how long the prompt was."""
     span = span_of(positions)
     if span.has_prompt:
         return torch.zeros_like(index, dtype=torch.bool)
     if positions == "last":
-        return index == _attended(call.attention_mask, end, index.device)[1] - 1
+        return index == _attended(mask, end, index.device)[1] - 1
     if span.before is not None or span.after:
         raise UnsupportedOperationError(
             f"positions={positions!r} counts tokens from the end of the prompt, which is not known here: use generate."
@@ -178,25 +178,32 @@ def _labelled(call: Call, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
         is_padding = mask.to(device) == 0
     place = torch.arange(seq, device=device).expand(batch, seq)
     prompt = ~scored & ~is_padding
-    before = torch.nn.functional.pad(prompt[:, :-1], (1, 0))
-    start = torch.where(prompt & ~before, place, 0).cummax(dim=1).values
-    # A completion starts behind a prompt, or, where answers share one, where positions start again.
-    begins = scored & torch.nn.functional.pad(~scored[:, :-1], (1, 0), value=True)
+    # Where positions start again, another text of the row does, or, where answers share a prompt, another answer.
+    again = torch.zeros_like(scored)
     if call.position_ids is not None and call.position_ids.shape == scored.shape:
         positions = call.position_ids.to(device)
-        begins[:, 1:] |= scored[:, 1:] & (positions[:, 1:] <= positions[:, :-1])
-    begun = torch.where(begins, place, 0).cummax(dim=1).values
+        again[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+    start = _last_begin(prompt, again, place)
+    begun = _last_begin(scored, again, place)
     ends = torch.where(scored, place, seq + place).flip(1).cummin(dim=1).values.flip(1)
     offset = torch.where(scored, place - begun, place - ends)
-    return torch.where(prompt, place - start, place), offset, scored | (prompt & (ends < seq))
+    texts = again.cumsum(dim=1)
+    is_prompt = prompt & (ends < seq) & (texts == texts.gather(1, ends.clamp(max=seq - 1)))
+    return torch.where(prompt, place - start, place), offset, scored | is_prompt
 
 
-def _attended(attention_mask: Any, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _last_begin(part: Tensor, again: Tensor, place: Tensor) -> Tensor:
+    """The index at which the current stretch of a part begins, `(batch, seq)`."""
+    behind = torch.nn.functional.pad(part[:, :-1], (1, 0))
+    return torch.where(part & (~behind | again), place, 0).cummax(dim=1).values
+
+
+def _attended(attention_mask: Tensor | None, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index of the first attended token among the first `end` of each row, and that after the last one.
 
     They are `(batch, 1)`, or of all rows, `(1,)`.
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+    if attention_mask is None:
         return torch.tensor([0], device=device), torch.tensor([end], device=device)
     if attention_mask.shape[1] < end:  # of a prompt that is passed in parts
         first = (attention_mask.to(device) != 0).int().argmax(dim=1, keepdim=True)
