@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,8 +31,8 @@ _ROW_LENGTH = 128
 
 def packaged_text() -> list[dict[str, Any]]:
     """The neutral text that comes with the package: prose, chats, instructions, questions, code and ten languages."""
-    lines = Path(__file__).with_name("neutral.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    with bz2.open(Path(__file__).with_name("neutral.jsonl.bz2"), "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def neutral_rows(
