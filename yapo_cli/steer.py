@@ -17,10 +17,14 @@ def steer(
         list[str],
         typer.Option(
             metavar="LAYER:FEATURE=VALUE",
-            help="What multiplier 1 adds to a feature's activation, such as 14:1965=8; 0 removes it. Repeat for more.",
+            help="What multiplier 1 adds to a feature's activation, such as 14:1965=8; with --mode clamp, what it is "
+            "held at. none removes it. Repeat for more.",
         ),
     ],
     out: options.NewFolder,
+    mode: Annotated[
+        str | None, typer.Option(help="add (the default), or clamp to hold features at values: 0 turns one off.")
+    ] = None,
     sae_release: options.SaeRelease = None,
     sae_id: options.SaeId = None,
     sae_path: options.SaePath = None,
@@ -42,7 +46,13 @@ def steer(
 
     features = _read(feature)
     if is_adapter(source):
-        given = {"--sae-release": sae_release, "--sae-id": sae_id, "--sae-path": sae_path, "--positions": positions}
+        given = {
+            "--mode": mode,
+            "--sae-release": sae_release,
+            "--sae-id": sae_id,
+            "--sae-path": sae_path,
+            "--positions": positions,
+        }
         unread = [name for name, value in given.items() if value]
         if unread:
             raise typer.BadParameter(f"{unread[0]}: the adapter {source} has its own.")
@@ -51,20 +61,22 @@ def steer(
         if base is not None:
             raise typer.BadParameter(f"--model {base}: {source} is a model.")
         saes = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
-        model = attach_adapter(source, dtype, layers=sorted(features), positions=positions or "all", **saes)
+        model = attach_adapter(
+            source, dtype, layers=sorted(features), positions=positions or "all", mode=mode or "add", **saes
+        )
     set_features(model, features)
     require_effect(model)
     typer.echo(f"Saved to {save_adapter(model, out)}.")
 
 
-def _read(texts: list[str]) -> dict[int, dict[int, float]]:
+def _read(texts: list[str]) -> dict[int, dict[int, float | None]]:
     """Reads "14:1965=8"."""
-    found: dict[int, dict[int, float]] = {}
+    found: dict[int, dict[int, float | None]] = {}
     for text in texts:
         place, _, value = text.partition("=")
         layer, _, index = place.partition(":")
         try:
-            entry = int(layer), int(index), float(value)
+            entry = int(layer), int(index), None if value == "none" else float(value)
         except ValueError:
             raise typer.BadParameter(f"--feature {text}: must be LAYER:FEATURE=VALUE, such as 14:1965=8.") from None
         if entry[0] < 0:

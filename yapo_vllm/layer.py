@@ -12,7 +12,7 @@ from torch import Tensor
 from yapo_peft.errors import UnsupportedOperationError
 from yapo_peft.sae import SAEWeights
 from yapo_peft.sae.weights import Normalization
-from yapo_peft.steering.formula import moved_features
+from yapo_peft.steering.formula import held_at, moved_features
 
 from .served import LayerPart
 
@@ -118,6 +118,8 @@ class _Features:
         # What has a column for each place of a slot.
         self._columns = ("selected",) if part.encoder is not None else ("W_enc", *names)
         self._values = torch.zeros(capacity.slots, capacity.features, device=like.device)
+        # Whether a slot's values are what features are held at.
+        self._clamps = torch.zeros(capacity.slots, 1, dtype=torch.bool, device=like.device)
         # With normalization, shifts that do not depend on the token are scaled too.
         self._vectors = _Vectors(capacity.slots, d_model, like.device)
         self._views: dict[int, SAEWeights] = {}
@@ -134,6 +136,7 @@ class _Features:
                 own[..., here] = value.to(own)
             self._sae.W_dec[here] = part.sae.W_dec.to(self._sae.W_dec)
             self._values[slot, : part.sae.d_sae] = part.values
+        self._clamps[slot] = part.clamps
         columns = {name: getattr(self._sae, name)[..., here] for name in self._columns}
         self._views[slot] = replace(self._sae, **columns, W_dec=self._sae.W_dec[here])
 
@@ -160,16 +163,20 @@ class _Features:
         """
         competing = self._sae.selected is not None and any(slot in self._views for slot in slots or ())
         if slots is None or competing:  # the whole encoder runs once, whatever is read
-            found = [(self._sae, (multiplier[:, :, None] * self._values).flatten(1))]
+            found = [(self._sae, slice(None))]
         else:
-            views = {slot: self._views[slot] for slot in slots if slot in self._views}
-            found = [(sae, multiplier[:, slot, None] * self._values[slot, : sae.d_sae]) for slot, sae in views.items()]
+            found = [(self._views[slot], slice(slot, slot + 1)) for slot in slots if slot in self._views]
         if not found:
             return None
         shift, scale = torch.zeros_like(h), None
-        for sae, wanted in found:
+        for sae, here in found:
             features, scale = sae.encode(h)
-            shift = shift + moved_features(features.float(), wanted.clamp(max=0)).to(h.dtype) @ sae.W_dec
+            features = features.float().unflatten(1, (len(self._values[here]), -1))
+            values = self._values[here, : features.shape[2]]
+            held = torch.where(values != 0, held_at(values, features), 0)
+            factor = multiplier[:, here, None]
+            wanted = torch.where(self._clamps[here], factor * held, (factor * values).clamp(max=0))
+            shift = shift + moved_features(features, wanted).flatten(1).to(h.dtype) @ sae.W_dec
         return shift if scale is None else (shift + self._vectors.shift(multiplier, h.dtype)) * scale
 
     def _places(self, slot: int, count: int) -> slice:

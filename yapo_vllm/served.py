@@ -76,6 +76,7 @@ class LayerPart:
             SAE, or if the encoder of a TopK SAE is not needed.
         normalization: The SAE's normalization.
         encoder: Identifies the encoder of a TopK SAE, which adapters share; None for others.
+        clamps: Whether the entries are values to hold features at; `up` and `down` are then zero.
     """
 
     values: Tensor
@@ -84,6 +85,7 @@ class LayerPart:
     sae: SAEWeights | None
     normalization: Normalization
     encoder: str | None = None
+    clamps: bool = False
 
 
 class AdapterFile(SavedAdapter):
@@ -111,9 +113,9 @@ class AdapterFile(SavedAdapter):
                 )
         self._require_saes()
         codes = self.codes(d_model)
-        signs = {1, -1}
+        signs, lacks_encoder = {1, -1}, self.config.self_contained and self.config.mode == "add"
         for layer, identity in self.identities.items():
-            if identity is not None and identity.architecture == "topk" and self.config.self_contained:
+            if identity is not None and identity.architecture == "topk" and lacks_encoder:
                 signs &= _signs(codes[layer])
         is_sparse = self.config.space == "sae"
         return Served(
@@ -156,15 +158,19 @@ class AdapterFile(SavedAdapter):
         cpu = torch.device("cpu")
         is_topk = sae.activation == "topk"
         # A code without entries lowers no feature.
-        has_encoder = not is_topk or (len(indices) > 0 and not (self.config.self_contained and len(_signs(code)) == 1))
+        clamps = self.config.mode == "clamp"
+        lacks_encoder = self.config.self_contained and len(_signs(code)) == 1 and not clamps
+        has_encoder = not is_topk or (len(indices) > 0 and not lacks_encoder)
         part = sae.select(indices, cpu, sae.dtype) if has_encoder else None
         up, down = (vector_of(code, sae, sign) for sign in ((1, -1) if has_encoder else (None, None)))
         encoder = sae.identity.content_hash if is_topk and part is not None else None
-        return LayerPart(code[indices], up, down, part, sae.normalization, encoder)
+        if clamps:
+            up = down = torch.zeros_like(up)
+        return LayerPart(code[indices], up, down, part, sae.normalization, encoder, clamps)
 
     def _digest(self, codes: dict[int, Tensor]) -> str:
         saes = {layer: identity and identity.content_hash for layer, identity in sorted(self.identities.items())}
-        head = f"{self.config.positions}|{self.config.space}|{saes}"
+        head = f"{self.config.positions}|{self.config.space}|{self.config.mode}|{saes}"
         return hash_tensors(head, ((str(layer), code) for layer, code in sorted(codes.items())))
 
 

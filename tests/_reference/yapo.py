@@ -16,6 +16,19 @@ def published_forward(h: Tensor, code: Tensor, sae: nn.Module, multiplier: float
     return sae.decode(torch.relu(f + multiplier * code)) + error
 
 
+def held_forward(h: Tensor, values: dict[int, float], sae: nn.Module, multiplier: float) -> Tensor:
+    """The same for features that are held at values: f + multiplier * (value - f), not below 0."""
+    h = h.detach()
+    with torch.no_grad():
+        f = sae.encode(h)
+        reconstruction = sae.decode(f)
+        held = f.clone()
+        for feature, value in values.items():
+            held[..., feature] = torch.relu(f[..., feature] + multiplier * (value - f[..., feature]))
+        sae.encode(h)
+        return sae.decode(held) + (h - reconstruction)
+
+
 def steer_block(block: nn.Module, code: Tensor, sae: nn.Module, multiplier: float):
     """Hooks the published forward onto a block of an unwrapped model; returns the hook's handle."""
 

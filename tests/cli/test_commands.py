@@ -236,7 +236,14 @@ def test_steer_makes_and_edits_adapters(run, saved_adapter, tmp_path):
         (code,) = codes(model)
         assert {int(index): float(code[index]) for index in code.nonzero()} == entries
         assert model.peft_config["default"].positions == "completion"
+    held = ("--mode", "clamp", "--feature", "2:7=0", "--feature", "2:1=4", *options, "--out", tmp_path / "held")
+    assert run("steer", tmp_path / "base", *held)[0] == 0
+    assert run("steer", tmp_path / "held", "--feature", "2:7=none", "--out", tmp_path / "less")[0] == 0
+    for name, features in {"held": [1, 7], "less": [1]}.items():
+        (code,) = codes(AutoPeftModelForCausalLM.from_pretrained(tmp_path / name))
+        assert code.nonzero().flatten().tolist() == features
     for wrong, message in (
+        (("--feature", "2:7=1", "--mode", "clamp"), "has its own"),
         (("--feature", "7=3"), "must be LAYER:FEATURE=VALUE"),
         (("--feature", "2:7=1", "--feature", "2:7=2"), "given twice"),
         (("--feature", "2:7=1", "--positions", "last"), "has its own"),

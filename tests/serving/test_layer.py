@@ -141,6 +141,24 @@ def test_adapters_of_a_topk_sae_share_its_encoder(write_adapter, tokens, caplog)
     assert_close(steer(block, step, tokens, multipliers)[:3], wanted[:3], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("kind", ["jumprelu", "topk", "gated"])
+@pytest.mark.filterwarnings("ignore:The adapter's file gets the whole encoder of a TopK SAE")
+def test_features_are_held_beside_ones_that_are_moved(write_adapter, tokens, kind, normalize):
+    options = {"kind": kind, "normalize": normalize}
+    held, first = write_adapter("held", mode="clamp", self_contained=kind == "topk", **options)
+    moved, second = write_adapter("moved", seed=7, **options)
+    assert AdapterFile(held).describe(1, 0, "held", D_MODEL, 4).signs == (-1, 1)
+    block, step = block_with({0: moved, 2: held})
+    for multiplier in (1.0, -0.7):
+        steered = steer(block, step, tokens, torch.tensor([[0.5, 0.0, multiplier]]).expand(7, 3))
+        shifts = expected(first, tokens, multiplier) - tokens + expected(second, tokens, 0.5) - tokens
+        assert_close(steered, tokens + shifts, atol=1e-4, rtol=1e-4)
+    block.put(2, AdapterFile(moved).parts(D_MODEL)[2])
+    twice = steer(block, step, tokens, torch.tensor([[0.5, 0.0, 0.5]]).expand(7, 3))
+    assert_close(twice, tokens + 2 * (expected(second, tokens, 0.5) - tokens), atol=1e-4, rtol=1e-4)
+
+
 def test_slot_is_reused_for_another_adapter(write_adapter, tokens):
     many, _ = write_adapter("many", kind="gated")
     folder, model = write_adapter("other", seed=4)
@@ -176,7 +194,8 @@ def test_shorter_step_clears_tokens_of_a_longer_one(write_adapter, tokens):
 
 def test_captured_graphs_read_all_slots(write_adapter, tokens):
     folder, _ = write_adapter()
-    block, _ = block_with({0: folder, 1: folder})
+    held, _ = write_adapter("held", mode="clamp")
+    block, _ = block_with({0: folder, 1: folder, 2: held})
     (features,) = block._features.values()
     per_token = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     filled, whole = (features.shift(tokens, per_token, slots) for slots in (range(3), None))

@@ -35,11 +35,15 @@ def test_an_adapter_is_described_without_its_sae(write_adapter, self_contained, 
     assert Served.from_dict(found.to_dict()) == found
 
 
-def test_digest_depends_on_codes_saes_and_positions(write_adapter):
+def test_digest_depends_on_codes_saes_positions_and_mode(write_adapter):
     folder, _ = write_adapter("one")
     same, _ = write_adapter("same", self_contained=True)
     others = [write_adapter("code", seed=2)[0], write_adapter("tokens", positions="last")[0]]
-    others += [write_adapter("sae", kind="gated")[0], write_adapter("layer", layers=(1,))[0]]
+    others += [
+        write_adapter("held", mode="clamp")[0],
+        write_adapter("sae", kind="gated")[0],
+        write_adapter("layer", layers=(1,))[0],
+    ]
     digests = [describe(path).digest for path in (folder, *others)]
     assert describe(same).digest == digests[0]
     assert len(set(digests)) == len(digests)

@@ -19,7 +19,7 @@ _PART = ".part_"
 _SETTINGS = "settings"
 
 
-def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str, Tensor]:
+def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE, clamps: bool = False) -> dict[str, Tensor]:
     """Packs the part of an SAE that steering with a code needs.
 
     Element-wise encoders only need the columns of the code's features, and steer with them at any multiplier. A TopK
@@ -29,6 +29,7 @@ def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str,
         name: Name of the code.
         packed: The packed code, with `<name>.indices` and `<name>.values`.
         sae: Its autoencoder.
+        clamps: Whether the code holds features at values, and so needs their activations at all multipliers.
 
     Returns:
         `<name>.part_W_dec`, `(n, d_in)`, and so on, in the SAE's dtype, and `<name>.part_settings` (JSON as uint8).
@@ -38,17 +39,19 @@ def pack_part(name: str, packed: dict[str, Tensor], sae: FrozenSAE) -> dict[str,
     """
     indices, values = packed[f"{name}.indices"].long().cpu(), packed[f"{name}.values"]
     cpu = torch.device("cpu")
-    if sae.activation == "topk" and not ((values > 0).any() and (values < 0).any()):
+    one_sign = not ((values > 0).any() and (values < 0).any())
+    if sae.activation == "topk" and one_sign and not clamps:
         part = sae.select(indices[:0], cpu, sae.dtype)
         tensors = {"W_dec": sae.decoder_rows(indices, cpu, sae.dtype)}
     else:
         part = sae.select(indices, cpu, sae.dtype)
         tensors = {key: value for key, value in part.tensors() if key != "selected"}
         if sae.activation == "topk":
+            moved = "holds features at values" if clamps else "both raises and lowers features"
+            fix = " yapo_peft.methods.convert_to_jumprelu (yapo convert) makes it a few kilobytes per feature."
             warnings.warn(
                 f"The adapter's file gets the whole encoder of a TopK SAE ({part.W_enc.nbytes / 1e6:.0f} MB), because "
-                "its code both raises and lowers features. yapo_peft.methods.convert_to_jumprelu (yapo convert) makes "
-                "it a few kilobytes per feature.",
+                f"its code {moved}.{'' if clamps else fix}",
                 UserWarning,
                 stacklevel=2,
             )

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import choice, replacing
 from ..errors import ConfigError, UnsupportedOperationError
-from ..tuner.adapters import adapter_of
+from ..tuner.adapters import adapter_of, require_adding
 from ..tuner.blocks import base_of
 from .constant import ConstantSteering, constant_steering
 
@@ -74,6 +74,7 @@ def export_adapter(
     choice(FORMATS, format=format)
     _require_suitable(path, format)
     if format == "vec":
+        require_adding(config, name, "format='vec'")
         if config.positions != "all":
             raise UnsupportedOperationError(
                 f"positions={config.positions!r} is not supported by format='vec', because the published code steers "

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..evaluation.preference import Preference
 from ..scoring.checks import longest, require_length
 from ..scoring.scorer import SweepScorer
+from ..steering.formula import held_at
 from ..tuner import YaPOLayer, steering
 from ..tuner.adapters import adapter_of, require_enabled
 from ..tuner.blocks import base_of
@@ -217,6 +218,10 @@ def _per_multiplier(part: Parts, h: Tensor, mask: Tensor | None, gradient: Tenso
         return part.entries * (part.rows @ gradient.sum(dim=(0, 1)))
     scale = part.sae.normalize(h)[1]
     gradient = gradient if scale is None else gradient * scale
+    if part.clamps:
+        on = part.on(h)[0]
+        rate = held_at(part.entries, on)
+        return ((gradient @ part.rows.T) * (on + multiplier * rate > 0) * rate).sum(dim=(0, 1))
     result = torch.zeros_like(part.entries)
     raised = (wanted > 0).nonzero().squeeze(-1)
     result[raised] = part.rows[raised] @ gradient.sum(dim=(0, 1))

@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..evaluation.sweep import sweep
 from ..steering.formula import vector_of
 from ..tuner import YaPOConfig, YaPOLayer
-from ..tuner.adapters import adapter_of
+from ..tuner.adapters import adapter_of, require_adding
 from .checks import require_multiplier
 from .regression import sparse_regression
 from .texts import device_and_dtype, tokenizer_of
@@ -63,7 +63,7 @@ def compare(
           all layers.
 
     Raises:
-        ConfigError: An adapter does not exist, or there are fewer than two.
+        ConfigError: An adapter does not exist or holds features at values, or there are fewer than two.
         DatasetError: The dataset is empty, or a pair has no answer or lacks a column.
     """
     configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
@@ -72,7 +72,10 @@ def compare(
         raise ConfigError(f"adapters={adapters!r}: must be at least two names from {sorted(configs)}.")
     at_least(1, features=features, batch_size=batch_size)
     require_multiplier(multiplier)
-    layers = {name: {layer.index: layer for layer in adapter_of(model, name)[2]} for name in names}
+    found = {name: adapter_of(model, name) for name in names}
+    for name, (_, config, _) in found.items():
+        require_adding(config, name, "compare_features")
+    layers = {name: {layer.index: layer for layer in own} for name, (_, _, own) in found.items()}
     device, _ = device_and_dtype(model)
     effects: dict[str, np.ndarray] = {}
     if dataset is not None:

@@ -66,7 +66,7 @@ def explain(
         A row per layer and feature:
 
         - `layer`, `feature`: the layer and the feature; a dense vector is one row, without a feature.
-        - `value`: the code's entry, or the norm of a dense vector.
+        - `value`: the code's entry, or the norm of a dense vector; with `mode="clamp"`, what the feature is held at.
         - `effect`: "constant" if the feature is raised, by the same amount at each steered token; "input-dependent" if
           it is lowered, which only has an effect where it is active. An SAE that normalises its input also scales
           either effect at each token.
@@ -125,11 +125,15 @@ def _table(
     labels: bool,
 ) -> pd.DataFrame:
     layer, sae = parts.layer, parts.layer.yapo_sae[parts.adapter_name]
-    wanted = multiplier * parts.entries
+    values = parts.entries.clamp(min=0) if parts.clamps else parts.entries
+    wanted = multiplier * values
+    # What is held at 0 is turned off.
+    directions = torch.where(values > 0, wanted, -multiplier) if parts.clamps else wanted
     norms = parts.rows.norm(dim=1)
-    promotes, suppresses = unembedding.tokens(wanted[:, None] * parts.rows, tokenizer, tokens)
+    promotes, suppresses = unembedding.tokens(directions[:, None] * parts.rows, tokenizer, tokens)
     features = parts.features.tolist()
     raised = (wanted > 0).tolist() if sae is not None else [True]
+    constant = [up and not parts.clamps for up in raised]
     on = shares.tolist() if shares is not None and sae is not None else [float("nan")] * len(features)
     known = neuronpedia_labels(sae.identity, features) if sae is not None and labels else {}
     links = [None if sae is None else neuronpedia_link(sae.identity, feature) for feature in features]
@@ -137,8 +141,8 @@ def _table(
         {
             "layer": layer.index,
             "feature": [None if sae is None else feature for feature in features],
-            "value": (norms if sae is None else parts.entries).tolist(),
-            "effect": ["constant" if up else "input-dependent" for up in raised],
+            "value": (norms if sae is None else values).tolist(),
+            "effect": ["constant" if same else "input-dependent" for same in constant],
             "decoder_norm": norms.tolist(),
             "reach": (wanted.abs() * norms).tolist(),
             "on": on,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sae.weights import SAEWeights
-from ..steering.formula import Multiplier, moved_features
+from ..steering.formula import Multiplier, held_at, moved_features
 from ..tuner import YaPOLayer
 from ..tuner.positions import tokens_to_steer
 
@@ -46,6 +46,11 @@ class Parts:
         part = sae.select(found, device, dtype)
         return cls(layer, adapter_name, found.cpu(), code[found], rows[order], part)
 
+    @property
+    def clamps(self) -> bool:
+        """Whether the features are held at the values of their entries."""
+        return self.layer.clamps[self.adapter_name]
+
     def __len__(self) -> int:
         return len(self.features)
 
@@ -78,7 +83,7 @@ class Parts:
         """
         on, scale = self.on(h)
         per_row = torch.as_tensor(multiplier, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)
-        wanted = per_row * self.entries
+        wanted = per_row * (held_at(self.entries, on) if self.clamps else self.entries)
         moved = wanted.expand_as(on) if self.sae is None else moved_features(on, wanted)
         if scale is not None:
             moved = moved * scale

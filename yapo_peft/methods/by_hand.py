@@ -5,29 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from numbers import Integral
 
+import torch
 from torch import nn
 
 from .._utils import is_finite
 from ..errors import ConfigError
 from ..tuner.adapters import layers_of, write_codes
 
+# The entry of a feature that is held at 0.
+_OFF = -torch.finfo(torch.float32).tiny
+
 
 def set_features(
-    model: nn.Module, features: Mapping[int, Mapping[int, float]], adapter_name: str | None = None
+    model: nn.Module, features: Mapping[int, Mapping[int, float | None]], adapter_name: str | None = None
 ) -> None:
     """Sets entries of a sparse adapter's code by hand; others keep their values, which are 0 in a new adapter.
 
     Args:
         model: A model with a sparse adapter.
         features: For each layer, the index of each feature and how much multiplier 1 adds to its activation, in the
-            SAE's units; below 0 it lowers the feature where it is active, and 0 leaves it alone.
+            SAE's units; below 0 it lowers the feature where it is active, and 0 leaves it alone. With `mode="clamp"`,
+            the activation to hold it at, and 0 turns it off. None removes the feature.
         adapter_name: The adapter; the active one if None.
 
     Raises:
         ConfigError: The adapter does not exist, is dense or does not steer a layer, its SAE has no such feature, or
-            a value is not finite. Nothing is changed.
+            a value is not finite, or below 0 with `mode="clamp"`. Nothing is changed.
     """
-    name, layers = layers_of(model, adapter_name, "sae", "Setting features")
+    name, layers = layers_of(model, adapter_name, "sae", "Setting features", may_clamp=True)
+    clamps = layers[0].clamps[name]
     codes = {layer.index: layer.code(name).detach().clone() for layer in layers}
     if not isinstance(features, Mapping) or not all(isinstance(entries, Mapping) for entries in features.values()):
         raise ConfigError(f"features={features!r}: must be a mapping for each layer, such as {{14: {{1965: 8.0}}}}.")
@@ -37,7 +43,10 @@ def set_features(
         for feature, value in entries.items():
             if not isinstance(feature, Integral) or not 0 <= feature < len(codes[index]):
                 raise ConfigError(f"Feature {feature!r} of layer {index}: its SAE has {len(codes[index])}, from 0 on.")
-            if not is_finite(value):
+            if value is not None and not is_finite(value):
                 raise ConfigError(f"Feature {feature} of layer {index} is set to {value}: must be a finite number.")
-            codes[index][feature] = value
+            if clamps and value is not None and value < 0:
+                raise ConfigError(f"Feature {feature} of layer {index} cannot be held at {value}: must be 0 or more.")
+            # An entry of 0 is no part of a code, and one below is held at 0.
+            codes[index][feature] = (value or (_OFF if clamps else 0.0)) if value is not None else 0.0
     write_codes(model, name, layers, codes.values())

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..steering.formula import vector_of
 from ..tuner import YaPOLayer
-from ..tuner.adapters import layers_of, write_codes
+from ..tuner.adapters import adapter_of, layers_of, require_adding, write_codes
 
 
 def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, seed: int = 0) -> None:
@@ -34,6 +34,7 @@ def fit_random(model: nn.Module, like: str, adapter_name: str | None = None, *, 
             f"like={like!r}: no such adapter at layer {missing[0]}, which {name!r} steers; name one that steers all of "
             "its layers."
         )
+    require_adding(adapter_of(model, like)[1], like, "A random vector of its norm")
     norms = [_shift_norm(layer, like) for layer in layers]
     directions = [torch.randn(len(layer.yapo_code[name]), generator=generator) for layer in layers]
     lengths = zip(directions, norms, strict=True)

@@ -200,6 +200,7 @@ def _facts(model: nn.Module, config: YaPOConfig, layers: list[YaPOLayer], name: 
     facts = [
         ("model", Path(base).name if Path(base).exists() else base),
         ("space", "features of an SAE" if config.space == "sae" else "residual stream"),
+        *([("mode", "features are held at values")] if config.mode == "clamp" else []),
         ("layers", ", ".join(str(layer.index) for layer in layers)),
         ("tokens", config.positions),
     ]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import device_of, evaluating
 from ..errors import ConfigError
-from ..tuner.adapters import adapter_of, record_damage, require_enabled, write_code, write_codes
+from ..tuner.adapters import adapter_of, record_damage, require_adding, require_enabled, write_code, write_codes
 from ..tuner.layer import YaPOLayer
 from .checks import LAYER_ERRORS
 from .neutral import NeutralText, neutral_rows
@@ -62,7 +62,8 @@ def calibrate(
         DatasetError: The neutral text is empty, or lacks its columns.
     """
     require_bound(max_kl)
-    name, _, layers = adapter_of(model, adapter_name)
+    name, config, layers = adapter_of(model, adapter_name)
+    require_adding(config, name, "calibrate")
     require_enabled(model)
     codes = [(layer, name) for layer in layers]
     before = [layer.code(name).detach().clone() for layer in layers]

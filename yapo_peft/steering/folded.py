@@ -27,6 +27,7 @@ class FoldedSteering:
         multiplier: Factor of the code, or None if it differs by row.
         code: The folded code, `(d_sae,)`.
         of_sae: Its autoencoder.
+        clamps: Whether its entries are values to hold features at.
         checked_in: The `generate` in which the code was last compared with this one.
     """
 
@@ -36,18 +37,25 @@ class FoldedSteering:
     multiplier: float | None
     code: Tensor
     of_sae: FrozenSAE
+    clamps: bool
     checked_in: object | None
 
     @classmethod
     def of(
-        cls, code: Tensor, sae: FrozenSAE, multiplier: Multiplier, like: Tensor, generation: object | None
+        cls,
+        code: Tensor,
+        sae: FrozenSAE,
+        multiplier: Multiplier,
+        like: Tensor,
+        generation: object | None,
+        clamps: bool = False,
     ) -> FoldedSteering:
         """Prepares a code, `(d_sae,)`, for activations of the device and dtype of `like`."""
         # Tensors made in inference mode could not be used outside of it, and autocast's rounding would stay in them.
         exact = torch.autocast(code.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), exact:
             code, constant = code.detach().clone(), None
-            if isinstance(multiplier, Tensor):
+            if clamps or isinstance(multiplier, Tensor):
                 read = code.nonzero().squeeze(-1)
             else:
                 wanted = multiplier * code
@@ -57,7 +65,7 @@ class FoldedSteering:
                 read = (wanted < 0).nonzero().squeeze(-1)
             part = sae.select(read, like.device, like.dtype)
             entries = code[read].to(like.device)
-            return cls(constant, entries, part, _one(multiplier), code, sae, generation)
+            return cls(constant, entries, part, _one(multiplier), code, sae, clamps, generation)
 
     def still_holds(
         self, code: Tensor, sae: FrozenSAE, multiplier: Multiplier, like: Tensor, generation: object | None
@@ -88,7 +96,7 @@ class FoldedSteering:
         moved = torch.full(h.shape[:2], self.constant is not None, device=h.device) if track else None
         if not len(self.entries):
             return self._constant_for(h), moved
-        shift, features = steering_shift(h, self.entries, self.sae, multiplier)
+        shift, features = steering_shift(h, self.entries, self.sae, multiplier, self.clamps)
         if moved is not None:
             moved |= features.ne(0).any(dim=-1)
         return shift if self.constant is None else shift + self._constant_for(h), moved

@@ -33,13 +33,20 @@ def dense_shift(h: Tensor, vector: Tensor, multiplier: Multiplier) -> tuple[Tens
     return shift.expand_as(h), moved.expand_as(h)[..., 0]
 
 
+def held_at(code: Tensor, features: Tensor) -> Tensor:
+    """Computes how far features are from the values that a code holds them at, its entries; those below 0 mean 0."""
+    return code.clamp(min=0) - features
+
+
 def moved_features(features: Tensor, wanted: Tensor) -> Tensor:
     """Computes `ReLU(features + wanted) - features`: the wanted shift of each feature, or what cuts it to zero."""
     # In this order, so that NaN in a code does not pass for a cut feature.
     return torch.where(features + wanted <= 0, -features, wanted)
 
 
-def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
+def steering_shift(
+    h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multiplier, clamps: bool = False
+) -> tuple[Tensor, Tensor]:
     """Computes what sparse steering adds to the output of a layer.
 
     The published forward is `Dec(ReLU(f + multiplier * code)) + (h - Dec(f))` with `f = Enc(h)`. The decoder is linear
@@ -52,6 +59,8 @@ def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multipl
         code: The learned vector, `(d_sae,)`, in float32.
         sae: The frozen autoencoder, on the device and in the dtype of `h`.
         multiplier: Factor of the code, one for all or one per row, `(batch,)`.
+        clamps: Whether entries that are not zero are values to hold features at, instead of amounts to add: the forward
+            is then that of `f + multiplier * (ReLU(code) - f)` for these features.
 
     Returns:
         The shift of the activations, shaped and typed as `h`, and the shift of each feature, `(batch, seq, d_sae)`.
@@ -59,10 +68,11 @@ def steering_shift(h: Tensor, code: Tensor, sae: SAEWeights, multiplier: Multipl
     Source: arXiv 2601.08441, the sparse steering forward.
     """
     features, scale = sae.encode(h)
+    features = features.to(code.dtype)
     if isinstance(multiplier, Tensor):
         multiplier = multiplier.to(code).view(-1, 1, 1)
-    wanted = multiplier * code
-    moved = moved_features(features.to(wanted.dtype), wanted)
+    wanted = multiplier * (torch.where(code != 0, held_at(code, features), 0) if clamps else code)
+    moved = moved_features(features, wanted)
     shift = moved.to(sae.W_dec.dtype) @ sae.W_dec
     if scale is not None:
         shift = shift * scale

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import YaPOConfig, YaPOLayer
-from ..tuner.adapters import steered_layers
+from ..tuner.adapters import require_adding, steered_layers
 from .config import YaPOTrainingConfig
 
 # The least learning rate that is not warned about, by its unit; the paper's, in raw units, is 5e-4.
@@ -64,13 +64,17 @@ def require_adapter(model: Any, peft_config: PeftConfig | None) -> None:
     if peft_config is not None:
         if not isinstance(peft_config, YaPOConfig):
             raise ConfigError(f"peft_config is a {type(peft_config).__name__}: YaPOTrainer trains a YaPOConfig.")
+        require_adding(peft_config, "default", "YaPOTrainer")
         return
     layers = steered_layers(model) if isinstance(model, PeftModel) else []
     if not layers:
         raise ConfigError(
             "There is no YaPO adapter to train: give peft_config=YaPOConfig(...), or a PeftModel that has one."
         )
-    active = [layer.yapo_code[name] for layer in layers for name in layer.active_adapters if name in layer.yapo_code]
+    names = {name for layer in layers for name in layer.active_adapters if name in layer.yapo_code}
+    for name in names:
+        require_adding(cast(Any, model).peft_config[name], name, "YaPOTrainer")
+    active = [layer.yapo_code[name] for layer in layers for name in names if name in layer.yapo_code]
     if not any(code.requires_grad for code in active):
         raise ConfigError(
             "The model's YaPO adapter is frozen: load it with is_trainable=True, or activate a trainable one."

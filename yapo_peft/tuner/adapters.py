@@ -47,13 +47,23 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[str, YaPOCon
     return name, config, [layer for layer in steered_layers(model) if name in layer.yapo_code]
 
 
-def layers_of(model: nn.Module, adapter_name: str | None, space: str, method: str) -> tuple[str, list[YaPOLayer]]:
+def require_adding(config: YaPOConfig, name: str, method: str) -> None:
+    """Raises `ConfigError` if an adapter holds features at values, where a method is for codes that are added."""
+    if config.mode == "clamp":
+        raise ConfigError(f"{method} needs mode='add', but adapter {name!r} has mode='clamp': use set_features for it.")
+
+
+def layers_of(
+    model: nn.Module, adapter_name: str | None, space: str, method: str, may_clamp: bool = False
+) -> tuple[str, list[YaPOLayer]]:
     """Returns the name and the layers of an adapter that a method can fit; the active one if None.
 
     Raises:
-        ConfigError: The model has no such adapter, or its space is not the one that the method needs.
+        ConfigError: The model has no such adapter, or its space or mode is not the one that the method needs.
     """
     name, config, layers = adapter_of(model, adapter_name)
+    if not may_clamp:
+        require_adding(config, name, method)
     if config.space != space:
         raise ConfigError(
             f"{method} needs space={space!r}, but adapter {name!r} has space={config.space!r}: attach one "

@@ -58,8 +58,10 @@ def require_combinable(first: YaPOConfig, other: YaPOConfig, names: str) -> None
     """Checks that the codes of two adapters can be combined.
 
     Raises:
-        SAEMismatchError: The adapters differ in their layers, spaces, SAEs or positions.
+        SAEMismatchError: The adapters differ in their layers, spaces, SAEs or positions, or hold features at values.
     """
+    if "clamp" in (first.mode, other.mode):
+        raise SAEMismatchError(f"{names}: with mode='clamp', codes are values, which do not add up: activate both.")
     if first.space != other.space:
         raise SAEMismatchError(f"{names} steer in space {first.space!r} and {other.space!r}, which do not add up.")
     if first.layers != other.layers:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 Space = Literal["sae", "dense"]
+Mode = Literal["add", "clamp"]
 
 
 class _TokenTrainingError(UnsupportedOperationError, AttributeError):
@@ -49,6 +50,8 @@ class YaPOConfig(PeftConfig):
         layers: Index of each decoder layer whose output is steered; negative ones count from the end.
         space: "sae" for a code with one entry per feature of a frozen SAE (YaPO, SAS), or "dense" for a vector that is
             added to the layer's output (BiPO, CAA) and needs no SAE.
+        mode: "add" to add each entry of a code to its feature's activation, as published; or "clamp" to hold the
+            feature at the entry, which `set_features` sets: multiplier 0.5 moves it half of the way there.
         sae_release: Release of each layer's SAE in sae-lens' directory; a single name applies to all layers.
         sae_id: Id of each layer's SAE within its release.
         sae_path: Local sae-lens folder of each layer's SAE, instead of a release and an id.
@@ -80,6 +83,7 @@ class YaPOConfig(PeftConfig):
 
     layers: int | list[int] | None = None
     space: str = "sae"
+    mode: str = "add"
     sae_release: str | list[str] | None = None
     sae_id: str | list[str] | None = None
     sae_path: str | list[str] | None = None
@@ -223,6 +227,7 @@ class YaPOConfig(PeftConfig):
 
     def _check_saes(self, count: int) -> None:
         choice(get_args(Space), space=self.space)
+        choice(get_args(Mode), mode=self.mode)
         if self.space == "dense":
             self._require_no_sae()
             return
@@ -246,6 +251,8 @@ class YaPOConfig(PeftConfig):
                 raise ConfigError(f"{name} names {number} SAEs for {count} layers ({self.layers}): give one per layer.")
 
     def _require_no_sae(self) -> None:
+        if self.mode == "clamp":
+            raise ConfigError("mode='clamp' has no meaning with space='dense', which has no features: leave it out.")
         names = ("sae_release", "sae_id", "sae_path", "sae_identity", "self_contained")
         given = [name for name in names if getattr(self, name)]
         if given:

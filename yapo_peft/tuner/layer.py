@@ -58,6 +58,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         yapo_sae: The SAE of each adapter, shared and frozen; None if dense.
         multiplier: The multiplier of each adapter, or one per row of the batch, `(batch,)`.
         positions: The tokens that each adapter steers.
+        clamps: Whether each adapter holds features at the values of its code.
         index: Index of the decoder layer.
         call: The current call of the model, shared by all its steered layers.
         merged_adapters: The adapters whose shift was folded into a bias.
@@ -67,7 +68,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("yapo_code",)
-    other_param_names: tuple[str, ...] = ("yapo_sae", "multiplier", "positions")
+    other_param_names: tuple[str, ...] = ("yapo_sae", "multiplier", "positions", "clamps")
 
     def __init__(self, block: nn.Module, index: int, call: Call) -> None:
         super().__init__()
@@ -79,6 +80,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.yapo_sae: dict[str, FrozenSAE | None] = {}
         self.multiplier: dict[str, Multiplier] = {}
         self.positions: dict[str, str] = {}
+        self.clamps: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
         self.replaced_biases: list[tuple[Any, nn.Parameter | None]] = []
         self._folded: dict[str, FoldedSteering] = {}
@@ -103,6 +105,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         self.yapo_code[adapter_name] = Code(code)
         self.multiplier[adapter_name] = config.multiplier
         self.positions[adapter_name] = config.positions
+        self.clamps[adapter_name] = config.mode == "clamp"
+        self._folded.pop(adapter_name, None)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -133,14 +137,18 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 
         All paths are equivalent; each computes only what can differ between tokens.
         """
-        sae, code = self.yapo_sae[adapter_name], self.code(adapter_name)
-        learns = code.requires_grad and torch.is_grad_enabled()
+        sae, code, clamps = self.yapo_sae[adapter_name], self.code(adapter_name), self.clamps[adapter_name]
+        learns = code.requires_grad and torch.is_grad_enabled() and not (clamps and not self.training)
+        if learns and clamps:
+            raise UnsupportedOperationError(
+                "An adapter of mode='clamp' is not trained: set its features by set_features, and call model.eval()."
+            )
         if learns and self.training:
             self.call.require_labels(self.positions[adapter_name])
         if sae is None:
             return dense_shift(h, code.to(h.device), multiplier)
         if torch.compiler.is_compiling():
-            shift, features = steering_shift(h, code.to(h.device), sae.weights(h.device, h.dtype), multiplier)
+            shift, features = steering_shift(h, code.to(h.device), sae.weights(h.device, h.dtype), multiplier, clamps)
             return shift, features.detach().ne(0).any(dim=-1)
         if not learns:
             return self._folded_for(adapter_name, sae, multiplier, h).shift(h, multiplier, self.track_moved)
@@ -159,7 +167,7 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         """Returns the folded steering of an adapter, recomputed if its code, multiplier, device or dtype changed."""
         code, kept = self.code(adapter_name).detach(), self._folded.get(adapter_name)
         if kept is None or not kept.still_holds(code, sae, multiplier, h, self.call.generation):
-            kept = FoldedSteering.of(code, sae, multiplier, h, self.call.generation)
+            kept = FoldedSteering.of(code, sae, multiplier, h, self.call.generation, self.clamps[adapter_name])
             self._folded[adapter_name] = kept
         return kept
 

@@ -91,6 +91,8 @@ def token_dependence(layer: YaPOLayer, adapter_name: str, multiplier: float) -> 
     code, sae = layer.code(adapter_name).detach(), layer.yapo_sae[adapter_name]
     if sae is None:
         return None
+    if layer.clamps[adapter_name]:
+        return "it holds features at values (mode='clamp')"
     if sae.normalization != "none":
         return f"its SAE scales each token by itself ({sae.normalization!r})"
     cut = int((multiplier * code < 0).sum())

@@ -31,7 +31,7 @@ def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: d
     packed = pack_codes(codes, {name: sae and sae.identity for name, sae in saes.items()})
     if config.self_contained:
         for name, sae in saes.items():
-            packed |= {} if sae is None else pack_part(name, packed, sae)
+            packed |= {} if sae is None else pack_part(name, packed, sae, config.mode == "clamp")
     return packed
 
 
