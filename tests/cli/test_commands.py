@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tiny import D_MODEL, inference_sae, make_sae, make_wrapper
 from transformers import AutoTokenizer
 
-from yapo_peft import Scores, YaPOConfig, calibrate, steering, sweep
+from yapo_cli import loading
+from yapo_peft import ConfigError, Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
 from yapo_peft.interpret import contexts, explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
@@ -169,6 +170,53 @@ def test_sweep_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_f
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     expected = sweep(model, pairs, tokenizer, (2.0, 0.0)).summary()
     assert pd.DataFrame(json.loads(printed))["margin"].tolist() == pytest.approx(expected["margin"].tolist(), rel=1e-5)
+
+
+@pytest.mark.feature("Commands", "`yapo sweep` of several adapters, or of a run's checkpoints, on one loaded model")
+def test_sweep_of_checkpoints_and_adapters_matches_the_library(
+    run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path, monkeypatch
+):
+    mine = tmp_path / "mine"
+    for step, features in ((9, 4), (50, 8), (100, 12)):
+        assert run("prune", saved_adapter, "--features", features, "--out", mine / f"checkpoint-{step}")[0] == 0
+    (mine / "checkpoint-200").mkdir()  # incomplete
+    loaded, load_base = [], loading._load_base
+    monkeypatch.setattr(loading, "_load_base", lambda *given: loaded.append(given) or load_base(*given))
+    options = ("--dataset", pairs_file, "--multipliers", "-2,0,2", "--limit", 6, "--json")
+    outputs = ("--out", tmp_path / "scores.json", "--plot", tmp_path / "doses.svg")
+    status, printed, stderr = run("sweep", mine, saved_adapter, *options, *outputs)
+    assert status == 0, stderr
+    assert len(loaded) == 1
+    table = pd.DataFrame(json.loads(printed))
+    places = [mine / f"checkpoint-{step}" for step in (9, 50, 100)] + [saved_adapter]
+    names = ["mine/checkpoint-9", "mine/checkpoint-50", "mine/checkpoint-100", "adapter"]
+    assert table["adapter"].unique().tolist() == names
+    for name, place in zip(names, places, strict=True):
+        model = AutoPeftModelForCausalLM.from_pretrained(place).eval()
+        expected = sweep(model, pairs.select(range(6)), tokenizer, (-2, 0, 2)).summary()
+        found = table[table["adapter"] == name].drop(columns="adapter").reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    scores = Scores.load(tmp_path / "scores.json")
+    assert scores.labels == ["adapter"]
+    assert json.loads(scores.summary().to_json(orient="records")) == json.loads(printed)
+    text = (tmp_path / "doses.svg").read_text()
+    assert "pairs.jsonl: preference (6 examples)" in text
+    assert all(f"<!-- {name} -->" in text for name in names)
+
+
+def test_a_sweep_keeps_what_was_measured_before_a_failure(run, saved_adapter, pairs_file, tmp_path, monkeypatch):
+    other = shutil.copytree(saved_adapter, tmp_path / "other")
+    attached = loading._attached
+
+    def fail_at_other(model, name):
+        if name == str(other):
+            raise ConfigError("out of luck")
+        return attached(model, name)
+
+    monkeypatch.setattr(loading, "_attached", fail_at_other)
+    options = ("--dataset", pairs_file, "--multipliers", "0", "--out", tmp_path / "scores.json")
+    assert run("sweep", saved_adapter, other, *options)[0] == 2
+    assert set(Scores.load(tmp_path / "scores.json").table["adapter"]) == {"adapter"}
 
 
 @pytest.mark.feature("Commands", "`yapo explain`: the features of an adapter as a table or JSON")
