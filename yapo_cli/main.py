@@ -10,6 +10,7 @@ import typer
 
 from . import (
     answers,
+    attribute,
     calibrate,
     choose,
     combine,
@@ -69,6 +70,7 @@ app.command("culture", rich_help_panel=_MEASURE)(culture.culture)
 app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("explain", rich_help_panel=_MEASURE)(explain.explain)
+app.command("attribute", rich_help_panel=_MEASURE)(attribute.attribute)
 app.command("contexts", rich_help_panel=_MEASURE)(contexts.contexts)
 app.command("report", rich_help_panel=_MEASURE)(report.report)
 app.add_typer(sae.app, name="sae", rich_help_panel=_HERE)

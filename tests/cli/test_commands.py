@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from yapo_cli import loading
 from yapo_peft import ConfigError, Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
-from yapo_peft.interpret import contexts, explain
+from yapo_peft.interpret import attribute, contexts, explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
 from yapo_peft.scoring.generation import answer
 from yapo_peft.scoring.pairs import prompt_ids
@@ -231,6 +231,37 @@ def test_explain_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs
     status, printed, _ = run("explain", saved_adapter, "--top", 1, "--tokens", 2)
     assert len(printed.splitlines()) == 2
     assert "label" not in printed
+
+
+@pytest.mark.feature("Commands", "`yapo attribute`: what each feature contributes, as a table or JSON")
+def test_attribute_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file):
+    options = ("--dataset", pairs_file, "--limit", 3, "--top", 4, "--steps", 2, "--multiplier", -2)
+    status, printed, stderr = run("attribute", saved_adapter, *options, "--json")
+    assert status == 0, stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    expected = attribute(model, pairs.select(range(3)), tokenizer, top=4, steps=2, multiplier=-2.0, batch_size=8)
+    found = json.loads(printed)
+    assert found["pairs"] == 3
+    for name in ("effect", "rest", "interaction", "integration_error"):
+        assert found[name] == pytest.approx(getattr(expected, name), abs=1e-5)
+    rows = pd.DataFrame(found["features"])
+    pd.testing.assert_frame_equal(rows, expected.features.head(4), check_dtype=False, atol=1e-5)
+    _, printed, _ = run("attribute", saved_adapter, *options)
+    assert len(printed.splitlines()) == 7
+    assert f"effect {expected.effect:.4g}, rest {expected.rest:.4g}, interaction" in printed
+
+
+def test_attribute_takes_a_prompt_with_two_answers(run, saved_adapter, tokenizer):
+    options = ("--system", "w7", "--top", 2, "--steps", 1, "--json")
+    status, printed, stderr = run("attribute", saved_adapter, "w1 w2", "w3", "w4 w5", *options)
+    assert status == 0, stderr
+    prompt = [{"role": "system", "content": "w7"}, *as_messages("w1 w2")]
+    answers = {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w3"), ("rejected", "w4 w5"))
+    }
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    expected = attribute(model, [{"prompt": prompt, **answers}], tokenizer, top=2, steps=1)
+    assert json.loads(printed)["effect"] == pytest.approx(expected.effect, abs=1e-5)
 
 
 @pytest.mark.feature("Commands", "`yapo fit`, `yapo prune`, `yapo combine`: adapters from pairs or adapters")
