@@ -152,6 +152,19 @@ def require_adapter(name: str, any_method: bool = False) -> None:
         raise ConfigError(f"{name!r} is not {'an' if any_method else 'a YaPO'} adapter: pass an adapter.")
 
 
+def load_together(adapters: list[str], dtype: str = "auto", base: str | None = None) -> tuple[Any, list[str]]:
+    """Loads a model with several adapters, as `load_adapter`, and returns it with their names in it."""
+    first, *others = adapters
+    for source in others:
+        SavedAdapter(source)  # says what is wrong with it before the model is loaded
+    model = load_adapter(first, dtype, base)
+    # PEFT does not take dots in the name of an adapter.
+    names = ["default", *(f"{place}: {source}".replace(".", "_") for place, source in enumerate(others, 2))]
+    for name, source in zip(names[1:], others, strict=True):
+        model.load_adapter(source, name)
+    return model, names
+
+
 def require_one_model(adapters: list[str]) -> None:
     """Raises `ConfigError` unless all are adapters, and of the same model."""
     for name in adapters:

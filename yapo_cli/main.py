@@ -15,6 +15,7 @@ from . import (
     choose,
     combine,
     compare,
+    compare_features,
     contexts,
     convert,
     culture,
@@ -68,6 +69,7 @@ app.command("push", rich_help_panel=_USE)(push.push)
 app.command("sweep", rich_help_panel=_MEASURE)(sweep.sweep)
 app.command("culture", rich_help_panel=_MEASURE)(culture.culture)
 app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
+app.command("compare-features", rich_help_panel=_MEASURE)(compare_features.compare_features)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("explain", rich_help_panel=_MEASURE)(explain.explain)
 app.command("attribute", rich_help_panel=_MEASURE)(attribute.attribute)

@@ -9,13 +9,13 @@ import torch
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import D_MODEL, inference_sae, make_sae, make_wrapper
-from transformers import AutoTokenizer
+from tiny import D_MODEL, inference_sae, make_model, make_sae, make_wrapper
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from yapo_cli import loading
 from yapo_peft import ConfigError, Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
-from yapo_peft.interpret import attribute, contexts, explain
+from yapo_peft.interpret import attribute, compare, compare_features, contexts, explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
 from yapo_peft.scoring.generation import answer
 from yapo_peft.scoring.pairs import prompt_ids
@@ -262,6 +262,39 @@ def test_attribute_takes_a_prompt_with_two_answers(run, saved_adapter, tokenizer
     model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
     expected = attribute(model, [{"prompt": prompt, **answers}], tokenizer, top=2, steps=1)
     assert json.loads(printed)["effect"] == pytest.approx(expected.effect, abs=1e-5)
+
+
+@pytest.mark.feature(
+    "Commands", "`yapo compare-features`: the features that adapters share, and those that they do not"
+)
+def test_compare_features_matches_the_library(run, saved_adapter, tmp_path):
+    few = tmp_path / "few.v1"  # PEFT does not take dots in names
+    assert run("prune", saved_adapter, "--features", 5, "--rescale", "--out", few)[0] == 0
+    status, printed, stderr = run("compare-features", saved_adapter, few, "--top", 9, "--json")
+    assert status == 0, stderr
+    found = json.loads(printed)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), saved_adapter)
+    model.load_adapter(few, "few")
+    expected = compare_features(model, top=9).rename(columns={"default": "adapter", "few": "few.v1"})
+    assert expected["few.v1"].count() == 5
+    pd.testing.assert_frame_equal(pd.DataFrame(found["features"]), expected)
+    (row,) = found["adapters"]
+    (overlap,) = compare(model).to_dict("records")
+    assert (row["a"], row["b"]) == ("adapter", "few.v1")
+    for name in ("features_a", "features_b", "shared", "overlap", "same_sign", "code_cosine", "up_cosine"):
+        assert row[name] == pytest.approx(overlap[name])
+    _, printed, _ = run("compare-features", saved_adapter, few, "--top", 2)
+    assert len(printed.splitlines()) == 6
+
+
+def test_compare_features_names_different_saes_before_loading(run, saved_adapter, tmp_path, monkeypatch):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(seed=5), self_contained=True))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(loading, "_load_base", lambda *_: pytest.fail("a model is loaded"))
+    status, _, stderr = run("compare-features", saved_adapter, tmp_path / "other")
+    assert status == 2
+    assert "have different SAEs at layer 2" in stderr
 
 
 @pytest.mark.feature("Commands", "`yapo fit`, `yapo prune`, `yapo combine`: adapters from pairs or adapters")
