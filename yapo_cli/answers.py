@@ -41,18 +41,15 @@ def answers(
     from yapo_peft._utils import replacing
     from yapo_peft.evaluation import Repetition
 
-    from .loading import load_adapter, load_tokenizer
+    from .loading import require_one_model, with_each_adapter
 
+    names = dict(zip(adapters, options.short_names(adapters), strict=True))
+    require_one_model(adapters)
     columns: dict[str, list[Any]] = {}
-    models: set[str] = set()
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": bool(temperature)}
     generation |= {"temperature": temperature} if temperature else {}
-    for adapter, name in zip(adapters, options.short_names(adapters), strict=True):
-        tokenizer, model = load_tokenizer(adapter, base), load_adapter(adapter, dtype, base)
-        models.add(model.peft_config["default"].base_model_name_or_path)
-        if len(models) > 1:
-            raise typer.BadParameter(f"{adapter} is for another model than {adapters[0]}: {' and '.join(models)}.")
-        prompts = data.load_prompts(tokenizer)
+
+    def add(adapter: str, model: Any, tokenizer: Any, prompts: Any) -> None:
         columns.setdefault("prompt", prompts["prompt"][:])
         # Unsteered, all adapters of a model answer the same.
         asked = [multiplier for multiplier in multipliers if multiplier or "unsteered" not in columns]
@@ -60,10 +57,12 @@ def answers(
             model, prompts, tokenizer, asked, measure=Repetition(), batch_size=batch_size, seed=seed, **generation
         ).table
         for multiplier, rows in found.groupby("multiplier", sort=False):  # of which examples are in order
-            columns[f"{name} at {multiplier:+g}" if multiplier else "unsteered"] = rows["answer"].tolist()
+            columns[f"{names[adapter]} at {multiplier:+g}" if multiplier else "unsteered"] = rows["answer"].tolist()
         table = Dataset.from_dict(columns)
         with replacing(out) as partial:  # what is done is not lost if the next adapter fails
             table.to_json(partial) if out.suffix == ".jsonl" else table.to_parquet(partial)
+
+    with_each_adapter(adapters, data.load_prompts, add, dtype, base)
     if push_to_hub is not None:
         Dataset.from_dict(columns).push_to_hub(push_to_hub)
     typer.echo(f"Saved {len(columns['prompt'])} prompts with {len(columns) - 1} answers each to {out}.")

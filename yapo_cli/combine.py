@@ -41,18 +41,11 @@ def combine(
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     if majority_sign != "total" and kind != "ties":
         raise typer.BadParameter(f"--majority-sign needs --type ties, not {kind}.")
-    from yapo_peft.adapter_file.reading import SavedAdapter
     from yapo_peft.adapter_file.saving import save_adapter
 
-    from .loading import load_adapter, require_effect
+    from .loading import load_together, require_effect
 
-    first, *others = adapters
-    model = load_adapter(first, dtype, base)
-    # PEFT does not take dots in the name of an adapter.
-    names = ["default", *(f"{place}: {source}".replace(".", "_") for place, source in enumerate(others, 2))]
-    for name, source in zip(names[1:], others, strict=True):
-        SavedAdapter(source)  # says what is wrong with it
-        model.load_adapter(source, name)
+    model, names = load_together(adapters, dtype, base)
     model.base_model.add_weighted_adapter(
         names, list(weights), _COMBINED, combination_type=kind, density=density, majority_sign_method=majority_sign
     )

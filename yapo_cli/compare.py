@@ -40,9 +40,12 @@ def compare(
 
     `yapo compare yapo-adapter bipo-adapter --dataset test.csv --text wiki.txt`
     """
-    from yapo_peft.evaluation import Scores
+    from yapo_peft import sweep
+    from yapo_peft.evaluation import Damage, Scores
     from yapo_peft.evaluation.plots import plot_matched_damage, require_plot_path
+    from yapo_peft.scoring.neutral import packaged_text
 
+    from .loading import with_each_adapter
     from .output import print_table
 
     names = options.short_names(adapters)
@@ -52,8 +55,15 @@ def compare(
         raise typer.BadParameter(f"--levels {','.join(map(str, levels))}: must be positive.")
     if plot is not None:
         require_plot_path(plot)
-    source = None if text is None else options.read_text(text)
-    measured = [_measure(name, data, source, blocks, multipliers, batch_size, base, dtype) for name in adapters]
+    neutral = (row["text"] for row in packaged_text() if "text" in row)
+    rows = list(neutral) if text is None else [options.read_text(text)]
+
+    def measure(_: str, model: Any, tokenizer: Any, pairs: Any) -> tuple[Scores, Scores]:
+        effect = sweep(model, pairs, tokenizer, multipliers, batch_size=batch_size)
+        damage = sweep(model, rows, tokenizer, multipliers, measure=Damage(max_blocks=blocks), batch_size=batch_size)
+        return effect, damage
+
+    measured = with_each_adapter(adapters, data.load, measure, dtype, base, any_method=True)
     effects, damages = (
         Scores.concat([scores.labelled(adapter=name) for name, scores in zip(names, part, strict=True)])
         for part in zip(*measured, strict=True)
@@ -69,31 +79,6 @@ def compare(
         curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])
         title = f"{Path(str(data.dataset)).name}: gain at equal damage"
         plot_matched_damage(curve.sort_values("kl"), plot, title, metric="gain")
-
-
-def _measure(
-    adapter: str,
-    data: PairArguments,
-    text: str | None,
-    blocks: int,
-    multipliers: Any,
-    batch_size: int,
-    base: str | None,
-    dtype: str,
-) -> tuple[Scores, Scores]:
-    """Preference and damage of one adapter."""
-    from yapo_peft import sweep
-    from yapo_peft.evaluation import Damage
-    from yapo_peft.scoring.neutral import packaged_text
-
-    from .loading import load_any_adapter, load_tokenizer
-
-    tokenizer = load_tokenizer(adapter, base)
-    pairs, model = data.load(tokenizer), load_any_adapter(adapter, dtype, base)
-    rows = [row["text"] for row in packaged_text() if "text" in row] if text is None else [text]
-    effect = sweep(model, pairs, tokenizer, multipliers, batch_size=batch_size)
-    damage = sweep(model, rows, tokenizer, multipliers, measure=Damage(max_blocks=blocks), batch_size=batch_size)
-    return effect, damage
 
 
 def _both_sides(gains: Scores, damages: Scores, levels: list[float]) -> Any:

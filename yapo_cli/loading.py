@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -19,6 +19,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
 from yapo_peft.tuner.adapters import adapter_of
+
+Found = TypeVar("Found")
 
 
 def load_tokenizer(name: str, base: str | None = None) -> Any:
@@ -32,7 +34,7 @@ def load_tokenizer(name: str, base: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(source)
 
 
-@cache
+@lru_cache(maxsize=4)  # those of many checkpoints would fill the memory
 def _own_tokenizer(adapter: str) -> Any:
     """The tokenizer that a trainer saved with an adapter, with its chat template; None if there is none."""
     try:
@@ -55,20 +57,14 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None, device: 
         ConfigError: There is no such dtype or device, or an adapter's model is not where its config says.
         OSError: There is no such model or adapter.
     """
-    named = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize > 1):
-        raise ConfigError(f"dtype={dtype!r}: must be 'auto' or a floating-point dtype of torch, such as 'bfloat16'.")
     config = _adapter_config(name)
     if isinstance(config, YaPOConfig):
         SavedAdapter(name)  # says what is wrong with a damaged one before the model is loaded
-    source, revision = _base_of(name, config, base)
-    with _naming_the_option(name, config, base):
-        model: Any = _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
-    if config is not None:
-        tokens = len(_own_tokenizer(name) or ())
-        if tokens > model.get_input_embeddings().weight.shape[0]:  # as PEFT's auto classes do
-            model.resize_token_embeddings(tokens)
-        model = PeftModel.from_pretrained(model, name)
+    model = _load_base(name, dtype, base)
+    return _placed(model if config is None else _attached(model, name), device)
+
+
+def _placed(model: Any, device: str | None = None) -> Any:
     if device is None:
         # Each process of `accelerate launch` has its own device.
         return model.to(PartialState().device if "LOCAL_RANK" in os.environ else infer_device()).eval()
@@ -76,6 +72,32 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None, device: 
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device}: {error}") from error
+
+
+def _load_base(name: str, dtype: str, base: str | None) -> Any:
+    """Loads a model, or that of an adapter without the adapter. Raises as `load_model`."""
+    named = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize > 1):
+        raise ConfigError(f"dtype={dtype!r}: must be 'auto' or a floating-point dtype of torch, such as 'bfloat16'.")
+    config = _adapter_config(name)
+    source, revision = _base_of(name, config, base)
+    with _naming_the_option(name, config, base):
+        return _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
+
+
+def _attached(model: Any, name: str) -> Any:
+    tokens = len(_own_tokenizer(name) or ())
+    if tokens > _vocabulary(model):  # as PEFT's auto classes do
+        model.resize_token_embeddings(tokens)
+    return PeftModel.from_pretrained(model, name)
+
+
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _base_of(name: str, config: PeftConfig | None, base: str | None) -> tuple[str, str | None]:
@@ -120,16 +142,83 @@ def is_adapter(name: str) -> bool:
 
 def load_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any:
     """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
-    if not is_adapter(name):
-        raise ConfigError(f"{name!r} is not a YaPO adapter: pass an adapter.")
+    require_adapter(name)
     return load_model(name, dtype, base)
 
 
-def load_any_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any:
-    """As `load_model`. Raises `ConfigError` unless `name` is an adapter, of any method."""
-    if _adapter_config(name) is None:
-        raise ConfigError(f"{name!r} is not an adapter.")
-    return load_model(name, dtype, base)
+def require_adapter(name: str, any_method: bool = False) -> None:
+    """Raises `ConfigError` unless `name` is a YaPO adapter, or an adapter of any method."""
+    if not is_adapter(name) and not (any_method and _adapter_config(name) is not None):
+        raise ConfigError(f"{name!r} is not {'an' if any_method else 'a YaPO'} adapter: pass an adapter.")
+
+
+def load_together(adapters: list[str], dtype: str = "auto", base: str | None = None) -> tuple[Any, list[str]]:
+    """Loads a model with several adapters, as `load_adapter`, and returns it with their names in it."""
+    first, *others = adapters
+    for source in others:
+        SavedAdapter(source)  # says what is wrong with it before the model is loaded
+    model = load_adapter(first, dtype, base)
+    # PEFT does not take dots in the name of an adapter.
+    names = ["default", *(f"{place}: {source}".replace(".", "_") for place, source in enumerate(others, 2))]
+    for name, source in zip(names[1:], others, strict=True):
+        model.load_adapter(source, name)
+    return model, names
+
+
+def require_one_model(adapters: list[str]) -> None:
+    """Raises `ConfigError` unless all are adapters, and of the same model."""
+    for name in adapters:
+        require_adapter(name)
+    of = [getattr(_adapter_config(name), "base_model_name_or_path", None) for name in adapters]
+    for name, model in zip(adapters, of, strict=True):
+        if model != of[0]:
+            raise ConfigError(f"{name} is for another model than {adapters[0]}: {model}, not {of[0]}.")
+
+
+def with_each_adapter(
+    names: list[str],
+    read: Callable[[Any], Any],
+    measure: Callable[[str, Any, Any, Any], Found],
+    dtype: str = "auto",
+    base: str | None = None,
+    *,
+    any_method: bool = False,
+) -> list[Found]:
+    """Loads adapters one after another, and measures each. Those of one model, in a row, share it.
+
+    Args:
+        names: Folders or Hub repositories.
+        read: Loads the dataset, given a tokenizer. It depends only on whether that has a chat template.
+        measure: Measures an adapter, given its name, its model, its tokenizer and the dataset.
+        dtype: As for `load_model`.
+        base: As for `load_model`.
+        any_method: Whether adapters of other methods are accepted.
+
+    Raises:
+        ConfigError: One is not an adapter, or as `load_model`; before a model is loaded.
+    """
+    datasets: dict[bool, Any] = {}
+    for name in names:
+        require_adapter(name, any_method)
+        if is_adapter(name):
+            SavedAdapter(name)  # says what is wrong with a damaged one
+        tokenizer = load_tokenizer(name, base)
+        if _has_template(tokenizer) not in datasets:
+            datasets[_has_template(tokenizer)] = read(tokenizer)
+    found: list[Found] = []
+    model, of = None, None
+    for name in names:
+        source = _base_of(name, _adapter_config(name), base)
+        if source != of:
+            model = None  # before another takes its memory
+        model = _load_base(name, dtype, base) if model is None else model
+        size, of = _vocabulary(model), source
+        tokenizer, steered = load_tokenizer(name, base), _placed(_attached(model, name))
+        found.append(measure(name, steered, tokenizer, datasets[_has_template(tokenizer)]))
+        # Other methods may not leave a model as it was.
+        model = steered.unload() if is_adapter(name) and _vocabulary(model) == size else None
+        del steered
+    return found
 
 
 def attach_adapter(name: str, dtype: str, **config: Any) -> Any:

@@ -10,10 +10,12 @@ import typer
 
 from . import (
     answers,
+    attribute,
     calibrate,
     choose,
     combine,
     compare,
+    compare_features,
     contexts,
     convert,
     culture,
@@ -67,8 +69,10 @@ app.command("push", rich_help_panel=_USE)(push.push)
 app.command("sweep", rich_help_panel=_MEASURE)(sweep.sweep)
 app.command("culture", rich_help_panel=_MEASURE)(culture.culture)
 app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
+app.command("compare-features", rich_help_panel=_MEASURE)(compare_features.compare_features)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("explain", rich_help_panel=_MEASURE)(explain.explain)
+app.command("attribute", rich_help_panel=_MEASURE)(attribute.attribute)
 app.command("contexts", rich_help_panel=_MEASURE)(contexts.contexts)
 app.command("report", rich_help_panel=_MEASURE)(report.report)
 app.add_typer(sae.app, name="sae", rich_help_panel=_HERE)

@@ -93,8 +93,35 @@ def short_names(adapters: list[str]) -> list[str]:
     places = {Path(adapter).resolve() if Path(adapter).exists() else adapter for adapter in adapters}
     if len(places) < len(adapters):
         raise typer.BadParameter(f"{' '.join(adapters)}: an adapter is given twice.")
-    names = [Path(adapter).name for adapter in adapters]
+    names = ["/".join(Path(adapter).parts[-2 if _is_checkpoint(Path(adapter)) else -1 :]) for adapter in adapters]
     return names if len(set(names)) == len(names) else adapters
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name that trainers give to checkpoints."""
+    start, _, step = folder.name.partition("-")
+    return start == "checkpoint" and step.isdecimal()
+
+
+def with_checkpoints(adapters: list[str]) -> list[str]:
+    """Replaces folders of checkpoints by the checkpoints that have an adapter, by their steps.
+
+    Raises `typer.BadParameter` if a folder has neither an adapter, nor a model, nor such checkpoints.
+    """
+    found: list[str] = []
+    for adapter in adapters:
+        folder = Path(adapter).expanduser()
+        if not folder.is_dir() or any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
+            found.append(adapter)
+            continue
+        inner = [file.parent for file in folder.glob("*/adapter_config.json") if _is_checkpoint(file.parent)]
+        if not inner:
+            raise typer.BadParameter(
+                f"The folder {adapter} has neither an adapter nor checkpoints of one: pass a folder with "
+                "adapter_config.json, or with checkpoint-* folders that have it."
+            )
+        found += [str(each) for each in sorted(inner, key=lambda each: int(each.name.partition("-")[2]))]
+    return found
 
 
 def read_text(file: Path) -> str:

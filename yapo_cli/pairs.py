@@ -69,8 +69,12 @@ class PairArguments:
         if not isinstance(self.where, list | None) or not all(isinstance(each, str) for each in self.where or []):
             raise ConfigError(f"where={self.where!r}: must be texts of the form column=value, such as country=UK.")
 
-    def load(self, tokenizer: Any) -> Any:
+    def load(self, tokenizer: Any, rows: Any = None) -> Any:
         """Loads the pairs: as messages if the tokenizer has a chat template, unless `plain`.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            rows: The rows to read instead of `dataset`.
 
         Raises:
             ConfigError: `where` is not of the form column=value.
@@ -78,7 +82,8 @@ class PairArguments:
         """
         from yapo_peft.data import choice_pairs, load_pairs, with_system_prompt
 
-        chat, rows = not self.plain and bool(getattr(tokenizer, "chat_template", None)), self._rows()
+        chat = not self.plain and bool(getattr(tokenizer, "chat_template", None))
+        rows = self._rows() if rows is None else rows
         if self._are_choices(rows.column_names):
             pairs = choice_pairs(self._choices(rows), chat=chat)
         else:

@@ -1,4 +1,4 @@
-"""`yapo sweep`: measure an adapter over multipliers."""
+"""`yapo sweep`: measure adapters over multipliers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ _UNREAD = {
 
 @reads_pairs()
 def sweep(
-    adapter: options.Adapter,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="Folders or Hub repositories of adapters. A folder of checkpoints stands for all of them.",
+        ),
+    ],
     data: PairArguments,
     measure: Annotated[
         Measure,
@@ -62,22 +68,27 @@ def sweep(
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Save each example's metrics to this JSON file (see `Scores.load`).")
+        Path | None,
+        typer.Option(help="Save each example's metrics, of all adapters, to this JSON file (see `Scores.load`)."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Save a plot, such as doses.png.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure an adapter over a range of multipliers, with 95 % intervals.
+    """Measure adapters over a range of multipliers, with 95 % intervals.
+
+    Several adapters are in one table, with a column that names them, and are lines of one plot.
 
     `yapo sweep my-adapter --dataset test.csv --prompt question --chosen matching --rejected not_matching`
     """
-    from yapo_peft import plot_dose_response
+    from yapo_peft import Scores, plot_dose_response
     from yapo_peft import sweep as measured
     from yapo_peft.evaluation.plots import require_dose_response, require_plot_path
 
-    from .loading import load_adapter, load_tokenizer
+    from .loading import with_each_adapter
     from .output import print_table
 
+    adapters = options.with_checkpoints(adapters)
+    names = dict(zip(adapters, options.short_names(adapters), strict=True))
     source = cast(str, data.dataset)
     data.require_defaults(*_UNREAD[measure], why=f"--measure {measure} does not read it.")
     judging = {"url": judge_url, "model": judge_model, "cache": judge_cache}
@@ -91,21 +102,28 @@ def sweep(
         require_plot_path(plot)
         require_dose_response(multipliers)
     what = _measure(measure, data, judging, behaviour, opposite)
-    tokenizer = load_tokenizer(adapter, base)
-    if measure == "damage":
-        rows: Any = [options.read_text(Path(source))]
-    elif measure in ("choice", "generated"):
-        rows = data.load_questions()
-    else:
-        rows = data.load(tokenizer) if measure == "preference" else data.load_prompts(tokenizer)
-    model = load_adapter(adapter, dtype, base)
     generation: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    scores = measured(model, rows, tokenizer, multipliers, measure=what, batch_size=batch_size, **generation)
+    parts: list[Scores] = []
+
+    def read(tokenizer: Any) -> Any:
+        if measure == "damage":
+            return [options.read_text(Path(source))]
+        if measure in ("choice", "generated"):
+            return data.load_questions()
+        return data.load(tokenizer) if measure == "preference" else data.load_prompts(tokenizer)
+
+    def add(adapter: str, model: Any, tokenizer: Any, rows: Any) -> None:
+        scores = measured(model, rows, tokenizer, multipliers, measure=what, batch_size=batch_size, **generation)
+        parts.append(scores if len(adapters) == 1 else scores.labelled(adapter=names[adapter]))
+        if out is not None:  # what is done is not lost if the next adapter fails
+            Scores.concat(parts).save(out)
+
+    with_each_adapter(adapters, read, add, dtype, base)
+    scores = Scores.concat(parts)
     print_table(scores.summary(), as_json)
-    if out is not None:
-        scores.save(out)
     if plot is not None:
-        plot_dose_response(scores, plot, f"{Path(adapter).name}: {measure}")
+        what_of = names[adapters[0]] if len(adapters) == 1 else Path(source).name
+        plot_dose_response(scores, plot, f"{what_of}: {measure}")
 
 
 def _measure(

@@ -1,6 +1,7 @@
 """Bad input of commands ends in a line that says what is wrong, not in a traceback or in lost work."""
 
 import io
+import shutil
 import sys
 
 import pytest
@@ -44,6 +45,14 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
             "is an adapter: pass a model",
         ),
         (("explain", "{adapter}", "--split", "dev"), "--split dev: it is read with --dataset only"),
+        (("attribute", "{adapter}"), "pass --dataset, or else a prompt and two answers"),
+        (("attribute", "{adapter}", "w1", "w2", "w3", "--dataset", "{pairs}"), "pass --dataset, or else a prompt"),
+        (("attribute", "{adapter}", "w1", "w2"), "'w1' 'w2': pass a prompt, its chosen and its rejected answer"),
+        (("attribute", "{adapter}", "w1", "w2", "w3", "--split", "dev"), "--split dev: it is read with --dataset only"),
+        (("attribute", "{adapter}", "w1", "w2", "w2"), "1 with equal answers"),
+        (("attribute", "{adapter}", "w1", "w2", "w3", "--multiplier", "0"), "multiplier=0: an adapter has no effect"),
+        (("compare-features", "{adapter}"), "pass at least two adapters"),
+        (("compare-features", "{adapter}", "{adapter}/"), "an adapter is given twice"),
         (("compare", "{adapter}", "{adapter}/", "--dataset", "{pairs}"), "an adapter is given twice"),
         (("sweep", "{adapter}", "--dataset", "."), "'.' is not a dataset"),
         (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': must be 'auto'"),
@@ -75,6 +84,10 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "doses.xyz"), "the extension must be one of"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--out", "{parent}"), "is a folder: pass a file"),
         (("sweep", "{adapter}", "--dataset", "{damaged}"), "cannot be read as jsonl"),
+        (("sweep", "{parent}", "--dataset", "{pairs}"), "{parent} has neither an adapter nor checkpoints of one"),
+        (("sweep", "{adapter}", "{adapter}/", "--dataset", "{pairs}"), "an adapter is given twice"),
+        (("sweep", "{adapter}", "{base}", "--dataset", "{pairs}"), "is not a YaPO adapter"),
+        (("sweep", "{adapter}", "{broken}", "--dataset", "{pairs}"), "adapter_config.json cannot be read"),
         (
             ("combine", "{adapter}", "{adapter}", "--weights", "1,-1", "--out", "new"),
             "All entries of the adapter are zero",
@@ -99,6 +112,34 @@ def test_invalid_arguments_exit_with_status_2(run, saved_adapter, pairs_file, tm
     # The box that typer draws wraps lines between words and within paths.
     plain = "".join(stderr.replace("│", " ").split())
     assert "".join(message.format(**places).split()) in plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sweep", "{adapter}", "{base}", "--dataset", "{pairs}"), "is not a YaPO adapter"),
+        (("sweep", "{adapter}", "{damaged}", "--dataset", "{pairs}"), "truncated or not a safetensors file"),
+        (("compare", "{adapter}", "{base}", "--dataset", "{pairs}"), "is not an adapter"),
+        (("answers", "{adapter}", "{other}", "--dataset", "{pairs}", "--out", "x.jsonl"), "is for another model than"),
+        (("compare-features", "{adapter}", "{other}"), "is for another model than"),
+        (("compare-features", "{adapter}", "{base}"), "is not a YaPO adapter"),
+        (("compare-features", "{adapter}", "{damaged}"), "truncated or not a safetensors file"),
+    ],
+)
+def test_all_adapters_are_checked_before_a_model_is_loaded(
+    run, saved_adapter, pairs_file, tmp_path, monkeypatch, arguments, message
+):
+    places = {"adapter": saved_adapter, "base": tmp_path / "base", "pairs": pairs_file}
+    for name in ("damaged", "other"):
+        places[name] = shutil.copytree(saved_adapter, tmp_path / name)
+    weights = places["damaged"] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    config = places["other"] / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "base"), "elsewhere"))
+    monkeypatch.setattr("yapo_cli.loading._load_base", lambda *_: pytest.fail("a model is loaded"))
+    status, _, stderr = run(*(argument.format(**places) for argument in arguments))
+    assert status == 2
+    assert message in stderr
 
 
 def test_a_terminal_that_lacks_a_character_shows_its_code(monkeypatch):

@@ -9,12 +9,13 @@ import torch
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import D_MODEL, inference_sae, make_sae, make_wrapper
-from transformers import AutoTokenizer
+from tiny import D_MODEL, inference_sae, make_model, make_sae, make_wrapper
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from yapo_peft import Scores, YaPOConfig, calibrate, steering, sweep
+from yapo_cli import loading
+from yapo_peft import ConfigError, Scores, YaPOConfig, calibrate, steering, sweep
 from yapo_peft.export import constant_steering
-from yapo_peft.interpret import contexts, explain
+from yapo_peft.interpret import attribute, compare, compare_features, contexts, explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
 from yapo_peft.scoring.generation import answer
 from yapo_peft.scoring.pairs import prompt_ids
@@ -171,6 +172,53 @@ def test_sweep_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_f
     assert pd.DataFrame(json.loads(printed))["margin"].tolist() == pytest.approx(expected["margin"].tolist(), rel=1e-5)
 
 
+@pytest.mark.feature("Commands", "`yapo sweep` of several adapters, or of a run's checkpoints, on one loaded model")
+def test_sweep_of_checkpoints_and_adapters_matches_the_library(
+    run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path, monkeypatch
+):
+    mine = tmp_path / "mine"
+    for step, features in ((9, 4), (50, 8), (100, 12)):
+        assert run("prune", saved_adapter, "--features", features, "--out", mine / f"checkpoint-{step}")[0] == 0
+    (mine / "checkpoint-200").mkdir()  # incomplete
+    loaded, load_base = [], loading._load_base
+    monkeypatch.setattr(loading, "_load_base", lambda *given: loaded.append(given) or load_base(*given))
+    options = ("--dataset", pairs_file, "--multipliers", "-2,0,2", "--limit", 6, "--json")
+    outputs = ("--out", tmp_path / "scores.json", "--plot", tmp_path / "doses.svg")
+    status, printed, stderr = run("sweep", mine, saved_adapter, *options, *outputs)
+    assert status == 0, stderr
+    assert len(loaded) == 1
+    table = pd.DataFrame(json.loads(printed))
+    places = [mine / f"checkpoint-{step}" for step in (9, 50, 100)] + [saved_adapter]
+    names = ["mine/checkpoint-9", "mine/checkpoint-50", "mine/checkpoint-100", "adapter"]
+    assert table["adapter"].unique().tolist() == names
+    for name, place in zip(names, places, strict=True):
+        model = AutoPeftModelForCausalLM.from_pretrained(place).eval()
+        expected = sweep(model, pairs.select(range(6)), tokenizer, (-2, 0, 2)).summary()
+        found = table[table["adapter"] == name].drop(columns="adapter").reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    scores = Scores.load(tmp_path / "scores.json")
+    assert scores.labels == ["adapter"]
+    assert json.loads(scores.summary().to_json(orient="records")) == json.loads(printed)
+    text = (tmp_path / "doses.svg").read_text()
+    assert "pairs.jsonl: preference (6 examples)" in text
+    assert all(f"<!-- {name} -->" in text for name in names)
+
+
+def test_a_sweep_keeps_what_was_measured_before_a_failure(run, saved_adapter, pairs_file, tmp_path, monkeypatch):
+    other = shutil.copytree(saved_adapter, tmp_path / "other")
+    attached = loading._attached
+
+    def fail_at_other(model, name):
+        if name == str(other):
+            raise ConfigError("out of luck")
+        return attached(model, name)
+
+    monkeypatch.setattr(loading, "_attached", fail_at_other)
+    options = ("--dataset", pairs_file, "--multipliers", "0", "--out", tmp_path / "scores.json")
+    assert run("sweep", saved_adapter, other, *options)[0] == 2
+    assert set(Scores.load(tmp_path / "scores.json").table["adapter"]) == {"adapter"}
+
+
 @pytest.mark.feature("Commands", "`yapo explain`: the features of an adapter as a table or JSON")
 def test_explain_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file):
     options = ("--top", 3, "--multiplier", -2, "--dataset", pairs_file, "--json")
@@ -183,6 +231,70 @@ def test_explain_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs
     status, printed, _ = run("explain", saved_adapter, "--top", 1, "--tokens", 2)
     assert len(printed.splitlines()) == 2
     assert "label" not in printed
+
+
+@pytest.mark.feature("Commands", "`yapo attribute`: what each feature contributes, as a table or JSON")
+def test_attribute_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file):
+    options = ("--dataset", pairs_file, "--limit", 3, "--top", 4, "--steps", 2, "--multiplier", -2)
+    status, printed, stderr = run("attribute", saved_adapter, *options, "--json")
+    assert status == 0, stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    expected = attribute(model, pairs.select(range(3)), tokenizer, top=4, steps=2, multiplier=-2.0, batch_size=8)
+    found = json.loads(printed)
+    assert found["pairs"] == 3
+    for name in ("effect", "rest", "interaction", "integration_error"):
+        assert found[name] == pytest.approx(getattr(expected, name), abs=1e-5)
+    rows = pd.DataFrame(found["features"])
+    pd.testing.assert_frame_equal(rows, expected.features.head(4), check_dtype=False, atol=1e-5)
+    _, printed, _ = run("attribute", saved_adapter, *options)
+    assert len(printed.splitlines()) == 7
+    assert f"effect {expected.effect:.4g}, rest {expected.rest:.4g}, interaction" in printed
+
+
+def test_attribute_takes_a_prompt_with_two_answers(run, saved_adapter, tokenizer):
+    options = ("--system", "w7", "--top", 2, "--steps", 1, "--json")
+    status, printed, stderr = run("attribute", saved_adapter, "w1 w2", "w3", "w4 w5", *options)
+    assert status == 0, stderr
+    prompt = [{"role": "system", "content": "w7"}, *as_messages("w1 w2")]
+    answers = {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w3"), ("rejected", "w4 w5"))
+    }
+    model = AutoPeftModelForCausalLM.from_pretrained(saved_adapter).eval()
+    expected = attribute(model, [{"prompt": prompt, **answers}], tokenizer, top=2, steps=1)
+    assert json.loads(printed)["effect"] == pytest.approx(expected.effect, abs=1e-5)
+
+
+@pytest.mark.feature(
+    "Commands", "`yapo compare-features`: the features that adapters share, and those that they do not"
+)
+def test_compare_features_matches_the_library(run, saved_adapter, tmp_path):
+    few = tmp_path / "few.v1"  # PEFT does not take dots in names
+    assert run("prune", saved_adapter, "--features", 5, "--rescale", "--out", few)[0] == 0
+    status, printed, stderr = run("compare-features", saved_adapter, few, "--top", 9, "--json")
+    assert status == 0, stderr
+    found = json.loads(printed)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), saved_adapter)
+    model.load_adapter(few, "few")
+    expected = compare_features(model, top=9).rename(columns={"default": "adapter", "few": "few.v1"})
+    assert expected["few.v1"].count() == 5
+    pd.testing.assert_frame_equal(pd.DataFrame(found["features"]), expected)
+    (row,) = found["adapters"]
+    (overlap,) = compare(model).to_dict("records")
+    assert (row["a"], row["b"]) == ("adapter", "few.v1")
+    for name in ("features_a", "features_b", "shared", "overlap", "same_sign", "code_cosine", "up_cosine"):
+        assert row[name] == pytest.approx(overlap[name])
+    _, printed, _ = run("compare-features", saved_adapter, few, "--top", 2)
+    assert len(printed.splitlines()) == 6
+
+
+def test_compare_features_names_different_saes_before_loading(run, saved_adapter, tmp_path, monkeypatch):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(seed=5), self_contained=True))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(loading, "_load_base", lambda *_: pytest.fail("a model is loaded"))
+    status, _, stderr = run("compare-features", saved_adapter, tmp_path / "other")
+    assert status == 2
+    assert "have different SAEs at layer 2" in stderr
 
 
 @pytest.mark.feature("Commands", "`yapo fit`, `yapo prune`, `yapo combine`: adapters from pairs or adapters")

@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from yapo_cli import answers, compare, culture, data, explain, fit, report, sweep
+from yapo_cli import answers, attribute, compare, culture, data, explain, fit, report, sweep
 from yapo_cli.pairs import PairArguments
 from yapo_peft import ConfigError, DatasetError
 from yapo_peft.scripts.arguments import make_parser, parse
@@ -18,6 +18,7 @@ COMMANDS = {
     "report": (report.report, set()),
     "compare": (compare.compare, set()),
     "explain": (explain.explain, set()),
+    "attribute": (attribute.attribute, set()),
     "answers": (answers.answers, {"chosen", "rejected", "options", "answer"}),
     "culture": (culture.culture, {"chosen", "rejected", "system", "plain"}),
     "data reject": (data.reject, {"rejected", "options", "answer"}),

@@ -5,7 +5,7 @@ from peft import get_peft_model
 from tiny import D_MODEL, D_SAE, make_model, make_sae, random_code, set_code
 
 from yapo_peft import ConfigError, YaPOConfig, sweep
-from yapo_peft.interpret import compare, read_vector
+from yapo_peft.interpret import compare, compare_features, read_vector
 from yapo_peft.interpret.regression import sparse_regression
 
 
@@ -46,6 +46,37 @@ def test_compare_codes_of_one_sae(pairs, tokenizer):
         margin = table.pivot_table(index="example", columns="multiplier", values="margin")
         moved.append(margin[0.5] - margin[0.0])
     assert row["effect_correlation"] == pytest.approx(np.corrcoef(*moved)[0, 1])
+
+
+@pytest.mark.feature("Reading", "`compare_features`: the features of several adapters, side by side")
+def test_features_are_listed_side_by_side():
+    one, two, dense = torch.zeros(3, D_SAE)
+    one[[3, 40, 77]] = torch.tensor([2.0, -1.5, 1.0])
+    two[[40, 5]] = torch.tensor([4.0, 0.5])
+    dense[[3, 9]] = torch.tensor([3.0, -6.0])
+    model, sae = several(one=one, two=two, dense=dense @ make_sae().W_dec.detach())
+    model.add_adapter("elsewhere", YaPOConfig(layers=1, space="dense"))
+    norms = sae.W_dec.detach().norm(dim=1)
+    table = compare_features(model, features=2)
+    assert table.columns.tolist() == ["layer", "feature", "reach", "one", "two", "dense", "elsewhere"]
+    codes = torch.stack([one, two, dense, torch.zeros(D_SAE)])
+    reach = codes.abs().max(dim=0).values * norms
+    order = reach.argsort(descending=True)[:5]
+    assert table["feature"].tolist() == order.tolist()
+    assert set(table["layer"]) == {2}
+    assert table["reach"].tolist() == pytest.approx(reach[order].tolist(), rel=1e-4)
+    found = torch.tensor(table[["one", "two", "dense", "elsewhere"]].to_numpy(), dtype=torch.float32).T
+    assert torch.equal(found.isnan(), codes[:, order] == 0)
+    torch.testing.assert_close(found.nan_to_num(), codes[:, order], rtol=1e-4, atol=1e-4)
+    assert compare_features(model, ["two", "one"], top=2)["feature"].tolist() == compare_features(
+        model, ["one", "two"]
+    )["feature"].tolist()[:2]  # fmt: skip
+    assert compare_features(model, ["dense", "elsewhere"]).empty
+    model.add_adapter("other", YaPOConfig(layers=2, sae=make_sae(seed=5)))
+    with pytest.raises(ConfigError, match="'one' and 'other' have different SAEs at layer 2"):
+        compare_features(model, ["one", "dense", "other"])
+    with pytest.raises(ConfigError, match="must be at least two names"):
+        compare_features(model, ["one"])
 
 
 def test_read_vector_recovers_features():

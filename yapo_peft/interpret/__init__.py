@@ -1,9 +1,19 @@
 """Explains adapters: the features they steer, where those are active, and what each contributes."""
 
 from .attribution import Attribution, attribute
-from .compare import compare, read_vector
+from .compare import compare, compare_features, read_vector
 from .explain import explain
 from .passages import contexts
 from .tokens import TokenEffects, token_effects
 
-__all__ = ["Attribution", "TokenEffects", "attribute", "compare", "contexts", "explain", "read_vector", "token_effects"]
+__all__ = [
+    "Attribution",
+    "TokenEffects",
+    "attribute",
+    "compare",
+    "compare_features",
+    "contexts",
+    "explain",
+    "read_vector",
+    "token_effects",
+]

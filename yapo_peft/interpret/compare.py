@@ -66,21 +66,14 @@ def compare(
         ConfigError: An adapter does not exist or holds features at values, or there are fewer than two.
         DatasetError: The dataset is empty, or a pair has no answer or lacks a column.
     """
-    configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
-    names = list(adapters or [name for name, config in configs.items() if isinstance(config, YaPOConfig)])
-    if len(set(names)) < 2 or isinstance(adapters, str):
-        raise ConfigError(f"adapters={adapters!r}: must be at least two names from {sorted(configs)}.")
+    layers = _layers_by_adapter(model, adapters)
     at_least(1, features=features, batch_size=batch_size)
     require_multiplier(multiplier)
-    found = {name: adapter_of(model, name) for name in names}
-    for name, (_, config, _) in found.items():
-        require_adding(config, name, "compare_features")
-    layers = {name: {layer.index: layer for layer in own} for name, (_, _, own) in found.items()}
     device, _ = device_and_dtype(model)
     effects: dict[str, np.ndarray] = {}
     if dataset is not None:
         pairs, tokenizer = list(dataset), tokenizer_of(model, tokenizer)
-        for name in tqdm(names, desc="Measuring effects", unit="adapter"):
+        for name in tqdm(layers, desc="Measuring effects", unit="adapter"):
             scores = sweep(
                 model, pairs, tokenizer, (0.0, multiplier), adapter_name=name, batch_size=batch_size
             ).table.pivot_table(index="example", columns="multiplier", values="margin")
@@ -93,7 +86,7 @@ def compare(
             **_compared(layers[a][index], a, layers[b][index], b, device, features),
             "effect_correlation": _correlation(effects[a], effects[b]) if effects else float("nan"),
         }
-        for a, b in combinations(dict.fromkeys(names), 2)
+        for a, b in combinations(layers, 2)
         for index in sorted(layers[a].keys() & layers[b].keys())
     ]
     return pd.DataFrame(rows, columns=_COLUMNS)
@@ -103,6 +96,64 @@ _COLUMNS = [
     "a", "b", "layer", "features_a", "features_b", "shared", "overlap", "same_sign", "code_cosine", "up_cosine",
     "down_cosine", "effect_correlation",
 ]  # fmt: skip
+
+
+def compare_features(
+    model: nn.Module, adapters: Sequence[str] | None = None, *, top: int | None = None, features: int = 32
+) -> pd.DataFrame:
+    """Lists the features of several adapters side by side: those that they share, and those that they do not.
+
+    Args:
+        model: A `PeftModel` with YaPO adapters.
+        adapters: Names of the adapters; all YaPO adapters if None.
+        top: Number of features to list per layer; None for all.
+        features: Number of features to decompose a dense vector into, as in `compare`.
+
+    Returns:
+        A row per layer and feature that at least one adapter steers, by layer, those that move activations the furthest
+        first:
+
+        - `layer`, `feature`: the layer and the feature.
+        - `reach`: the maximum distance by which one of the adapters moves a token with it, at multiplier 1.
+        - for each adapter, a column of its name: the code's entry; NaN if it does not steer the feature.
+
+        Layers where all adapters are dense have no rows.
+
+    Raises:
+        ConfigError: An adapter does not exist, there are fewer than two, or they have different SAEs at a layer.
+    """
+    layers = _layers_by_adapter(model, adapters)
+    at_least(1, features=features, **({} if top is None else {"top": top}))
+    device, _ = device_and_dtype(model)
+    tables: list[pd.DataFrame] = []
+    for index in sorted({index for of in layers.values() for index in of}):
+        here = {name: of[index] for name, of in layers.items() if index in of}
+        saes = {name: sae for name, layer in here.items() if (sae := layer.yapo_sae[name]) is not None}
+        if not saes:
+            continue
+        first = next(iter(saes))
+        for name, sae in saes.items():
+            if sae.identity.content_hash != saes[first].identity.content_hash:
+                raise ConfigError(
+                    f"Adapters {first!r} and {name!r} have different SAEs at layer {index}, so that their features are "
+                    "not the same: compare their vectors with compare()."
+                )
+        for name, layer in here.items():
+            code, sae = layer.code(name).detach().to(device), saes.get(name, saes[first])
+            if name not in saes:
+                code = _decomposed(code, sae.decoder(device, torch.float32), features)
+            own = code.nonzero().squeeze(-1)
+            reach = code[own].abs() * sae.decoder_rows(own, device, torch.float32).norm(dim=1)
+            columns = {"feature": own.tolist(), "value": code[own].tolist(), "reach": reach.tolist()}
+            if len(own):
+                tables.append(pd.DataFrame({"layer": index, "adapter": name, **columns}))
+    columns = ["layer", "feature", "adapter", "value", "reach"]
+    rows: Any = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    table = rows.pivot(index=["layer", "feature"], columns="adapter", values="value").reindex(columns=list(layers))
+    table.insert(0, "reach", rows.groupby(["layer", "feature"])["reach"].max())
+    table = table.rename_axis(columns=None).reset_index()
+    table = table.sort_values(["layer", "reach"], ascending=[True, False], kind="stable", ignore_index=True)
+    return table if top is None else table.groupby("layer").head(top).reset_index(drop=True)
 
 
 def read_vector(
@@ -157,6 +208,22 @@ def read_vector(
             f"{sorted(saes)}: pass adapters with a layer in common."
         )
     return pd.concat(tables, ignore_index=True)
+
+
+def _layers_by_adapter(model: nn.Module, adapters: Sequence[str] | None) -> dict[str, dict[int, YaPOLayer]]:
+    """The layers of each adapter, by their index.
+
+    Raises:
+        ConfigError: There are fewer than two adapters, or one holds features at values.
+    """
+    configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
+    names = list(adapters or [name for name, config in configs.items() if isinstance(config, YaPOConfig)])
+    if len(set(names)) < 2 or isinstance(adapters, str):
+        raise ConfigError(f"adapters={adapters!r}: must be at least two names from {sorted(configs)}.")
+    found = {name: adapter_of(model, name) for name in names}
+    for name, (_, config, _) in found.items():
+        require_adding(config, name, "Comparing features")
+    return {name: {layer.index: layer for layer in layers} for name, (_, _, layers) in found.items()}
 
 
 def _compared(

@@ -1,0 +1,70 @@
+"""`yapo compare-features`: the features that adapters share, and those that they do not."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def compare_features(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Two or more adapters of the same model.")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Features to list per layer, by reach.")] = 20,
+    features: Annotated[int, typer.Option(min=1, help="Number of features to decompose a dense vector into.")] = 32,
+    base: options.BaseModel = None,
+    dtype: options.DType = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Show how many features adapters share, how similar their vectors are, and each feature's entry in every adapter.
+
+    `yapo compare-features my-adapter another-adapter --top 10`
+    """
+    from yapo_peft.interpret import compare
+    from yapo_peft.interpret import compare_features as compared
+
+    from .loading import load_together, require_one_model
+    from .output import print_json, print_table
+
+    if len(adapters) < 2:
+        raise typer.BadParameter(f"{adapters[0]}: pass at least two adapters.")
+    short = options.short_names(adapters)
+    if base is None:
+        require_one_model(adapters)
+    _require_same_saes(adapters)
+    model, names = load_together(adapters, dtype, base)
+    said = dict(zip(names, short, strict=True))
+    listed = compared(model, names, top=top, features=features).rename(columns=said)
+    pairs = compare(model, names, features=features).drop(columns="effect_correlation").replace({"a": said, "b": said})
+    if as_json:
+        tables = {"adapters": pairs, "features": listed}
+        return print_json({name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()})
+    if pairs.empty:
+        typer.echo("The adapters have no layer in common.")
+    else:
+        print_table(pairs.dropna(axis="columns", how="all"), as_json)
+    if not listed.empty:
+        typer.echo()
+        print_table(listed, as_json)
+
+
+def _require_same_saes(adapters: list[str]) -> None:
+    """Raises `ConfigError` if two adapters have different SAEs at a layer."""
+    from yapo_peft import ConfigError
+    from yapo_peft.adapter_file.reading import SavedAdapter
+
+    seen: dict[int, tuple[str, str]] = {}
+    for adapter in adapters:
+        for layer, identity in SavedAdapter(adapter).identities.items():
+            if identity is None:
+                continue
+            first, known = seen.setdefault(layer, (adapter, identity.content_hash))
+            if identity.content_hash != known:
+                raise ConfigError(
+                    f"{first} and {adapter} have different SAEs at layer {layer}, so that their features are not the "
+                    "same: compare their effects with `yapo compare`."
+                )
