@@ -38,7 +38,7 @@ def write_report(study: Any) -> Path:
     tables = {title: table for title, table in tables.items() if len(table)}
     rows = {title: json.loads(table.to_json(orient="records")) for title, table in tables.items()}
     write_json(folder / "results.json", rows)
-    text = [f"## {title}\n\n{_markdown(table)}\n" for title, table in tables.items()]
+    text = [f"## {title}\n\n{markdown(table)}\n" for title, table in tables.items()]
     (folder / "tables.md").write_text("\n".join(text))
     _draw(folder / "doses.png", study, "multiplier", "margin (nats)", _dose_lines(doses))
     lines = _damage_lines(gains[0], harm, most=1.2 * max(study.config["damage_levels"]))
@@ -209,7 +209,7 @@ def _culture(study: Any) -> pd.DataFrame:
     return cultural_scores(Scores.concat(found)) if found else pd.DataFrame()
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
     rows = [[*table.columns], ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
 
