@@ -43,7 +43,9 @@ def _own_tokenizer(adapter: str) -> Any:
         return None
 
 
-def load_model(name: str, dtype: str = "auto", base: str | None = None, device: str | None = None) -> Any:
+def load_model(
+    name: str, dtype: str = "auto", base: str | None = None, device: str | None = None, adapter_name: str = "default"
+) -> Any:
     """Loads a model, with its adapter if `name` is one, in eval mode.
 
     Args:
@@ -51,6 +53,7 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None, device: 
         dtype: dtype of the model, such as "bfloat16"; "auto" is as saved.
         base: Folder or Hub repository of an adapter's model; None for where its config says.
         device: Where it goes, such as "cuda:1"; None for the fastest available device.
+        adapter_name: What the adapter is called.
 
     Raises:
         AdapterFileError: The adapter is damaged.
@@ -61,7 +64,7 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None, device: 
     if isinstance(config, YaPOConfig):
         SavedAdapter(name)  # says what is wrong with a damaged one before the model is loaded
     model = _load_base(name, dtype, base)
-    return _placed(model if config is None else _attached(model, name), device)
+    return _placed(model if config is None else _attached(model, name, adapter_name), device)
 
 
 def _placed(model: Any, device: str | None = None) -> Any:
@@ -85,11 +88,11 @@ def _load_base(name: str, dtype: str, base: str | None) -> Any:
         return _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
 
 
-def _attached(model: Any, name: str) -> Any:
+def _attached(model: Any, name: str, adapter_name: str = "default") -> Any:
     tokens = len(_own_tokenizer(name) or ())
     if tokens > _vocabulary(model):  # as PEFT's auto classes do
         model.resize_token_embeddings(tokens)
-    return PeftModel.from_pretrained(model, name)
+    return PeftModel.from_pretrained(model, name, adapter_name)
 
 
 def _vocabulary(model: Any) -> int:
@@ -140,10 +143,10 @@ def is_adapter(name: str) -> bool:
     return isinstance(_adapter_config(name), YaPOConfig)
 
 
-def load_adapter(name: str, dtype: str = "auto", base: str | None = None) -> Any:
+def load_adapter(name: str, dtype: str = "auto", base: str | None = None, adapter_name: str = "default") -> Any:
     """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
     require_adapter(name)
-    return load_model(name, dtype, base)
+    return load_model(name, dtype, base, adapter_name=adapter_name)
 
 
 def require_adapter(name: str, any_method: bool = False) -> None:
@@ -221,11 +224,11 @@ def with_each_adapter(
     return found
 
 
-def attach_adapter(name: str, dtype: str, **config: Any) -> Any:
+def attach_adapter(name: str, dtype: str, adapter_name: str = "default", **config: Any) -> Any:
     """Loads a model and adds a new adapter, which has no effect yet. Raises `ConfigError` as `YaPOConfig` does."""
     if _adapter_config(name) is not None:
         raise ConfigError(f"{name!r} is an adapter: pass a model.")
-    return get_peft_model(load_model(name, dtype), YaPOConfig(**config))
+    return get_peft_model(load_model(name, dtype), YaPOConfig(**config), adapter_name)
 
 
 def require_effect(model: Any, adapter_name: str = "default") -> None:

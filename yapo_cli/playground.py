@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,20 +11,40 @@ from . import options
 
 
 def playground(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters of the same model.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...|MODEL", help="Adapters of the same model, or a model and an SAE.")
+    ],
+    layers: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Layers that the SAEs of a model read.")] = None,
+    sae_release: options.SaeRelease = None,
+    sae_id: options.SaeId = None,
+    sae_path: options.SaePath = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     strongest: Annotated[float, typer.Option(help="Largest multiplier of the sliders.")] = 4.0,
     save_to: Annotated[Path, typer.Option(help="Folder to save adapters in.")] = Path("out/app"),
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:
-    """Start a local web page to adjust adapters and features, and compare answers side by side."""
-    from yapo_peft.app import Playground, build_page, serve_page
+    """Start a local web page to adjust adapters and features, and compare answers side by side.
 
-    from .loading import load_adapter, load_tokenizer
+    With a model and an SAE instead of adapters, you find features on the page and save them as an adapter:
+    `yapo app google/gemma-2-2b-it --layers 15 --sae-release gemma-scope-2b-pt-res --sae-id ...`
+    """
+    from yapo_peft.app import Playground, adapter_name_of, build_page, serve_page
+
+    from .loading import attach_adapter, is_adapter, load_adapter, load_tokenizer
 
     first, *others = adapters
-    opened = Playground(load_adapter(first, dtype, base), load_tokenizer(first, base), save_to)
+    saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
+    given = [f"--{name.replace('_', '-')}" for name, value in {"layers": layers, **saes}.items() if value]
+    if is_adapter(first) or not given:
+        if given:
+            raise typer.BadParameter(f"{given[0]}: the adapter {first} has its own.")
+        model = load_adapter(first, dtype, base, adapter_name_of(first))
+    else:
+        if layers is None:
+            raise typer.BadParameter("pass --layers, the layers that the SAEs read.")
+        model = attach_adapter(first, dtype, "features", layers=options.layer_indices(layers), **saes).eval()
+    opened = Playground(model, load_tokenizer(first, base), save_to)
     for source in others:
         opened.load(source)
     page = build_page(opened, strongest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,7 +60,7 @@ def steer(
     else:
         if base is not None:
             raise typer.BadParameter(f"--model {base}: {source} is a model.")
-        saes = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
+        saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
         model = attach_adapter(
             source, dtype, layers=sorted(features), positions=positions or "all", mode=mode or "add", **saes
         )

@@ -1,5 +1,6 @@
 """The playground in a real browser."""
 
+import re
 from importlib.util import find_spec
 from shutil import which
 
@@ -116,7 +117,7 @@ def test_features_can_be_dialled_inspected_and_saved(browser, address, playgroun
     page.locator("#features").get_by_text("Features").first.click()
     page.get_by_test_id("cell-0-2").wait_for()
     feature = int(page.get_by_test_id("cell-0-2").inner_text())
-    page.get_by_test_id("cell-0-4").dblclick()
+    page.get_by_test_id("cell-0-3").dblclick()
     page.keyboard.press("Control+A")
     page.keyboard.type("-9")
     page.keyboard.press("Enter")
@@ -137,8 +138,31 @@ def test_features_can_be_dialled_inspected_and_saved(browser, address, playgroun
     page.locator("#multiplier-mine input[type=number]").wait_for()
     assert playground.adapters == ["one", "two", "mine"]
     layer = steered_layers(playground.model)[0]
-    torch.testing.assert_close(layer.yapo_code["mine"].data[feature], -9 * layer.yapo_code["one"].data[feature])
+    assert float(layer.yapo_code["mine"].data[feature]) == -9
     assert torch.equal(layer.yapo_code["one"].data, random_code(0.4))
     page.locator("#source textarea, #source input").fill("nobody/nothing")
     page.locator("#load").click()
     page.get_by_text("No adapter can be read from").first.wait_for()
+
+
+def test_features_are_found_on_a_new_adapter_and_dialled(browser, tokenizer, tmp_path):
+    model = get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae()), "one")
+    playground = Playground(model.eval(), tokenizer, tmp_path)
+    served = build_page(playground)
+    page = open_page(browser, serve_page(served))
+    unsteered, same = ask(page)
+    assert unsteered == same
+    page.locator("#features").get_by_text("Features").first.click()
+    page.locator("#query textarea, #query input").fill("w1 w9 w3")
+    page.locator("#find").click()
+    page.get_by_test_id("cell-0-2").get_by_text(re.compile(r"^\d+$")).wait_for()
+    feature = int(page.get_by_test_id("cell-0-2").inner_text())
+    assert feature == playground.find("one", "w1 w9 w3", "text")["feature"][0]
+    page.get_by_test_id("cell-0-3").dblclick()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("30")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    assert ask(page) == expected(playground, Dials({"one": 1.0}, {("one", 1, feature): 30.0}))
+    assert ask(page)[1] != unsteered
+    served.close()

@@ -80,16 +80,16 @@ def test_each_adapter_has_its_own_multiplier(playground, model, tokenizer):
     assert unsteered == same
 
 
-def test_factors_scale_single_features_for_one_answer(playground, model, tokenizer):
+def test_values_set_single_features_for_one_answer(playground, model, tokenizer):
     code = steered_layers(model)[0].yapo_code["one"].data
     features = code.nonzero().squeeze(-1).tolist()
-    factors = {("one", 1, feature): 0.0 for feature in features[1:]} | {("one", 1, features[0]): -2.0}
+    unused = next(feature for feature in range(len(code)) if feature not in features)
+    values = {("one", 1, feature): 0.0 for feature in features} | {("one", 1, unused): -2.0}
     before = state_of(model)
-    answer = last(playground.answers(PROMPT, Dials({"one": 1.0}, factors), max_new_tokens=8))[1]
+    answer = last(playground.answers(PROMPT, Dials({"one": 1.0}, values), max_new_tokens=8))[1]
     require_same(state_of(model), before)
-    entry = code[features[0]].clone()
     code.zero_()
-    code[features[0]] = -2 * entry
+    code[unused] = -2
     with steering(model, 1.0, "one"):
         assert generated(model, tokenizer) == answer
 

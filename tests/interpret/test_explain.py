@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, D_MODEL, D_SAE, VOCABULARY, make_model, make_sae
 
 from yapo_peft import ConfigError, DatasetError, YaPOConfig
 from yapo_peft.interpret import explain
-from yapo_peft.interpret.neuronpedia import neuronpedia_labels
+from yapo_peft.interpret.neuronpedia import neuronpedia_labels, neuronpedia_search
 from yapo_peft.sae import SAEIdentity
 from yapo_peft.tuner.adapters import steered_layers
 
@@ -127,6 +127,12 @@ def neuronpedia(monkeypatch, tmp_path):
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
 
+        def do_POST(self):
+            requested.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"results": [{"index": "9"}, {"index": "4"}, {"index": "9"}]}).encode())
+
         def log_message(self, *args):
             pass
 
@@ -145,6 +151,15 @@ def neuronpedia(monkeypatch, tmp_path):
 GEMMA = SAEIdentity(
     "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical", 2304, 16384, "jumprelu", "0" * 64
 )
+
+
+def test_labels_are_searched(neuronpedia, monkeypatch):
+    assert neuronpedia_search(GEMMA, "cats") == [9, 4]
+    asked = {"modelId": "gemma-2-2b", "layers": ["20-gemmascope-res-16k"], "query": "cats"}
+    assert neuronpedia == [("/api/explanation/search", asked)]
+    monkeypatch.setenv("YAPO_NEURONPEDIA", "http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"Neuronpedia cannot be searched .*: find features by a text"):
+        neuronpedia_search(GEMMA, "cats")
 
 
 def test_labels_are_fetched_once(neuronpedia):

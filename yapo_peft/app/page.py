@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Hashable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import YaPOError
+from ..errors import ConfigError, YaPOError
 from ..report.marking import marked_tokens
 from .playground import Dials, Playground
 
@@ -21,9 +21,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 # Answers that wait for the model at a time, and requests that wait for them.
 _WAITING, _QUEUED = 4, 32
 
-_HEAD = ["adapter", "layer", "feature", "value", "factor", "promotes", "label"]
-_TYPES: list[Any] = ["str", "number", "number", "number", "number", "str", "str"]
-_STATIC = [column for column, name in enumerate(_HEAD) if name != "factor"]
+_HEAD = ["adapter", "layer", "feature", "value", "activation", "promotes", "label"]
+_TYPES: list[Any] = ["str", "number", "number", "number", "str", "str", "str"]
+_STATIC = [column for column, name in enumerate(_HEAD) if name != "value"]
+_PROMPT = "Tell me about your day."
 
 
 def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
@@ -57,7 +58,9 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         return gr.update(choices=playground.adapters, value=[*chosen, name]), ""
 
     def table(chosen: list[str]) -> tuple[list[list[Any]], Any]:
-        rows = [row for name in chosen for row in _feature_rows(playground, name)]
+        return listed([row for name in chosen for row in _feature_rows(playground, name)])
+
+    def listed(rows: list[list[Any]]) -> tuple[list[list[Any]], Any]:
         names = [f"{adapter}: layer {layer}, feature {feature}" for adapter, layer, feature, *_ in rows]
         return rows, gr.update(choices=names, value=names[0] if names else None)
 
@@ -71,7 +74,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         seed: float,
     ) -> Generator[tuple[str, str]]:
         with shown():
-            dials = _dials(chosen, multipliers, rows)
+            dials = _dials(playground, chosen, multipliers, rows)
             yield from playground.answers(prompt, dials, int(length), temperature, int(seed))
 
     def highlight(text: str, feature: str | None) -> str:
@@ -87,7 +90,15 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
 
     def save(adapter: str, name: str, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> str:
         with shown():
-            return f"Saved to {playground.save(adapter, _dials(chosen, multipliers, rows), name.strip())}."
+            return f"Saved to {playground.save(adapter, _dials(playground, chosen, multipliers, rows), name.strip())}."
+
+    def find(adapter: str | None, query: str, by: str, rows: list[list[Any]]) -> tuple[list[list[Any]], Any]:
+        with shown():
+            if not adapter:
+                raise ConfigError("Choose an adapter whose SAE to search.")
+            known = {tuple(row[:3]) for row in rows}
+            found = [_found_row(adapter, row) for row in playground.find(adapter, query, by).to_dict("records")]
+            return listed(rows + [row for row in found if tuple(row[:3]) not in known])
 
     first = playground.adapters[:1]
     with gr.Blocks(title="yapo", analytics_enabled=False) as page:
@@ -119,7 +130,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
                     queue=False,
                 )
 
-        prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt")
+        prompt = gr.Textbox(_PROMPT, label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
             longest = playground.max_new_tokens
             length = gr.Slider(1, longest, value=min(80, longest), step=1, label="Maximum new tokens")
@@ -131,11 +142,16 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         with gr.Row():
             unsteered = gr.Textbox(label="Unsteered", lines=8, interactive=False, elem_id="unsteered")
             steered = gr.Textbox(label="Steered", lines=8, interactive=False, elem_id="steered")
-        with gr.Accordion("Features (factor 0 turns one off)", open=False, elem_id="features"):
+        with gr.Accordion("Features: change their values, 0 for none", open=False, elem_id="features"):
             features = gr.Dataframe(
                 headers=_HEAD, datatype=_TYPES, type="array", interactive=True, static_columns=_STATIC, wrap=True,
-                column_count=len(_HEAD), elem_id="factors",
+                column_count=len(_HEAD), elem_id="values",
             )  # fmt: skip
+            with gr.Row():
+                searched = gr.Dropdown(playground.adapters, value=(first or [None])[0], label="Adapter")
+                by = gr.Radio(["text", "label", "number"], value="text", label="Find features by", elem_id="by")
+                query = gr.Textbox(label="A text where they are active, words of a label, or a number", elem_id="query")
+                finding = gr.Button("Find", elem_id="find")
         with gr.Accordion("Activations of a feature on the steered answer", open=False, elem_id="activity"):
             feature = gr.Dropdown([], label="Feature", elem_id="feature")
             marking = gr.Button("Show", elem_id="show")
@@ -148,8 +164,9 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             where = gr.Markdown(elem_id="saved")
 
         loading.click(load, [source, chosen], [chosen, source]).then(
-            lambda: gr.update(choices=playground.adapters), None, which
+            lambda: [gr.update(choices=playground.adapters)] * 2, None, [which, searched]
         )
+        finding.click(find, [searched, query, by, features], [features, feature])
         gr.on([page.load, chosen.change], table, chosen, [features, feature])
         inputs = [prompt, chosen, multipliers, features, length, temperature, seed]
         # The model answers one at a time; those that wait hold a thread each.
@@ -194,7 +211,7 @@ def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
             row["layer"],
             int(row["feature"]),
             round(row["value"], 3),
-            1.0,
+            "",
             " ".join(row["promotes"]),
             row["label"] or "",
         ]
@@ -202,14 +219,23 @@ def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
     ]
 
 
-def _dials(chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> Dials:
-    """The settings of a user's page; a factor that is not a finite number is ignored."""
-    factors: dict[tuple[str, int, int], float] = {}
-    for adapter, layer, feature, _, factor, *_ in rows:
+def _found_row(adapter: str, row: Mapping[Hashable, Any]) -> list[Any]:
+    """A row of a feature that was found, which is not steered yet."""
+    at = "" if row["token"] is None else f"{row['activation']:.3g} at {row['token']!r}"
+    return [adapter, row["layer"], row["feature"], 0.0, at, " ".join(row["promotes"]), row["label"] or ""]
+
+
+def _dials(playground: Playground, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> Dials:
+    """The settings of a user's page; a value that is not a finite number is ignored."""
+    # Values are shown rounded; those that were not changed stay as they are.
+    shown = {tuple(row[:3]): row[3] for name in chosen for row in _feature_rows(playground, name)}
+    values: dict[tuple[str, int, int], float] = {}
+    for adapter, layer, feature, value, *_ in rows:
+        place = str(adapter), int(layer), int(feature)
         try:
-            number = float(factor)
+            number = float(value)
         except (TypeError, ValueError):
             continue
-        if number != 1.0 and math.isfinite(number):
-            factors[str(adapter), int(layer), int(feature)] = number
-    return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, factors)
+        if math.isfinite(number) and number != shown.get(place, 0.0):
+            values[place] = number
+    return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, values)

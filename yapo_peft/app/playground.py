@@ -22,7 +22,7 @@ from .._utils import at_least, evaluating, finite
 from ..adapter_file.reading import SavedAdapter
 from ..adapter_file.saving import save_adapter
 from ..errors import ConfigError
-from ..interpret import explain
+from ..interpret import explain, find_features
 from ..interpret.texts import device_and_dtype, padded
 from ..scoring.checks import require_room
 from ..scoring.generation import end_tokens
@@ -39,11 +39,11 @@ class Dials:
 
     Attributes:
         multipliers: Multipliers of the adapters that steer, by name.
-        factors: Factors of single entries, by adapter, layer and feature; 0 turns a feature off.
+        values: Entries of codes that are changed, by adapter, layer and feature; 0 leaves the feature alone.
     """
 
     multipliers: Mapping[str, float] = field(default_factory=dict[str, float])
-    factors: Mapping[tuple[str, int, int], float] = field(default_factory=dict[tuple[str, int, int], float])
+    values: Mapping[tuple[str, int, int], float] = field(default_factory=dict[tuple[str, int, int], float])
 
 
 class Playground:
@@ -95,7 +95,7 @@ class Playground:
         if len(self.adapters) >= self.max_adapters:
             raise ConfigError(f"{len(self.adapters)} adapters are loaded, the most that this playground takes.")
         SavedAdapter(source)  # raises before anything changes
-        name = _free_name(re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter", self.adapters)
+        name = _free_name(adapter_name_of(source), self.adapters)
         with self._lock:
             try:
                 self.model.load_adapter(source, name)
@@ -113,6 +113,11 @@ class Playground:
                     self.model, adapter, tokenizer=self.tokenizer, top=top, tokens=5, labels=True
                 )
         return self._tables[adapter]
+
+    def find(self, adapter: str, query: str, by: str) -> pd.DataFrame:
+        """Features of an adapter's SAEs, also those that it does not steer; see `find_features`."""
+        with self._lock:
+            return find_features(self.model, query, by, adapter_name=adapter, tokenizer=self.tokenizer, tokens=5)
 
     def answers(
         self, prompt: str, dials: Dials, max_new_tokens: int = 80, temperature: float = 0.0, seed: int = 0
@@ -183,7 +188,7 @@ class Playground:
         return tokens, values.float().tolist()
 
     def save(self, adapter: str, dials: Dials, name: str) -> Path:
-        """Saves an adapter with a user's settings: factors in its code, and the multiplier in its config.
+        """Saves an adapter with a user's settings: values in its code, and the multiplier in its config.
 
         Raises:
             ConfigError: The name has other characters than letters, digits, "-" and "_", or is taken.
@@ -241,8 +246,8 @@ class Playground:
 
     @contextmanager
     def _changed_codes(self, dials: Dials) -> Generator[None]:
-        """Multiplies entries of codes by their factors, and restores the codes afterwards."""
-        changed = {(name, layer) for name, layer, _ in dials.factors}
+        """Changes entries of codes, and restores the codes afterwards."""
+        changed = {(name, layer) for name, layer, _ in dials.values}
         found = [
             (layer, name, layer.code(name).detach().clone())
             for layer in steered_layers(self.model)
@@ -252,14 +257,19 @@ class Playground:
         try:
             for layer, name, code in found:
                 code = code.clone()
-                for (adapter, index, feature), factor in dials.factors.items():
+                for (adapter, index, feature), value in dials.values.items():
                     if (adapter, index) == (name, layer.index):
-                        code[feature] *= factor
+                        code[feature] = value
                 write_code(layer, name, code)
             yield
         finally:
             for layer, name, code in found:
                 write_code(layer, name, code)
+
+
+def adapter_name_of(source: str) -> str:
+    """The name that an adapter of a folder or a Hub repository gets, in characters that PEFT takes."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter"
 
 
 def _free_name(name: str, taken: list[str]) -> str:

@@ -4,6 +4,7 @@ from .attribution import Attribution, attribute
 from .compare import compare, compare_features, read_vector
 from .explain import explain
 from .passages import contexts
+from .search import find_features
 from .tokens import TokenEffects, token_effects
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "compare_features",
     "contexts",
     "explain",
+    "find_features",
     "read_vector",
     "token_effects",
 ]

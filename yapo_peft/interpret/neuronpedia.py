@@ -1,4 +1,4 @@
-"""Fetches labels of features from Neuronpedia."""
+"""Fetches labels of features from Neuronpedia, and searches them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from .._utils import replacing
+from ..errors import ConfigError
 from ..sae import SAEIdentity, neuronpedia_id
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,28 @@ def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[i
                 partial.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
     found = {feature: known.get(str(feature)) for feature in features}
     return {feature: label for feature, label in found.items() if label}
+
+
+def neuronpedia_search(identity: SAEIdentity, query: str) -> list[int]:
+    """Returns the features of an SAE whose labels on Neuronpedia are closest to a query.
+
+    Raises:
+        ConfigError: Neuronpedia does not have the SAE, or cannot be asked.
+    """
+    source = neuronpedia_id(identity.release, identity.sae_id)
+    if source is None:
+        raise ConfigError("Neuronpedia does not have this SAE, as far as sae-lens knows: find features by a text.")
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError("Labels are searched on Neuronpedia, but HF_HUB_OFFLINE is set: find features by a text.")
+    model, _, layer = source.partition("/")
+    body = json.dumps({"modelId": model, "layers": [layer], "query": query}).encode()
+    request = urllib.request.Request(f"{_site()}/api/explanation/search", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            found = [int(result["index"]) for result in json.load(response)["results"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"Neuronpedia cannot be searched ({error}): find features by a text.") from error
+    return list(dict.fromkeys(found))
 
 
 def _cached_labels(file: Path) -> dict[str, str | None]:
