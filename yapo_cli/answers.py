@@ -44,7 +44,8 @@ def answers(
     from .loading import require_one_model, with_each_adapter
 
     names = dict(zip(adapters, options.short_names(adapters), strict=True))
-    require_one_model(adapters)
+    if base is None:
+        require_one_model(adapters)
     columns: dict[str, list[Any]] = {}
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": bool(temperature)}
     generation |= {"temperature": temperature} if temperature else {}

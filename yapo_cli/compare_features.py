@@ -53,13 +53,16 @@ def compare_features(
 
 
 def _require_same_saes(adapters: list[str]) -> None:
-    """Raises `ConfigError` if two adapters have different SAEs at a layer."""
+    """Raises `ConfigError` if one holds features at values, or two have different SAEs at a layer."""
     from yapo_peft import ConfigError
     from yapo_peft.adapter_file.reading import SavedAdapter
 
     seen: dict[int, tuple[str, str]] = {}
     for adapter in adapters:
-        for layer, identity in SavedAdapter(adapter).identities.items():
+        saved = SavedAdapter(adapter)
+        if saved.config.mode == "clamp":
+            raise ConfigError(f"{adapter} holds features at values (mode='clamp'): use yapo explain for it.")
+        for layer, identity in saved.identities.items():
             if identity is None:
                 continue
             first, known = seen.setdefault(layer, (adapter, identity.content_hash))

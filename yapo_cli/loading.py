@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
 from yapo_peft.tuner.adapters import adapter_of
+from yapo_peft.tuner.attaching import adapter_name_of
 
 Found = TypeVar("Found")
 
@@ -44,7 +45,7 @@ def _own_tokenizer(adapter: str) -> Any:
 
 
 def load_model(
-    name: str, dtype: str = "auto", base: str | None = None, device: str | None = None, adapter_name: str = "default"
+    name: str, dtype: str = "auto", base: str | None = None, device: str | None = None, named: bool = False
 ) -> Any:
     """Loads a model, with its adapter if `name` is one, in eval mode.
 
@@ -53,7 +54,7 @@ def load_model(
         dtype: dtype of the model, such as "bfloat16"; "auto" is as saved.
         base: Folder or Hub repository of an adapter's model; None for where its config says.
         device: Where it goes, such as "cuda:1"; None for the fastest available device.
-        adapter_name: What the adapter is called.
+        named: Whether the adapter is called as its folder is, instead of "default".
 
     Raises:
         AdapterFileError: The adapter is damaged.
@@ -64,7 +65,7 @@ def load_model(
     if isinstance(config, YaPOConfig):
         SavedAdapter(name)  # says what is wrong with a damaged one before the model is loaded
     model = _load_base(name, dtype, base)
-    return _placed(model if config is None else _attached(model, name, adapter_name), device)
+    return _placed(model if config is None else _attached(model, name, named), device)
 
 
 def _placed(model: Any, device: str | None = None) -> Any:
@@ -88,11 +89,11 @@ def _load_base(name: str, dtype: str, base: str | None) -> Any:
         return _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
 
 
-def _attached(model: Any, name: str, adapter_name: str = "default") -> Any:
+def _attached(model: Any, name: str, named: bool = False) -> Any:
     tokens = len(_own_tokenizer(name) or ())
     if tokens > _vocabulary(model):  # as PEFT's auto classes do
         model.resize_token_embeddings(tokens)
-    return PeftModel.from_pretrained(model, name, adapter_name)
+    return PeftModel.from_pretrained(model, name, adapter_name_of(name, model) if named else "default")
 
 
 def _vocabulary(model: Any) -> int:
@@ -143,10 +144,10 @@ def is_adapter(name: str) -> bool:
     return isinstance(_adapter_config(name), YaPOConfig)
 
 
-def load_adapter(name: str, dtype: str = "auto", base: str | None = None, adapter_name: str = "default") -> Any:
+def load_adapter(name: str, dtype: str = "auto", base: str | None = None, named: bool = False) -> Any:
     """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
     require_adapter(name)
-    return load_model(name, dtype, base, adapter_name=adapter_name)
+    return load_model(name, dtype, base, named=named)
 
 
 def require_adapter(name: str, any_method: bool = False) -> None:
@@ -175,7 +176,10 @@ def require_one_model(adapters: list[str]) -> None:
     of = [getattr(_adapter_config(name), "base_model_name_or_path", None) for name in adapters]
     for name, model in zip(adapters, of, strict=True):
         if model != of[0]:
-            raise ConfigError(f"{name} is for another model than {adapters[0]}: {model}, not {of[0]}.")
+            raise ConfigError(
+                f"{name} is for another model than {adapters[0]}: {model}, not {of[0]}. If they are the same, pass "
+                "--model with where it is."
+            )
 
 
 def with_each_adapter(
@@ -219,7 +223,8 @@ def with_each_adapter(
         tokenizer, steered = load_tokenizer(name, base), _placed(_attached(model, name))
         found.append(measure(name, steered, tokenizer, datasets[_has_template(tokenizer)]))
         # Other methods may not leave a model as it was.
-        model = steered.unload() if is_adapter(name) and _vocabulary(model) == size else None
+        is_clean = is_adapter(name) and not _adapter_config(name).modules_to_save  # pyright: ignore
+        model = steered.unload() if is_clean and _vocabulary(model) == size else None
         del steered
     return found
 

@@ -29,20 +29,24 @@ def playground(
     With a model and an SAE instead of adapters, you find features on the page and save them as an adapter:
     `yapo app google/gemma-2-2b-it --layers 15 --sae-release gemma-scope-2b-pt-res --sae-id ...`
     """
-    from yapo_peft.app import Playground, adapter_name_of, build_page, serve_page
+    from yapo_peft.app import Playground, build_page, serve_page
 
     from .loading import attach_adapter, is_adapter, load_adapter, load_tokenizer
 
     first, *others = adapters
     saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
     given = [f"--{name.replace('_', '-')}" for name, value in {"layers": layers, **saes}.items() if value]
-    if is_adapter(first) or not given:
+    if not is_adapter(first) and not given:
+        raise typer.BadParameter(f"{first} is not a YaPO adapter: pass one, or --layers and an SAE for a model.")
+    if is_adapter(first):
         if given:
             raise typer.BadParameter(f"{given[0]}: the adapter {first} has its own.")
-        model = load_adapter(first, dtype, base, adapter_name_of(first))
+        model = load_adapter(first, dtype, base, named=True)
     else:
         if layers is None:
             raise typer.BadParameter("pass --layers, the layers that the SAEs read.")
+        if base is not None:
+            raise typer.BadParameter(f"--model {base}: {first} is a model.")
         model = attach_adapter(first, dtype, "features", layers=options.layer_indices(layers), **saes).eval()
     opened = Playground(model, load_tokenizer(first, base), save_to)
     for source in others:

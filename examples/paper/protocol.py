@@ -186,13 +186,14 @@ def _country(name: str, splits: dict[str, Dataset], config: dict[str, Any]) -> C
         both = set.intersection(*(set(rows["id"]) for rows in kinds.values()))
         kinds = {kind: _by_id(where(rows, id=sorted(both))) for kind, rows in kinds.items()}
     kinds = {kind: _first(rows, config) for kind, rows in kinds.items()}
-    return Country(name, pairs.shuffle(seed=0), kinds, _open_ended(test, config))
+    return Country(name, pairs.shuffle(seed=0), kinds, _open_ended(test, config, trained))
 
 
-def _open_ended(test: Dataset, config: dict[str, Any]) -> Dataset | None:
+def _open_ended(test: Dataset, config: dict[str, Any], trained: set[str]) -> Dataset | None:
     if "open_ended" not in config["data"]:
         return None
     prompts = load_prompts(test, prompt=config["data"]["open_ended"], keep=["localization_status"])
+    prompts = prompts.select([place for place, row in enumerate(prompts) if _prompt(row) not in trained])
     parts = [_first(where(prompts, localization_status=kind), config) for kind in (LOCALIZED, NONLOCALIZED)]
     return concatenate_datasets(parts)
 

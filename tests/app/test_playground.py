@@ -8,6 +8,7 @@ from tiny import make_model, make_sae, random_code, set_code
 
 from yapo_peft import AdapterFileError, ConfigError, SAEError, YaPOConfig, steering
 from yapo_peft.app import Dials, Playground, serve_page
+from yapo_peft.methods import set_features
 from yapo_peft.scoring.pairs import prompt_ids
 from yapo_peft.tuner.adapters import steered_layers
 
@@ -92,6 +93,46 @@ def test_values_set_single_features_for_one_answer(playground, model, tokenizer)
     code[unused] = -2
     with steering(model, 1.0, "one"):
         assert generated(model, tokenizer) == answer
+
+
+def test_features_that_are_found_show_and_keep_their_values(playground, model):
+    from yapo_peft.app.page import _dials, _found_row
+
+    code = steered_layers(model)[0].yapo_code["one"].data
+    steered, other = int(code.nonzero()[0]), int((code == 0).nonzero()[0])
+    rows = [
+        _found_row(playground, "one", playground.find("one", f"1:{feature}", "number").iloc[0].to_dict())
+        for feature in (steered, other)
+    ]
+    assert [row[3] for row in rows] == [pytest.approx(float(code[steered]), abs=1e-3), None]
+    assert _dials(playground, ["one"], {}, rows).values == {}
+    rows[0][3], rows[1][3] = "", "2.5"
+    assert _dials(playground, ["one"], {}, rows).values == {("one", 1, steered): None, ("one", 1, other): 2.5}
+
+
+def test_held_features_are_turned_off_and_removed(tokenizer):
+    model = get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae(), mode="clamp"), "one").eval()
+    set_features(model, {1: {5: 30.0, 7: 0.0}})
+    playground = Playground(model, tokenizer)
+    assert [playground.value("one", 1, feature) for feature in (5, 7, 9)] == [30.0, 0.0, None]
+    answers = {}
+    for value in (30.0, 0.0, None):
+        answers[value] = last(playground.answers(PROMPT, Dials({"one": 1.0}, {("one", 1, 5): value}), 8))[1]
+        set_features(model, {1: {5: value}})
+        with steering(model, 1.0):
+            assert generated(model, tokenizer) == answers[value]
+        set_features(model, {1: {5: 30.0}})
+    assert len(set(answers.values())) > 1
+    with pytest.raises(ConfigError, match=r"Feature 5 of layer 1 cannot be held at -1\.0"):
+        last(playground.answers(PROMPT, Dials({"one": 1.0}, {("one", 1, 5): -1.0}), 8))
+
+
+def test_an_adapter_is_called_as_its_folder_if_peft_takes_the_name(playground, model, tmp_path):
+    model.save_pretrained(tmp_path, selected_adapters=["one"])
+    for folder, name in {"model": "adapter-model", "2024": "adapter-2024", "polite v1": "polite-v1"}.items():
+        (tmp_path / "one").rename(tmp_path / folder)
+        assert playground.load(str(tmp_path / folder)) == name
+        (tmp_path / folder).rename(tmp_path / "one")
 
 
 def test_concurrent_users_do_not_share_dials(playground, model, tokenizer):

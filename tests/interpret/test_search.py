@@ -48,6 +48,7 @@ def test_features_are_found_by_number(model, tokenizer):
     [
         ("", "text", "default", "query is empty"),
         ("w1", "text", "default", "query='w1' has 1 tokens"),
+        ("w1 " * 300, "text", "default", "The query has 300 tokens, but the model takes at most 256"),
         ("a:b", "number", "default", "query='a:b': must be a feature such as 1965"),
         (str(D_SAE), "number", "default", f"must be below d_sae={D_SAE}"),
         ("3:1", "number", "default", r"the adapter steers layers \[1, 2\]"),

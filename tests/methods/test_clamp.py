@@ -16,8 +16,9 @@ from yapo_peft import (
     calibrate,
     steering,
 )
+from yapo_peft.export import constant_steering
 from yapo_peft.interpret import attribute, compare, explain
-from yapo_peft.methods import fit_sas, measure_contrast, prune, set_features
+from yapo_peft.methods import fit_sas, import_vectors, measure_contrast, prune, set_features
 from yapo_peft.tuner.adapters import steered_layers
 
 VALUES = {5: 8.0, 17: 0.0, 40: 0.5}
@@ -81,6 +82,12 @@ def test_a_saved_adapter_holds_the_same_features(kind, self_contained, tmp_path)
     assert "that have an entry are held at its value" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_constant_vectors_report_no_lowering(tokenizer):
+    found = constant_steering(clamped(), 1.0, ["w1 w2 w3 w4"], tokenizer)
+    assert (found.lowered, found.clipped) == (0.0, None)
+    assert "holds features at values" in found.verdict()
+
+
 def test_generate_holds_in_each_step():
     model = clamped(values={5: 30.0})
     generated = model.generate(random_ids(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -94,7 +101,9 @@ def test_attribution_and_explanation_are_of_held_values(pairs, tokenizer):
     found = attribute(model, pairs.select(range(4)), tokenizer, steps=32)
     assert float(found.features["integrated"].sum()) == pytest.approx(found.effect, rel=0.05)
     table = explain(model, tokenizer=tokenizer, labels=False).set_index("feature")
-    assert table["value"].to_dict() == {5: 8.0, 17: 0.0}
+    assert table["value"].to_dict() == found.features.set_index("feature")["value"].to_dict() == {5: 8.0, 17: 0.0}
+    assert table["reach"].isna().all()
+    assert list(table.index) == [17, 5]  # how far turning off moves is not known: it comes first
     assert set(table["effect"]) == {"input-dependent"}
     off = explain(clamped(values={17: 0.0}), tokenizer=tokenizer, labels=False).iloc[0]
     raised = explain(clamped(values={17: 2.0}), tokenizer=tokenizer, labels=False).iloc[0]
@@ -110,6 +119,7 @@ def test_what_is_for_codes_that_are_added_is_refused(pairs, tokenizer, tmp_path)
         lambda: calibrate(model, tokenizer),
         lambda: fit_sas(model, measure_contrast(model, pairs.select(range(2)), tokenizer)),
         lambda: compare(model),
+        lambda: import_vectors(model, [tmp_path / "vec_ep1_layer2.pt"]),
         lambda: YaPOTrainer(model, arguments, train_dataset=pairs, processing_class=tokenizer),
     ):
         with pytest.raises(ConfigError, match=r"needs mode='add', but adapter 'default' has mode='clamp'"):

@@ -202,3 +202,10 @@ def test_errors_name_bad_arguments(tokenizer):
     for rows, message in (([], "dataset is empty"), ([{"prompt": "a", "chosen": "b"}], "has no")):
         with pytest.raises(DatasetError, match=message):
             measure_contrast(model, rows, tokenizer)
+
+
+def test_a_token_for_unknown_and_end_of_text_is_special(tokenizer):
+    one = copy.deepcopy(tokenizer)
+    one.unk_token = one.bos_token = one.eos_token  # as in GPT-2
+    assert tokenizer.eos_token_id in special_tokens(one)
+    assert tokenizer.unk_token_id not in special_tokens(tokenizer)

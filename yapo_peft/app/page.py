@@ -97,7 +97,9 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             if not adapter:
                 raise ConfigError("Choose an adapter whose SAE to search.")
             known = {tuple(row[:3]) for row in rows}
-            found = [_found_row(adapter, row) for row in playground.find(adapter, query, by).to_dict("records")]
+            found = [
+                _found_row(playground, adapter, row) for row in playground.find(adapter, query, by).to_dict("records")
+            ]
             return listed(rows + [row for row in found if tuple(row[:3]) not in known])
 
     first = playground.adapters[:1]
@@ -142,7 +144,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         with gr.Row():
             unsteered = gr.Textbox(label="Unsteered", lines=8, interactive=False, elem_id="unsteered")
             steered = gr.Textbox(label="Steered", lines=8, interactive=False, elem_id="steered")
-        with gr.Accordion("Features: change their values, 0 for none", open=False, elem_id="features"):
+        with gr.Accordion("Features: change their values, or empty them", open=False, elem_id="features"):
             features = gr.Dataframe(
                 headers=_HEAD, datatype=_TYPES, type="array", interactive=True, static_columns=_STATIC, wrap=True,
                 column_count=len(_HEAD), elem_id="values",
@@ -219,23 +221,27 @@ def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
     ]
 
 
-def _found_row(adapter: str, row: Mapping[Hashable, Any]) -> list[Any]:
-    """A row of a feature that was found, which is not steered yet."""
+def _shown(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _found_row(playground: Playground, adapter: str, row: Mapping[Hashable, Any]) -> list[Any]:
+    """A row of a feature that was found."""
+    value = _shown(playground.value(adapter, row["layer"], row["feature"]))
     at = "" if row["token"] is None else f"{row['activation']:.3g} at {row['token']!r}"
-    return [adapter, row["layer"], row["feature"], 0.0, at, " ".join(row["promotes"]), row["label"] or ""]
+    return [adapter, row["layer"], row["feature"], value, at, " ".join(row["promotes"]), row["label"] or ""]
 
 
 def _dials(playground: Playground, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> Dials:
-    """The settings of a user's page; a value that is not a finite number is ignored."""
-    # Values are shown rounded; those that were not changed stay as they are.
-    shown = {tuple(row[:3]): row[3] for name in chosen for row in _feature_rows(playground, name)}
-    values: dict[tuple[str, int, int], float] = {}
+    """The settings of a user's page; no value is for no steering, and one that is not a finite number is ignored."""
+    values: dict[tuple[str, int, int], float | None] = {}
     for adapter, layer, feature, value, *_ in rows:
         place = str(adapter), int(layer), int(feature)
         try:
-            number = float(value)
+            number = None if value is None or value == "" else float(value)
         except (TypeError, ValueError):
             continue
-        if math.isfinite(number) and number != shown.get(place, 0.0):
+        # Values are shown rounded; those that were not changed stay as they are.
+        if number != _shown(playground.value(*place)) and (number is None or math.isfinite(number)):
             values[place] = number
     return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, values)

@@ -24,11 +24,13 @@ from ..adapter_file.saving import save_adapter
 from ..errors import ConfigError
 from ..interpret import explain, find_features
 from ..interpret.texts import device_and_dtype, padded
+from ..methods.by_hand import entry_of
 from ..scoring.checks import require_room
 from ..scoring.generation import end_tokens
 from ..scoring.pairs import padding_of, prompt_ids
 from ..tuner import YaPOConfig, steering
 from ..tuner.adapters import adapter_of, steered_layers, unsteered_outputs, write_code
+from ..tuner.attaching import adapter_name_of
 from ..tuner.blocks import base_of
 from .streaming import RowStreamer, StopWhenSet
 
@@ -39,11 +41,11 @@ class Dials:
 
     Attributes:
         multipliers: Multipliers of the adapters that steer, by name.
-        values: Entries of codes that are changed, by adapter, layer and feature; 0 leaves the feature alone.
+        values: What features are set to instead, by adapter, layer and feature, as by `set_features`.
     """
 
     multipliers: Mapping[str, float] = field(default_factory=dict[str, float])
-    values: Mapping[tuple[str, int, int], float] = field(default_factory=dict[tuple[str, int, int], float])
+    values: Mapping[tuple[str, int, int], float | None] = field(default_factory=dict[tuple[str, int, int], Any])
 
 
 class Playground:
@@ -95,7 +97,7 @@ class Playground:
         if len(self.adapters) >= self.max_adapters:
             raise ConfigError(f"{len(self.adapters)} adapters are loaded, the most that this playground takes.")
         SavedAdapter(source)  # raises before anything changes
-        name = _free_name(adapter_name_of(source), self.adapters)
+        name = _free_name(adapter_name_of(source, base_of(self.model)), self.adapters)
         with self._lock:
             try:
                 self.model.load_adapter(source, name)
@@ -118,6 +120,12 @@ class Playground:
         """Features of an adapter's SAEs, also those that it does not steer; see `find_features`."""
         with self._lock:
             return find_features(self.model, query, by, adapter_name=adapter, tokenizer=self.tokenizer, tokens=5)
+
+    def value(self, adapter: str, layer: int, feature: int) -> float | None:
+        """What an adapter adds to a feature, or holds it at; None if it leaves it alone."""
+        found = next(each for each in adapter_of(self.model, adapter)[2] if each.index == layer)
+        entry = float(found.code(adapter).detach()[feature])
+        return None if entry == 0 else max(entry, 0.0) if found.clamps[adapter] else entry
 
     def answers(
         self, prompt: str, dials: Dials, max_new_tokens: int = 80, temperature: float = 0.0, seed: int = 0
@@ -259,17 +267,12 @@ class Playground:
                 code = code.clone()
                 for (adapter, index, feature), value in dials.values.items():
                     if (adapter, index) == (name, layer.index):
-                        code[feature] = value
+                        code[feature] = entry_of(value, f"Feature {feature} of layer {index}", layer.clamps[name])
                 write_code(layer, name, code)
             yield
         finally:
             for layer, name, code in found:
                 write_code(layer, name, code)
-
-
-def adapter_name_of(source: str) -> str:
-    """The name that an adapter of a folder or a Hub repository gets, in characters that PEFT takes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter"
 
 
 def _free_name(name: str, taken: list[str]) -> str:

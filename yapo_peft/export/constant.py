@@ -98,7 +98,7 @@ def constant_steering(
     reason = next((found for layer in layers if (found := token_dependence(layer, name, multiplier))), None)
     entries = torch.cat([layer.code(name).detach().cpu() for layer in layers])
     lowered = 0.0
-    if config.space == "sae" and entries.any():
+    if config.space == "sae" and config.mode == "add" and entries.any():
         lowered = float((multiplier * entries < 0).sum()) / int(entries.count_nonzero())
     if reason is None:
         vectors = {layer.index: full_shift(layer, name, multiplier).cpu() for layer in layers}
@@ -157,8 +157,10 @@ def _mean_shifts(
 
 
 def _lowered(layer: YaPOLayer, name: str, multiplier: float, device: torch.device, dtype: torch.dtype) -> Parts | None:
-    """The features that a code lowers at a layer; None if it lowers none."""
+    """The features that a code lowers at a layer; None if it lowers none, or holds them at values."""
     parts = Parts.of(layer, name, device, dtype)
+    if parts.clamps:
+        return None
     lowered = parts.only((multiplier * parts.entries < 0).nonzero().squeeze(-1))
     return lowered if parts.sae is not None and len(lowered) else None
 

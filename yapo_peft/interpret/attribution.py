@@ -36,8 +36,9 @@ class Attribution:
 
     Attributes:
         features: A row per layer and feature, the largest contributions first: `layer`, `feature` (None for a dense
-            vector), `value` (the code's entry), `reach` (the maximum distance by which it moves a token), `integrated`
-            (its integrated gradient), and `left_out` (the decrease of the effect without it; NaN if not measured).
+            vector), `value` (the code's entry), `reach` (the maximum distance by which it moves a token; NaN if it is
+            held at a value), `integrated` (its integrated gradient), and `left_out` (the decrease of the effect without
+            it; NaN if not measured).
         effect: The change of the margin by the whole adapter.
         rest: The decrease of the effect without all features whose `left_out` was not measured.
         pairs: Number of pairs.
@@ -235,8 +236,10 @@ def _per_multiplier(part: Parts, h: Tensor, mask: Tensor | None, gradient: Tenso
 def _to_ablate(parts: list[Parts], integrated: list[Tensor], top: int) -> list[tuple[int, int]]:
     """The features to ablate, as the index of their part and their place in it."""
     places = [(index, column) for index, part in enumerate(parts) for column in range(len(part))]
-    reach = torch.cat([(part.entries.abs() * part.rows.norm(dim=1)).cpu() for part in parts])
     gradients = torch.cat(integrated).abs()
+    reach = torch.cat([part.reach.cpu() for part in parts]).nan_to_num(
+        -1
+    )  # of which there is none if features are held
     order = torch.cat([reach.argsort(descending=True)[: (top + 1) // 2], gradients.argsort(descending=True)])
     return [places[place] for place in dict.fromkeys(order.tolist())][:top]
 
@@ -247,8 +250,8 @@ def _table(part: Parts, integrated: Tensor, left_out: Tensor, multiplier: float)
     columns = {
         "layer": part.layer.index,
         "feature": pd.array([None if is_dense else feature for feature in part.features.tolist()], dtype="Int64"),
-        "value": (norms if is_dense else part.entries).tolist(),
-        "reach": (abs(multiplier) * part.entries.abs() * norms).tolist(),
+        "value": (norms if is_dense else part.values).tolist(),
+        "reach": (abs(multiplier) * part.reach).tolist(),
         "integrated": integrated.tolist(),
         "left_out": left_out.tolist(),
     }

@@ -72,7 +72,7 @@ def explain(
           either effect at each token.
         - `decoder_norm`: norm of the feature's direction in the residual stream.
         - `reach`: maximum distance by which the entry moves a token, `|multiplier * value| * decoder_norm`; for an SAE
-          that normalises its input, times the token's scale.
+          that normalises its input, times the token's scale; NaN if the feature is held at a value.
         - `on`: share of the texts' tokens at which the feature is active; NaN without texts.
         - `acts`: share of the steered tokens at which the entry has an effect; 1 if it is constant.
         - `promotes`, `suppresses`: the tokens whose logits the entry raises and lowers the most, through the model's
@@ -125,8 +125,7 @@ def _table(
     labels: bool,
 ) -> pd.DataFrame:
     layer, sae = parts.layer, parts.layer.yapo_sae[parts.adapter_name]
-    values = parts.entries.clamp(min=0) if parts.clamps else parts.entries
-    wanted = multiplier * values
+    values, wanted = parts.values, multiplier * parts.values
     # What is held at 0 is turned off.
     directions = torch.where(values > 0, wanted, -multiplier) if parts.clamps else wanted
     norms = parts.rows.norm(dim=1)
@@ -144,7 +143,7 @@ def _table(
             "value": (norms if sae is None else values).tolist(),
             "effect": ["constant" if same else "input-dependent" for same in constant],
             "decoder_norm": norms.tolist(),
-            "reach": (wanted.abs() * norms).tolist(),
+            "reach": (abs(multiplier) * parts.reach).tolist(),
             "on": on,
             "acts": [1.0 if up else share for up, share in zip(raised, on, strict=True)],
             "promotes": promotes,

@@ -41,10 +41,23 @@ class Parts:
             return cls(layer, adapter_name, torch.tensor([-1]), torch.ones(1, device=device), code[None], None)
         features = code.nonzero().squeeze(-1)
         rows = sae.decoder_rows(features, device, torch.float32)
-        order = (code[features].abs() * rows.norm(dim=1)).argsort(descending=True, stable=True)
+        sizes = code[features].abs() * rows.norm(dim=1)
+        if layer.clamps[adapter_name]:  # how far what is turned off moves is not known, so it comes first
+            sizes = sizes.masked_fill(code[features] < 0, torch.inf)
+        order = sizes.argsort(descending=True, stable=True)
         found = features[order]
         part = sae.select(found, device, dtype)
         return cls(layer, adapter_name, found.cpu(), code[found], rows[order], part)
+
+    @property
+    def values(self) -> Tensor:
+        """The entries, or the values that features are held at, `(n,)`."""
+        return self.entries.clamp(min=0) if self.clamps else self.entries
+
+    @property
+    def reach(self) -> Tensor:
+        """How far each entry moves a token at most at multiplier 1, `(n,)`; NaN for features that are held."""
+        return (self.entries.abs() * self.rows.norm(dim=1)).masked_fill(torch.tensor(self.clamps), torch.nan)
 
     @property
     def clamps(self) -> bool:

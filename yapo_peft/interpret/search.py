@@ -7,19 +7,23 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, choice, evaluating
 from ..errors import ConfigError
 from ..sae import FrozenSAE
+from ..scoring.checks import require_length
 from ..tuner import YaPOLayer
 from ..tuner.adapters import adapter_of, unsteered_outputs
+from ..tuner.blocks import base_of
 from .checks import features_by_layer
 from .neuronpedia import neuronpedia_labels, neuronpedia_search
 from .texts import device_and_dtype, padded, tokenizer_of
 from .unembedding import Unembedding
 
+# Tokens that are encoded at once.
+_TOKENS = 256
 By = Literal["number", "text", "label"]
 _COLUMNS = ["layer", "feature", "activation", "token", "promotes", "label"]
 _NUMBER = re.compile(r"(?:(\d+):)?(\d+)")
@@ -76,10 +80,11 @@ def find_features(
         for layer in layers:
             matches = neuronpedia_search(_sae_of(layer, name).identity, query)[:top]
             found[layer.index] = [(feature, None, None) for feature in matches]
+    device, _ = device_and_dtype(model)
     with evaluating(model):
         unembedding = Unembedding(model)
         tables = [
-            _table(layer, name, found[layer.index], unembedding, tokenizer, tokens)
+            _table(layer, name, found[layer.index], device, unembedding, tokenizer, tokens)
             for layer in layers
             if found.get(layer.index)
         ]
@@ -98,19 +103,24 @@ def _most_active(
     ids: Any = tokenizer(text)["input_ids"]
     if len(ids) < 2:
         raise ConfigError(f"query={text!r} has {len(ids)} tokens, of which the first is not read: pass a longer text.")
+    require_length(base_of(model), len(ids), "The query")
     with evaluating(model):
         outputs = unsteered_outputs(model, layers, padded([ids], tokenizer, device))
     found: dict[int, list[_Found]] = {}
     for layer in layers:
         sae = _sae_of(layer, name)
         # The first token is an attention sink.
-        features: Tensor = sae.weights(device, dtype).encode(outputs[layer.index][0, 1:])[0].float()
-        largest = features.max(dim=0)
-        values, best = largest.values.topk(min(top, len(largest.values)))
-        places = largest.indices[best].tolist()
+        h = outputs[layer.index][0, 1:]
+        largest = torch.zeros(sae.identity.d_sae, device=h.device)
+        places = torch.zeros_like(largest, dtype=torch.long)
+        for start in range(0, len(h), _TOKENS):
+            found_here = sae.weights(h.device, dtype).encode(h[start : start + _TOKENS])[0].float().max(dim=0)
+            places = torch.where(found_here.values > largest, start + found_here.indices, places)
+            largest = torch.maximum(largest, found_here.values)
+        values, best = largest.topk(min(top, len(largest)))
         found[layer.index] = [
             (feature, value, str(tokenizer.decode([ids[1 + place]])))
-            for feature, value, place in zip(best.tolist(), values.tolist(), places, strict=True)
+            for feature, value, place in zip(best.tolist(), values.tolist(), places[best].tolist(), strict=True)
             if value > 0
         ]
     return found
@@ -127,13 +137,13 @@ def _table(
     layer: YaPOLayer,
     name: str,
     found: list[_Found],
+    device: torch.device,
     unembedding: Unembedding,
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
 ) -> pd.DataFrame:
     sae = _sae_of(layer, name)
     features = [feature for feature, _, _ in found]
-    device = next(layer.block.parameters()).device
     rows = sae.decoder_rows(torch.tensor(features, device=device), device, torch.float32)
     labels = neuronpedia_labels(sae.identity, features)
     return pd.DataFrame(

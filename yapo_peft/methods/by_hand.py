@@ -43,10 +43,17 @@ def set_features(
         for feature, value in entries.items():
             if not isinstance(feature, Integral) or not 0 <= feature < len(codes[index]):
                 raise ConfigError(f"Feature {feature!r} of layer {index}: its SAE has {len(codes[index])}, from 0 on.")
-            if value is not None and not is_finite(value):
-                raise ConfigError(f"Feature {feature} of layer {index} is set to {value}: must be a finite number.")
-            if clamps and value is not None and value < 0:
-                raise ConfigError(f"Feature {feature} of layer {index} cannot be held at {value}: must be 0 or more.")
-            # An entry of 0 is no part of a code, and one below is held at 0.
-            codes[index][feature] = (value or (_OFF if clamps else 0.0)) if value is not None else 0.0
+            codes[index][feature] = entry_of(value, f"Feature {feature} of layer {index}", clamps)
     write_codes(model, name, layers, codes.values())
+
+
+def entry_of(value: float | None, feature: str, clamps: bool) -> float:
+    """The entry of a code for what a user sets a feature to; None for none. Raises `ConfigError` as `set_features`."""
+    if value is None:
+        return 0.0
+    if not is_finite(value):
+        raise ConfigError(f"{feature} is set to {value}: must be a finite number.")
+    if clamps and value < 0:
+        raise ConfigError(f"{feature} cannot be held at {value}: must be 0 or more.")
+    # An entry of 0 is no part of a code, and one below is held at 0.
+    return value or (_OFF if clamps else 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError, ConfigError
 from ..tuner import YaPOLayer
-from ..tuner.adapters import adapter_of, write_codes
+from ..tuner.adapters import adapter_of, require_adding, write_codes
 
 _NAME = re.compile(r"layer_?(\d+)\D*\.pt")
 
@@ -39,6 +39,7 @@ def import_vectors(model: nn.Module, files: str | Path | Iterable[str | Path], a
     if isinstance(files, str | Path):
         files = [files]
     name, config, layers = adapter_of(model, adapter_name)
+    require_adding(config, name, "import_vectors")
     by_layer = {layer_of(file): Path(file) for file in files}
     steered = [layer.index for layer in layers]
     if sorted(by_layer) != steered:

@@ -200,7 +200,6 @@ def _facts(model: nn.Module, config: YaPOConfig, layers: list[YaPOLayer], name: 
     facts = [
         ("model", Path(base).name if Path(base).exists() else base),
         ("space", "features of an SAE" if config.space == "sae" else "residual stream"),
-        *([("mode", "features are held at values")] if config.mode == "clamp" else []),
         ("layers", ", ".join(str(layer.index) for layer in layers)),
         ("tokens", config.positions),
     ]
@@ -213,5 +212,6 @@ def _facts(model: nn.Module, config: YaPOConfig, layers: list[YaPOLayer], name: 
         where = f"{identity.release}, {identity.sae_id}" if identity.release else f"hash {identity.content_hash[:12]}"
         facts.append((f"SAE of layer {layer.index}", f"{where}: {identity.d_sae} features, {identity.architecture}"))
         raised, lowered = int((code > 0).sum()), int((code < 0).sum())
-        facts.append((f"code of layer {layer.index}", f"{raised} positive entries, {lowered} negative"))
+        said = "{} features held above 0, {} at 0" if layer.clamps[name] else "{} positive entries, {} negative"
+        facts.append((f"code of layer {layer.index}", said.format(raised, lowered)))
     return facts

@@ -104,7 +104,9 @@ def measures_of(
     sae: Any, model: nn.Module, layer: int, activations: Activations, limit: float, config: SAETrainingConfig
 ) -> dict[str, float]:
     """Measures an SAE of sae-lens on activations whose norm is below a limit; see `measure_sae`."""
-    device, before = device_of(activations.blocks[layer]), (sae.device, sae.dtype)
+    # The layer's, or where accelerate runs it if its weights are offloaded.
+    device = device_of(nn.ModuleList([activations.blocks[layer], model]))
+    before = sae.device, sae.dtype
     sae = sae.to(device=device, dtype=torch.float32)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
     count, active, error = 0, 0, 0.0

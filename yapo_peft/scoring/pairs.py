@@ -147,9 +147,12 @@ def chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) 
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids of the special tokens, including those of chat templates, without the unknown token."""
+    """Ids of the special tokens, including those of chat templates, without one that only stands for unknown ones."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return torch.tensor(sorted({*added, *tokenizer.all_special_ids} - {cast(int | None, tokenizer.unk_token_id)}))
+    unknown = cast(int | None, tokenizer.unk_token_id)
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # as in GPT-2, which has one for all
+        unknown = None
+    return torch.tensor(sorted({*added, *tokenizer.all_special_ids} - {unknown}), dtype=torch.long)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

@@ -50,7 +50,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[str, YaPOCon
 def require_adding(config: YaPOConfig, name: str, method: str) -> None:
     """Raises `ConfigError` if an adapter holds features at values, where a method is for codes that are added."""
     if config.mode == "clamp":
-        raise ConfigError(f"{method} needs mode='add', but adapter {name!r} has mode='clamp': use set_features for it.")
+        raise ConfigError(f"{method} needs mode='add', but adapter {name!r} has mode='clamp', whose codes are values.")
 
 
 def layers_of(

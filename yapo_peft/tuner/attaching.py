@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, cast
 
 from peft import TaskType
@@ -26,6 +28,17 @@ def require_adapter_name(model: nn.Module, adapter_name: str, blocks: str | None
             f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
             f"methods, and none of {', '.join(sorted(parts))}."
         )
+
+
+def adapter_name_of(source: str, model: nn.Module) -> str:
+    """A name for the adapter of a folder or a Hub repository in a model: the folder's, if PEFT takes it."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-") or "adapter"
+    config = YaPOConfig.from_pretrained(source)
+    try:
+        require_adapter_name(model, name, getattr(config, "blocks", None))
+    except ConfigError:
+        return f"adapter-{name}"
+    return name
 
 
 def keep_backward(model: nn.Module) -> None:

@@ -141,7 +141,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         learns = code.requires_grad and torch.is_grad_enabled() and not (clamps and not self.training)
         if learns and clamps:
             raise UnsupportedOperationError(
-                "An adapter of mode='clamp' is not trained: set its features by set_features, and call model.eval()."
+                "An adapter of mode='clamp' is not trained: call model.eval(), or freeze its code with "
+                "requires_grad_(False) to train something else."
             )
         if learns and self.training:
             self.call.require_labels(self.positions[adapter_name])
