@@ -53,7 +53,7 @@ def push(folder: Path) -> None:
     expected["subfolder"] = answers(3, "other")
     model.push_to_hub("tester/adapter")
     expected["trained"] = expected["by the command"] = _train(folder)
-    assert yapo(["push", str(folder / "out"), "tester/pushed", "--private"]) == 0
+    assert yapo(["push", str(folder / "out"), "tester/pushed", "--private", "--self-contained"]) == 0
     _train_sae(folder)
     expected["files of the SAEs"] = _files_on_hub("tester/saes")
     torch.save(expected, folder / "expected.pt")

@@ -1,5 +1,6 @@
 """Sharing adapters: pushed to a server that speaks the Hub's protocol, and loaded from it in another process."""
 
+import json
 import os
 import re
 import subprocess
@@ -134,5 +135,6 @@ def test_the_command_pushes_what_a_user_needs(folder, hub, expected):
     assert '.from_pretrained("tester/pushed")' in card
     assert "folder/of/this/adapter" not in card
     assert hub.repositories["tester/pushed"].private
+    assert json.loads(files["adapter_config.json"])["self_contained"]
     sizes = {name: len(content) for name, content in hub.files("tester/saes").items()}
     assert dict(expected["files of the SAEs"]) == sizes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,8 @@ _FILES = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ]
+# How a card registers a local SAE, which a self-contained adapter does not need.
+_REGISTERED = re.compile(r"\nfrom sae_lens import SAE\n\nyapo_peft\.register_sae\(.*\n")
 _SAE_FILES = ["layer_*/cfg.json", "layer_*/sae_weights.safetensors", "layer_*/measures.json"]
 # The local paths in the snippets of a card, and what they are on the Hub.
 _SNIPPETS = {
@@ -38,6 +42,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Add the parts of its SAEs that the adapter needs.")
+    ] = False,
 ) -> None:
     """Upload an adapter, or trained SAEs, with its card to the Hub.
 
@@ -51,6 +58,9 @@ def push(
     from yapo_peft import ConfigError
 
     are_saes = any(folder.glob("layer_*/measures.json"))
+    if self_contained and not are_saes:
+        with tempfile.TemporaryDirectory() as copy:
+            return push(_with_saes(folder, Path(copy)), repository, private, revision, message)
     card = ModelCard.load(_card_of_saes(folder) if are_saes else _card_of_adapter(folder))
     try:
         validate_repo_id(repository)
@@ -72,6 +82,30 @@ def push(
     )
     card.push_to_hub(repo_id, revision=revision, commit_message=message)
     typer.echo(f"Uploaded to {api.endpoint}/{repo_id}.")
+
+
+def _with_saes(folder: Path, copy: Path) -> Path:
+    """Copies an adapter with its card, and makes the copy self-contained."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from yapo_peft import ConfigError
+    from yapo_peft.adapter_file.reading import SavedAdapter
+    from yapo_peft.report.page import require_card
+
+    saved = SavedAdapter(str(folder))
+    if saved.config.space == "dense":
+        raise ConfigError("--self-contained: the adapter is dense and has no SAE; leave it out.")
+    for file in (file for pattern in _FILES for file in folder.glob(pattern)):
+        shutil.copy(file, copy)
+    save_file(saved.self_contained(), copy / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.dumps({**config, "self_contained": True}, indent=2)
+    (copy / "adapter_config.json").write_text(config, encoding="utf-8")
+    card = require_card(folder).read_text(encoding="utf-8")
+    (copy / "README.md").write_text(_REGISTERED.sub("", card), encoding="utf-8")
+    return copy
 
 
 def _card_of_saes(folder: Path) -> Path:
@@ -106,5 +140,5 @@ def _local(config: YaPOConfig) -> list[str]:
     if base and Path(base).exists():
         found.append(f"base_model_name_or_path {base!r} is a local folder; load the model by its Hub name.")
     if config.sae_path and not config.self_contained:
-        found.append("its SAE is a local folder; save it with self_contained=True, or publish the SAE.")
+        found.append("its SAE is a local folder; push with --self-contained, or publish the SAE.")
     return found

@@ -9,7 +9,7 @@ import torch
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import D_MODEL, inference_sae, make_model, make_sae, make_wrapper
+from tiny import D_MODEL, inference_sae, make_model, make_sae, make_wrapper, random_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from yapo_cli import loading
@@ -330,6 +330,26 @@ def test_fit_prune_and_combine_match_the_library(run, saved_adapter, tokenizer, 
     assert sorted(file.name for file in (tmp_path / "both").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["add", "clamp"])
+def test_a_self_contained_copy_needs_no_sae(run, saved_adapter, tmp_path, mode):
+    from yapo_cli.push import _with_saes
+
+    inference_sae(make_sae(), tmp_path / "sae")
+    options = ("--sae-path", tmp_path / "sae", "--mode", mode, "--out", tmp_path / "made")
+    assert run("steer", tmp_path / "base", "--feature", "2:7=3.5", "--feature", "2:1=0.5", *options)[0] == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "made").eval()
+    (tmp_path / "copy").mkdir()
+    copy = _with_saes(tmp_path / "made", tmp_path / "copy")
+    assert "register_sae" in (tmp_path / "made" / "README.md").read_text()
+    assert "register_sae" not in (copy / "README.md").read_text()
+    (tmp_path / "sae").rename(tmp_path / "gone")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(copy).eval()
+    for multiplier in (1.0, -1.0):
+        with steering(model, multiplier), steering(loaded, multiplier):
+            torch.testing.assert_close(loaded(random_ids()).logits, model(random_ids()).logits)
 
 
 @pytest.mark.feature("Commands", "`yapo steer`: adapters of chosen features, and edits of adapters")

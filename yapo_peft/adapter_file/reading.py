@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import AdapterFileError, YaPOError
 from ..sae import FrozenSAE, SAEIdentity, SAEPart
 from .codes import unpack_codes
-from .parts import unpack_part
+from .parts import pack_part, unpack_part
 
 if TYPE_CHECKING:
     from ..tuner import YaPOConfig
@@ -89,6 +89,16 @@ class SavedAdapter:
         if isinstance(sae, SAEPart):
             sae.fill(*unpack_part(layer, self._tensors, identity))
         return sae
+
+    def self_contained(self) -> dict[str, Tensor]:
+        """Returns the tensors of its file, with the parts of its SAEs that its codes need; raises as `sae`."""
+        tensors, clamps = dict(self._tensors), self.config.mode == "clamp"
+        for layer in self.identities:
+            sae, end = self.sae(layer), f".{layer}.yapo.yapo_code.indices"
+            if sae is not None and not self.config.self_contained:
+                name = next(name for name in tensors if name.endswith(end)).removesuffix(".indices")
+                tensors |= pack_part(name, self._tensors, sae, clamps)
+        return tensors
 
 
 def require_whole(folder: str | Path) -> None:
