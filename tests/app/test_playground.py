@@ -96,13 +96,14 @@ def test_values_set_single_features_for_one_answer(playground, model, tokenizer)
 
 
 def test_features_that_are_found_show_and_keep_their_values(playground, model):
-    from yapo_peft.app.page import _dials, _found_row
+    from yapo_peft.app.page import _dials, _rows
 
     code = steered_layers(model)[0].yapo_code["one"].data
     steered, other = int(code.nonzero()[0]), int((code == 0).nonzero()[0])
     rows = [
-        _found_row(playground, "one", playground.find("one", f"1:{feature}", "number").iloc[0].to_dict())
+        row
         for feature in (steered, other)
+        for row in _rows(playground, "one", playground.find("one", f"1:{feature}", "number"))
     ]
     assert [row[3] for row in rows] == [pytest.approx(float(code[steered]), abs=1e-3), None]
     assert _dials(playground, ["one"], {}, rows).values == {}
@@ -110,11 +111,24 @@ def test_features_that_are_found_show_and_keep_their_values(playground, model):
     assert _dials(playground, ["one"], {}, rows).values == {("one", 1, steered): None, ("one", 1, other): 2.5}
 
 
+def test_values_are_not_those_of_an_answer_that_is_generated(playground, model):
+    place, found = ("one", 1, 3), {}
+    expected = float(steered_layers(model)[0].yapo_code["one"].data[3])
+    reader = threading.Thread(target=lambda: found.update(playground.values([place])))
+    with playground._lock, playground._changed_codes(Dials({"one": 1.0}, {place: 9.0})):
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive()
+    reader.join()
+    assert found == {place: expected or None}
+
+
 def test_held_features_are_turned_off_and_removed(tokenizer):
     model = get_peft_model(make_model(), YaPOConfig(layers=1, sae=make_sae(), mode="clamp"), "one").eval()
     set_features(model, {1: {5: 30.0, 7: 0.0}})
     playground = Playground(model, tokenizer)
-    assert [playground.value("one", 1, feature) for feature in (5, 7, 9)] == [30.0, 0.0, None]
+    places = [("one", 1, feature) for feature in (5, 7, 9)]
+    assert list(playground.values(places).values()) == [30.0, 0.0, None]
     answers = {}
     for value in (30.0, 0.0, None):
         answers[value] = last(playground.answers(PROMPT, Dials({"one": 1.0}, {("one", 1, 5): value}), 8))[1]

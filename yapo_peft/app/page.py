@@ -13,6 +13,7 @@ from ..report.marking import marked_tokens
 from .playground import Dials, Playground
 
 if TYPE_CHECKING:
+    import pandas as pd
     from gradio import Blocks
 
 # Gradio sends usage statistics otherwise.
@@ -58,7 +59,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
         return gr.update(choices=playground.adapters, value=[*chosen, name]), ""
 
     def table(chosen: list[str]) -> tuple[list[list[Any]], Any]:
-        return listed([row for name in chosen for row in _feature_rows(playground, name)])
+        return listed([row for name in chosen for row in _rows(playground, name, playground.features(name))])
 
     def listed(rows: list[list[Any]]) -> tuple[list[list[Any]], Any]:
         names = [f"{adapter}: layer {layer}, feature {feature}" for adapter, layer, feature, *_ in rows]
@@ -97,9 +98,7 @@ def build_page(playground: Playground, strongest: float = 4.0) -> Blocks:
             if not adapter:
                 raise ConfigError("Choose an adapter whose SAE to search.")
             known = {tuple(row[:3]) for row in rows}
-            found = [
-                _found_row(playground, adapter, row) for row in playground.find(adapter, query, by).to_dict("records")
-            ]
+            found = _rows(playground, adapter, playground.find(adapter, query, by))
             return listed(rows + [row for row in found if tuple(row[:3]) not in known])
 
     first = playground.adapters[:1]
@@ -205,43 +204,36 @@ def serve_page(page: Blocks, port: int | None = None) -> str:
     return address
 
 
-def _feature_rows(playground: Playground, name: str) -> list[list[Any]]:
-    rows = playground.features(name).dropna(subset="feature").to_dict("records")
+def _rows(playground: Playground, adapter: str, table: pd.DataFrame) -> list[list[Any]]:
+    """The page's rows of features that `explain` or `find_features` lists."""
+    listed = table.dropna(subset="feature").to_dict("records")
+    places = [(adapter, int(row["layer"]), int(row["feature"])) for row in listed]
+    values = playground.values(places)
     return [
-        [
-            name,
-            row["layer"],
-            int(row["feature"]),
-            round(row["value"], 3),
-            "",
-            " ".join(row["promotes"]),
-            row["label"] or "",
-        ]
-        for row in rows
+        [*place, _shown(values[place]), _activation(row), " ".join(row["promotes"]), row["label"] or ""]
+        for place, row in zip(places, listed, strict=True)
     ]
+
+
+def _activation(row: Mapping[Hashable, Any]) -> str:
+    """Where a feature that was found by a text is active."""
+    return "" if row.get("token") is None else f"{row['activation']:.3g} at {row['token']!r}"
 
 
 def _shown(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def _found_row(playground: Playground, adapter: str, row: Mapping[Hashable, Any]) -> list[Any]:
-    """A row of a feature that was found."""
-    value = _shown(playground.value(adapter, row["layer"], row["feature"]))
-    at = "" if row["token"] is None else f"{row['activation']:.3g} at {row['token']!r}"
-    return [adapter, row["layer"], row["feature"], value, at, " ".join(row["promotes"]), row["label"] or ""]
-
-
 def _dials(playground: Playground, chosen: list[str], multipliers: dict[str, float], rows: list[list[Any]]) -> Dials:
     """The settings of a user's page; no value is for no steering, and one that is not a finite number is ignored."""
-    values: dict[tuple[str, int, int], float | None] = {}
-    for adapter, layer, feature, value, *_ in rows:
-        place = str(adapter), int(layer), int(feature)
+    places = [(str(adapter), int(layer), int(feature)) for adapter, layer, feature, *_ in rows]
+    before, values = playground.values(places), dict[tuple[str, int, int], float | None]()
+    for place, (_, _, _, value, *_) in zip(places, rows, strict=True):
         try:
             number = None if value is None or value == "" else float(value)
         except (TypeError, ValueError):
             continue
         # Values are shown rounded; those that were not changed stay as they are.
-        if number != _shown(playground.value(*place)) and (number is None or math.isfinite(number)):
+        if number != _shown(before[place]) and (number is None or math.isfinite(number)):
             values[place] = number
     return Dials({name: float(multipliers.get(name, 1.0)) for name in chosen}, values)

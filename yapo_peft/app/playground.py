@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -121,8 +121,12 @@ class Playground:
         with self._lock:
             return find_features(self.model, query, by, adapter_name=adapter, tokenizer=self.tokenizer, tokens=5)
 
-    def value(self, adapter: str, layer: int, feature: int) -> float | None:
-        """What an adapter adds to a feature, or holds it at; None if it leaves it alone."""
+    def values(self, places: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int, int], float | None]:
+        """What adapters add to features, or hold them at, by adapter, layer and feature; None for those left alone."""
+        with self._lock:  # another user's answer may be generated with other codes
+            return {place: self._value(*place) for place in places}
+
+    def _value(self, adapter: str, layer: int, feature: int) -> float | None:
         found = next(each for each in adapter_of(self.model, adapter)[2] if each.index == layer)
         entry = float(found.code(adapter).detach()[feature])
         return None if entry == 0 else max(entry, 0.0) if found.clamps[adapter] else entry
