@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -37,7 +36,7 @@ def attribute(
     from yapo_peft.interpret.checks import require_multiplier
 
     from .loading import load_adapter, load_tokenizer
-    from .output import print_json, print_table
+    from .output import print_json, print_table, records
 
     if bool(pair) == (data.dataset is not None):
         raise typer.BadParameter("pass --dataset, or else a prompt and two answers.")
@@ -63,6 +62,6 @@ def attribute(
     figures = ("effect", "rest", "interaction", "integration_error", "pairs")
     values = {name: getattr(found, name) for name in figures}
     if as_json:
-        return print_json({**values, "features": json.loads(str(table.to_json(orient="records")))})
+        return print_json({**values, "features": records(table)})
     print_table(table.dropna(axis="columns", how="all"), as_json)
     typer.echo("\n" + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -28,7 +27,7 @@ def compare_features(
     from yapo_peft.interpret import compare_features as compared
 
     from .loading import load_together, require_one_model
-    from .output import print_json, print_table
+    from .output import print_json, print_table, records
 
     if len(adapters) < 2:
         raise typer.BadParameter(f"{adapters[0]}: pass at least two adapters.")
@@ -41,8 +40,7 @@ def compare_features(
     listed = compared(model, names, top=top, features=features).rename(columns=said)
     pairs = compare(model, names, features=features).drop(columns="effect_correlation").replace({"a": said, "b": said})
     if as_json:
-        tables = {"adapters": pairs, "features": listed}
-        return print_json({name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()})
+        return print_json({"adapters": records(pairs), "features": records(listed)})
     if pairs.empty:
         typer.echo("The adapters have no layer in common.")
     else:

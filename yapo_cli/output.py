@@ -49,9 +49,14 @@ def quiet_libraries() -> Generator[None]:
 def print_table(table: pd.DataFrame, as_json: bool) -> None:
     """Prints a table, or its rows as JSON."""
     if as_json:
-        print_json(json.loads(str(table.to_json(orient="records"))))
+        print_json(records(table))
     else:
         typer.echo(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table in types that JSON has; what is missing is None."""
+    return json.loads(str(table.to_json(orient="records")))
 
 
 def print_json(value: Any) -> None:

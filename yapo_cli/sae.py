@@ -301,6 +301,7 @@ def _picked(row: Any, columns: list[str], is_chat: bool) -> Iterator[Any]:
     if not answers:
         yield prompt
     for answer in filter(None, answers):
-        is_plain = isinstance(prompt, str) and isinstance(answer, str) and not is_chat
-        before = f"{prompt}\n" if is_plain else as_message("prompt", prompt) if isinstance(prompt, str) else prompt
+        before = prompt
+        if isinstance(prompt, str) and isinstance(answer, str):
+            before = as_message("prompt", prompt) if is_chat else f"{prompt}\n"
         yield {"prompt": before, "completion": answer}

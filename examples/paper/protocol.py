@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from yapo_peft import ConfigError, DatasetError
 from yapo_peft.data import load_choices, load_pairs, load_prompts, load_rows, where
 from yapo_peft.evaluation import MultipleChoice
+from yapo_peft.evaluation.choice import last_boxed
 from yapo_peft.evaluation.culture import LOCALIZED, NONLOCALIZED
 from yapo_peft.evaluation.scores import distinct
 
@@ -239,9 +240,9 @@ class StatedChoice:
 
 def stated(answer: str) -> str | None:
     r"""The option that an answer states: the last `\boxed{...}`, or the number or letter that it starts with."""
-    boxed = re.findall(r"\\boxed\{\s*(?:\\text\{)?([^{}]*)\}", answer)
-    if boxed:
-        return boxed[-1].strip().casefold()
+    boxed = last_boxed(answer)
+    if boxed is not None:
+        return boxed.casefold()
     start = re.match(r"\W*(\d+|[A-Za-z])(?=\W*$|\s*[.):])", answer)
     return start.group(1).casefold() if start else None
 

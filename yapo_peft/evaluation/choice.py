@@ -144,9 +144,9 @@ def named_option(answer: str, options: Sequence[str]) -> int | None:
     6. The text of an option, where no other's occurs. "New York City" does not also name "York".
     """
     names = "".join(letters(len(options)))
-    boxed = re.findall(r"\\boxed\{\s*(?:\\text\{)?([^{}]*)\}", answer)
-    if boxed:
-        return _boxed(boxed[-1].strip(), options, names)
+    boxed = last_boxed(answer)
+    if boxed is not None:
+        return _boxed(boxed, options, names)
     start = re.match(rf"\W*([{names}])(?=\W*$|\s*[.):,\n*-])", answer, re.IGNORECASE)
     if start is not None:
         return names.index(start.group(1).upper())
@@ -160,6 +160,12 @@ def named_option(answer: str, options: Sequence[str]) -> int | None:
     told = [i for i, text in enumerate(options) if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.I)]
     longest = [i for i in told if not any(i != j and options[i].lower() in options[j].lower() for j in told)]
     return longest[0] if len(longest) == 1 else None
+
+
+def last_boxed(answer: str) -> str | None:
+    r"""The content of the last `\boxed{...}` of an answer; None if there is none."""
+    boxed = re.findall(r"\\boxed\{\s*(?:\\text\{)?([^{}]*)\}", answer)
+    return boxed[-1].strip() if boxed else None
 
 
 def _boxed(content: str, options: Sequence[str], names: str) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .._utils import at_least, finite
 from ..errors import ConfigError
+from ..sae import FrozenSAE
 from ..tuner import YaPOLayer
 
 
@@ -14,6 +15,14 @@ def require_multiplier(multiplier: float) -> None:
     finite(multiplier=multiplier)
     if multiplier == 0:
         raise ConfigError("multiplier=0: an adapter has no effect at 0; pass another number.")
+
+
+def sae_of(layer: YaPOLayer, adapter_name: str) -> FrozenSAE:
+    """The SAE of an adapter at a layer. Raises `ConfigError` if the adapter is dense."""
+    sae = layer.yapo_sae[adapter_name]
+    if sae is None:
+        raise ConfigError(f"Adapter {adapter_name!r} is dense and has no features: pass a sparse one.")
+    return sae
 
 
 def features_by_layer(
@@ -45,9 +54,7 @@ def features_by_layer(
             raise ConfigError(
                 f"features={{{index}: ...}}: the adapter steers layers {sorted(by_index)}; use one of them."
             )
-        sae = by_index[index].yapo_sae[adapter_name]
-        if sae is None:
-            raise ConfigError(f"Adapter {adapter_name!r} is dense and has no features: pass a sparse one.")
+        sae = sae_of(by_index[index], adapter_name)
         if isinstance(chosen, str) or not isinstance(chosen, Sequence):
             raise ConfigError(f"features={{{index}: {chosen!r}}}: must be a list of indices.")
         for feature in chosen:

@@ -18,6 +18,7 @@ from .._utils import at_least
 from ..errors import ConfigError
 from ..evaluation.sweep import sweep
 from ..steering.formula import vector_of
+from ..steering.reach import reach
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import adapter_of, require_adding
 from .checks import require_multiplier
@@ -143,8 +144,7 @@ def compare_features(
             if name not in saes:
                 code = _decomposed(code, sae.decoder(device, torch.float32), features)
             own = code.nonzero().squeeze(-1)
-            reach = code[own].abs() * sae.decoder_rows(own, device, torch.float32).norm(dim=1)
-            columns = {"feature": own.tolist(), "value": code[own].tolist(), "reach": reach.tolist()}
+            columns = {"feature": own.tolist(), "value": code[own].tolist(), "reach": reach(code, sae)[own].tolist()}
             if len(own):
                 tables.append(pd.DataFrame({"layer": index, "adapter": name, **columns}))
     columns = ["layer", "feature", "adapter", "value", "reach"]

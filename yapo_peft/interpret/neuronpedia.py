@@ -8,6 +8,7 @@ import os
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _SITE = "https://www.neuronpedia.org"
 _TIMEOUT = 10.0
+_JSON = {"Content-Type": "application/json"}
 
 
 def neuronpedia_link(identity: SAEIdentity, feature: int) -> str | None:
@@ -50,7 +52,7 @@ def neuronpedia_labels(identity: SAEIdentity, features: Iterable[int]) -> dict[i
         before = len(known)
         try:
             for feature in missing:
-                known[str(feature)] = _fetch_label(f"{_site()}/api/feature/{source}/{feature}")
+                known[str(feature)] = _fetch_label(source, feature)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             logger.warning("Labels of %s could not be fetched from Neuronpedia (%s); some are missing.", source, error)
         if len(known) > before:
@@ -73,11 +75,9 @@ def neuronpedia_search(identity: SAEIdentity, query: str) -> list[int]:
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("Labels are searched on Neuronpedia, but HF_HUB_OFFLINE is set: find features by a text.")
     model, _, layer = source.partition("/")
-    body = json.dumps({"modelId": model, "layers": [layer], "query": query}).encode()
-    request = urllib.request.Request(f"{_site()}/api/explanation/search", body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            found = [int(result["index"]) for result in json.load(response)["results"]]
+        results = _asked("explanation/search", {"modelId": model, "layers": [layer], "query": query})["results"]
+        found = [int(result["index"]) for result in results]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"Neuronpedia cannot be searched ({error}): find features by a text.") from error
     return list(dict.fromkeys(found))
@@ -93,17 +93,24 @@ def _cached_labels(file: Path) -> dict[str, str | None]:
     return {feature: label for feature, label in rows if label is None or isinstance(label, str)}
 
 
-def _fetch_label(url: str) -> str | None:
-    """Fetches the first label of a feature; None if it has none.
+def _fetch_label(source: str, feature: int) -> str | None:
+    """Fetches the first label of a feature; None if it has none. Raises as `_asked`."""
+    content = _asked(f"feature/{source}/{feature}")
+    labels = [entry.get("description") for entry in content.get("explanations") or []]
+    return next((str(label).strip() for label in labels if label), None)
+
+
+def _asked(path: str, body: dict[str, Any] | None = None) -> Any:
+    """Returns the response of Neuronpedia's API to a GET request, or to a POST request if there is a body.
 
     Raises:
         OSError: The request failed.
         ValueError: The response is not JSON.
     """
-    with urllib.request.urlopen(urllib.request.Request(url), timeout=_TIMEOUT) as response:
-        content = json.load(response)
-    labels = [entry.get("description") for entry in content.get("explanations") or []]
-    return next((str(label).strip() for label in labels if label), None)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{_site()}/api/{path}", data, {} if data is None else _JSON)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        return json.load(response)
 
 
 def _site() -> str:

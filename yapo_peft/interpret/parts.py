@@ -57,7 +57,8 @@ class Parts:
     @property
     def reach(self) -> Tensor:
         """How far each entry moves a token at most at multiplier 1, `(n,)`; NaN for features that are held."""
-        return (self.entries.abs() * self.rows.norm(dim=1)).masked_fill(torch.tensor(self.clamps), torch.nan)
+        reach = self.entries.abs() * self.rows.norm(dim=1)
+        return torch.full_like(reach, torch.nan) if self.clamps else reach
 
     @property
     def clamps(self) -> bool:

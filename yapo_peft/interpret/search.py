@@ -12,18 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, choice, evaluating
 from ..errors import ConfigError
-from ..sae import FrozenSAE
 from ..scoring.checks import require_length
+from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
 from ..tuner.adapters import adapter_of, unsteered_outputs
 from ..tuner.blocks import base_of
-from .checks import features_by_layer
+from .checks import features_by_layer, sae_of
 from .neuronpedia import neuronpedia_labels, neuronpedia_search
 from .texts import device_and_dtype, padded, tokenizer_of
 from .unembedding import Unembedding
 
-# Tokens that are encoded at once.
-_TOKENS = 256
 By = Literal["number", "text", "label"]
 _COLUMNS = ["layer", "feature", "activation", "token", "promotes", "label"]
 _NUMBER = re.compile(r"(?:(\d+):)?(\d+)")
@@ -78,7 +76,7 @@ def find_features(
         found = _most_active(model, layers, name, query, tokenizer, top)
     else:
         for layer in layers:
-            matches = neuronpedia_search(_sae_of(layer, name).identity, query)[:top]
+            matches = neuronpedia_search(sae_of(layer, name).identity, query)[:top]
             found[layer.index] = [(feature, None, None) for feature in matches]
     device, _ = device_and_dtype(model)
     with evaluating(model):
@@ -108,29 +106,21 @@ def _most_active(
         outputs = unsteered_outputs(model, layers, padded([ids], tokenizer, device))
     found: dict[int, list[_Found]] = {}
     for layer in layers:
-        sae = _sae_of(layer, name)
+        sae = sae_of(layer, name)
         # The first token is an attention sink.
         h = outputs[layer.index][0, 1:]
-        largest = torch.zeros(sae.identity.d_sae, device=h.device)
-        places = torch.zeros_like(largest, dtype=torch.long)
-        for start in range(0, len(h), _TOKENS):
-            found_here = sae.weights(h.device, dtype).encode(h[start : start + _TOKENS])[0].float().max(dim=0)
-            places = torch.where(found_here.values > largest, start + found_here.indices, places)
-            largest = torch.maximum(largest, found_here.values)
+        active = ActiveFeatures.of(h, sae.weights(h.device, dtype))
+        largest = torch.zeros(sae.identity.d_sae, device=h.device).scatter_reduce(
+            0, active.feature, active.value, "amax"
+        )
         values, best = largest.topk(min(top, len(largest)))
-        found[layer.index] = [
-            (feature, value, str(tokenizer.decode([ids[1 + place]])))
-            for feature, value, place in zip(best.tolist(), values.tolist(), places[best].tolist(), strict=True)
-            if value > 0
-        ]
+        found[layer.index] = []
+        for feature, value in zip(best.tolist(), values.tolist(), strict=True):
+            if value > 0:
+                own = active.feature == feature
+                place = 1 + int(active.token[own][active.value[own].argmax()])
+                found[layer.index].append((feature, value, str(tokenizer.decode([ids[place]]))))
     return found
-
-
-def _sae_of(layer: YaPOLayer, name: str) -> FrozenSAE:
-    sae = layer.yapo_sae[name]
-    if sae is None:
-        raise ConfigError(f"Adapter {name!r} is dense and has no features: pass a sparse one.")
-    return sae
 
 
 def _table(
@@ -142,7 +132,7 @@ def _table(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
 ) -> pd.DataFrame:
-    sae = _sae_of(layer, name)
+    sae = sae_of(layer, name)
     features = [feature for feature, _, _ in found]
     rows = sae.decoder_rows(torch.tensor(features, device=device), device, torch.float32)
     labels = neuronpedia_labels(sae.identity, features)

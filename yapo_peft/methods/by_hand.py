@@ -48,7 +48,7 @@ def set_features(
 
 
 def entry_of(value: float | None, feature: str, clamps: bool) -> float:
-    """The entry of a code for what a user sets a feature to; None for none. Raises `ConfigError` as `set_features`."""
+    """Converts a value of `set_features` to the code's entry, and raises as it does; None removes the entry."""
     if value is None:
         return 0.0
     if not is_finite(value):

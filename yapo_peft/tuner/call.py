@@ -131,12 +131,10 @@ class Call:
 
         Caches of a fixed size come with masks of another form: in `generate`, it is then that of the prompt.
         """
-        mask = self.attention_mask
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = self._prompt_mask
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
-        return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+        for mask in (self.attention_mask, self._prompt_mask):
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+        return None
 
     def _repeats_of(self, given: int, batch: int, name: str) -> int:
         if given == batch:
