@@ -138,3 +138,11 @@ def test_the_command_pushes_what_a_user_needs(folder, hub, expected):
     assert json.loads(files["adapter_config.json"])["self_contained"]
     sizes = {name: len(content) for name, content in hub.files("tester/saes").items()}
     assert dict(expected["files of the SAEs"]) == sizes
+
+
+def test_what_is_no_adapter_is_told_apart(hub, folder, tmp_path):
+    code = "from yapo_cli.main import main; print(main(['explain', 'tester/nowhere']), main(['explain', 'tester/base']))"
+    run = as_user(hub, tmp_path, "-c", code)
+    assert run.stdout.split() == ["2", "2"]
+    assert "There is no folder 'tester/nowhere', and no such repository that you can read on the Hub." in run.stderr
+    assert "'tester/base' is not a YaPO adapter" in run.stderr

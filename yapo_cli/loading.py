@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import infer_device
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -236,10 +238,37 @@ def attach_adapter(name: str, dtype: str, adapter_name: str = "default", **confi
     return get_peft_model(load_model(name, dtype), YaPOConfig(**config), adapter_name)
 
 
+def has_effect(model: Any, adapter_name: str = "default") -> bool:
+    """Whether an entry of an adapter's codes is not zero."""
+    return any(bool(layer.code(adapter_name).any()) for layer in adapter_of(model, adapter_name)[2])
+
+
 def require_effect(model: Any, adapter_name: str = "default") -> None:
     """Raises `ConfigError` if all entries of an adapter's codes are zero."""
-    if not any(bool(layer.code(adapter_name).any()) for layer in adapter_of(model, adapter_name)[2]):
+    if not has_effect(model, adapter_name):
         raise ConfigError("All entries of the adapter are zero, so it would have no effect.")
+
+
+def _has_adapter(name: str) -> bool:
+    """Whether a Hub repository, or its copy in the cache, has an adapter."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "adapter_config.json"), str):
+            return True
+        # Unlike downloads, this is not repeated for half a minute if there is no connection.
+        get_hf_file_metadata(hf_hub_url(name, "adapter_config.json"))
+    except EntryNotFoundError:
+        return False
+    except HFValidationError as error:
+        raise ConfigError(f"There is no folder {name!r}.") from error
+    except Exception as error:  # of the library for HTTP, too
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return False
+        is_missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+        reason = (
+            "no such repository that you can read on the Hub" if is_missing else f"the Hub could not be read: {error}"
+        )
+        raise ConfigError(f"There is no folder {name!r}, and {reason}".rstrip(".") + ".") from error
+    return True
 
 
 @cache
@@ -253,6 +282,8 @@ def _adapter_config(name: str) -> PeftConfig | None:
             raise ConfigError(f"The folder {name!r} has neither an adapter nor a model.{hint}")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(f"There is no folder {name!r}.")
+    elif not _has_adapter(name):
+        return None
     try:
         return PeftConfig.from_pretrained(name)
     except YaPOError:

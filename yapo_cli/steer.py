@@ -18,7 +18,7 @@ def steer(
         typer.Option(
             metavar="LAYER:FEATURE=VALUE",
             help="What multiplier 1 adds to a feature's activation, such as 14:1965=8; with --mode clamp, what it is "
-            "held at. none removes it. Repeat for more.",
+            "held at. =none takes the feature out of an adapter. Repeat for more.",
         ),
     ],
     out: options.NewFolder,
@@ -39,10 +39,11 @@ def steer(
 
     `yapo steer google/gemma-2-2b-it --feature 15:1965=8 --sae-release ... --sae-id ... --out my-adapter`
     """
+    from yapo_peft import model_card
     from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import set_features
 
-    from .loading import attach_adapter, is_adapter, load_adapter, require_effect
+    from .loading import attach_adapter, has_effect, is_adapter, load_adapter
 
     features = _read(feature)
     if is_adapter(source):
@@ -65,8 +66,27 @@ def steer(
             source, dtype, layers=sorted(features), positions=positions or "all", mode=mode or "add", **saes
         )
     set_features(model, features)
-    require_effect(model)
-    typer.echo(f"Saved to {save_adapter(model, out)}.")
+    if not has_effect(model):
+        raise typer.BadParameter(
+            f"--feature {' '.join(feature)}: no feature is left that the adapter steers. "
+            "A value of 0 adds nothing; with --mode clamp it turns a feature off."
+        )
+    folder = save_adapter(model, out)
+    model_card(model, features=_effects(model, source, base)).save(folder / "README.md")
+    typer.echo(f"Saved to {folder}.")
+
+
+def _effects(model: Any, source: str, base: str | None) -> Any:
+    """What `explain` says of the features; None if the model has no tokenizer, or no head."""
+    from yapo_peft import UnsupportedOperationError
+    from yapo_peft.interpret import explain
+
+    from .loading import load_tokenizer
+
+    try:
+        return explain(model, tokenizer=load_tokenizer(source, base))
+    except (OSError, UnsupportedOperationError):
+        return None
 
 
 def _read(texts: list[str]) -> dict[int, dict[int, float | None]]:

@@ -59,6 +59,8 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("explain", "{adapter}", "--dtype", "int8"), "dtype='int8': must be 'auto'"),
         (("explain", "{parent}"), "{adapter} has an adapter"),
         (("explain", "/nowhere"), "There is no folder '/nowhere'"),
+        (("explain", "nowhere"), "There is no folder 'nowhere', and the Hub could not be read: "),
+        (("explain", "no:where"), "There is no folder 'no:where'."),
         (("explain", "out/demo/adapter"), "There is no folder 'out/demo/adapter'"),
         (("generate", "{broken}", "w1"), "adapter_config.json cannot be read"),
         (("generate", "{adapter}", "w1", "--repetition-penalty", "0"), "--repetition-penalty 0: must be above 0"),

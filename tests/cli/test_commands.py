@@ -374,12 +374,20 @@ def test_steer_makes_and_edits_adapters(run, saved_adapter, tmp_path):
     for name, features in {"held": [1, 7], "less": [1]}.items():
         (code,) = codes(AutoPeftModelForCausalLM.from_pretrained(tmp_path / name))
         assert code.nonzero().flatten().tolist() == features
+    for folder, rows in {
+        made: ["| 2 | 7 | +3.5 | constant |", "| 2 | 1 | -1 | input-dependent |"],
+        tmp_path / "held": ["| 2 | 7 | 0 | turned off |", "| 2 | 1 | 4 | held |"],
+    }.items():
+        card = (folder / "README.md").read_text()
+        assert all(row in card for row in rows)
+        assert str(tmp_path) not in card
+        assert ("holds features at their values" in card) == (folder != made)
     for wrong, message in (
         (("--feature", "2:7=1", "--mode", "clamp"), "has its own"),
         (("--feature", "7=3"), "must be LAYER:FEATURE=VALUE"),
         (("--feature", "2:7=1", "--feature", "2:7=2"), "given twice"),
         (("--feature", "2:7=1", "--positions", "last"), "has its own"),
-        (("--feature", "2:1=0", "--feature", "2:9=0"), "All entries of the adapter are zero"),
+        (("--feature", "2:1=0", "--feature", "2:9=0"), "no feature is left that the adapter steers"),
     ):
         status, _, stderr = run("steer", edited, *wrong, "--out", tmp_path / "wrong")
         assert status == 2

@@ -7,6 +7,7 @@ from tiny import D_SAE, make_model, make_sae
 
 from yapo_peft import ConfigError, YaPOConfig
 from yapo_peft.interpret import find_features
+from yapo_peft.scoring import neutral as neutral_text
 
 TEXT = "w1 w9 w3 w9"
 
@@ -21,15 +22,27 @@ def model():
 
 @pytest.mark.feature("Reading", "`find_features`: features of an SAE by number, text or label")
 @torch.no_grad()
-def test_features_are_those_most_active_on_the_text(model, tokenizer):
+def test_features_are_those_more_active_on_the_text_than_usually(model, tokenizer, monkeypatch):
+    neutral = ["w1 w2 w3", "w9 w1 w5 w6 w7", *(f"w{word} w3 w1" for word in range(10))]
+    monkeypatch.setattr(neutral_text, "packaged_text", lambda: neutral)
     found = find_features(model, TEXT, tokenizer=tokenizer, top=3)
+    plain = make_model()
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    hidden = make_model()(ids, output_hidden_states=True).hidden_states
+
+    def activations(text, layer, sae):
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+        return sae.encode(plain(tokens, output_hidden_states=True).hidden_states[layer + 1][0, 1:])
+
     for layer, sae in ((1, make_sae(seed=0)), (2, make_sae("topk", seed=1))):
         rows = found[found["layer"] == layer]
-        features = sae.encode(hidden[layer + 1][0, 1:])
-        assert rows["feature"].tolist() == features.max(0).values.topk(3).indices.tolist()
-        assert rows["activation"].tolist() == pytest.approx(features.max(0).values.topk(3).values.tolist(), rel=1e-4)
+        usual = torch.cat([activations(text, layer, sae) for text in neutral]).mean(0)
+        features = activations(TEXT, layer, sae)
+        largest = features.max(0).values
+        best = (largest / (usual + usual.mean())).topk(3)
+        assert rows["feature"].tolist() == best.indices.tolist()
+        assert rows["feature"].tolist() != largest.topk(3).indices.tolist()
+        assert rows["ratio"].tolist() == pytest.approx(best.values.tolist(), rel=1e-4)
+        assert rows["activation"].tolist() == pytest.approx(largest[best.indices].tolist(), rel=1e-4)
         places = 1 + features[:, rows["feature"].tolist()].argmax(0)
         assert rows["token"].tolist() == [tokenizer.decode([int(ids[0, place])]) for place in places]
     assert all(len(each) == 8 for each in found["promotes"])

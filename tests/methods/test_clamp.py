@@ -79,7 +79,7 @@ def test_a_saved_adapter_holds_the_same_features(kind, self_contained, tmp_path)
     for multiplier in (1.0, -1.0):
         with steering(model, multiplier), steering(loaded, multiplier):
             torch.testing.assert_close(loaded(random_ids()).logits, model(random_ids()).logits)
-    assert "that have an entry are held at its value" in (tmp_path / "adapter" / "README.md").read_text()
+    assert "are held at a value, or turned off" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_constant_vectors_report_no_lowering(tokenizer):
@@ -104,7 +104,7 @@ def test_attribution_and_explanation_are_of_held_values(pairs, tokenizer):
     assert table["value"].to_dict() == found.features.set_index("feature")["value"].to_dict() == {5: 8.0, 17: 0.0}
     assert table["reach"].isna().all()
     assert list(table.index) == [17, 5]  # how far turning off moves is not known: it comes first
-    assert set(table["effect"]) == {"input-dependent"}
+    assert dict(zip(table["value"], table["effect"], strict=True)) == {8.0: "held", 0.0: "turned off"}
     off = explain(clamped(values={17: 0.0}), tokenizer=tokenizer, labels=False).iloc[0]
     raised = explain(clamped(values={17: 2.0}), tokenizer=tokenizer, labels=False).iloc[0]
     assert off["suppresses"] == raised["promotes"]

@@ -208,7 +208,8 @@ def _render(
     template = _TEMPLATES.get_template("card.md.jinja")
     # Only of a model that `AutoModelForCausalLM` does not know.
     own = str((config.auto_mapping or {}).get("base_model_class", ""))
-    context = given | {"base_model": base_model, "base": base, "saes": saes, "versions": versions}
+    repository = base_model if is_repository else None
+    context = given | {"repository": repository, "base": base, "saes": saes, "versions": versions}
     context["own_class"] = own if own.isidentifier() else None
     return ModelCard(_signed(template.render(config=config, data=data.to_yaml(), **context).rstrip() + "\n"))
 
@@ -240,7 +241,7 @@ def _rows(table: Any) -> list[dict[str, str]]:
         name = str(row["feature"]) if isinstance(row["feature"], int) else "vector"  # of a dense adapter
         label, link = (row[column] if isinstance(row[column], str) else "" for column in ("label", "link"))
         cells = {"layer": str(row["layer"]), "feature": f"[{name}]({link})" if link else name}
-        cells["value"] = f"{row['value']:+.3g}"
+        cells["value"] = f"{row['value']:{'' if row['effect'] in ('held', 'turned off') else '+'}.3g}"
         if is_attributed:
             # Not all of them were left out.
             cells["nats"] = f"{row['left_out']:+.3g}" if row["left_out"] == row["left_out"] else ""

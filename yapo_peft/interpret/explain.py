@@ -68,8 +68,8 @@ def explain(
         - `layer`, `feature`: the layer and the feature; a dense vector is one row, without a feature.
         - `value`: the code's entry, or the norm of a dense vector; with `mode="clamp"`, what the feature is held at.
         - `effect`: "constant" if the feature is raised, by the same amount at each steered token; "input-dependent" if
-          it is lowered, which only has an effect where it is active. An SAE that normalises its input also scales
-          either effect at each token.
+          it is lowered, which only has an effect where it is active; with `mode="clamp"`, "held" or "turned off". An
+          SAE that normalises its input also scales the effect at each token.
         - `decoder_norm`: norm of the feature's direction in the residual stream.
         - `reach`: maximum distance by which the entry moves a token, `|multiplier * value| * decoder_norm`; for an SAE
           that normalises its input, times the token's scale; NaN if the feature is held at a value.
@@ -132,7 +132,9 @@ def _table(
     promotes, suppresses = unembedding.tokens(directions[:, None] * parts.rows, tokenizer, tokens)
     features = parts.features.tolist()
     raised = (wanted > 0).tolist() if sae is not None else [True]
-    constant = [up and not parts.clamps for up in raised]
+    effects = ["constant" if up else "input-dependent" for up in raised]
+    if parts.clamps:
+        effects = ["held" if up else "turned off" for up in (values > 0).tolist()]
     on = shares.tolist() if shares is not None and sae is not None else [float("nan")] * len(features)
     known = neuronpedia_labels(sae.identity, features) if sae is not None and labels else {}
     links = [None if sae is None else neuronpedia_link(sae.identity, feature) for feature in features]
@@ -141,7 +143,7 @@ def _table(
             "layer": layer.index,
             "feature": [None if sae is None else feature for feature in features],
             "value": (norms if sae is None else values).tolist(),
-            "effect": ["constant" if same else "input-dependent" for same in constant],
+            "effect": effects,
             "decoder_norm": norms.tolist(),
             "reach": (abs(multiplier) * parts.reach).tolist(),
             "on": on,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .._utils import at_least, choice, evaluating
 from ..errors import ConfigError
-from ..scoring.checks import require_length
+from ..scoring.checks import context_length, require_length
+from ..scoring.neutral import neutral_rows
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
 from ..tuner.adapters import adapter_of, unsteered_outputs
@@ -23,7 +24,9 @@ from .texts import device_and_dtype, padded, tokenizer_of
 from .unembedding import Unembedding
 
 By = Literal["number", "text", "label"]
-_COLUMNS = ["layer", "feature", "activation", "token", "promotes", "label"]
+_COLUMNS = ["layer", "feature", "activation", "token", "ratio", "promotes", "label"]
+# Of the package's neutral text.
+_ROWS, _BATCH = 32, 8
 _NUMBER = re.compile(r"(?:(\d+):)?(\d+)")
 
 
@@ -42,8 +45,8 @@ def find_features(
     Args:
         model: A `PeftModel` with a sparse YaPO adapter, which may be new; left unchanged.
         query: By "number", a feature such as "1965", or "14:1965" of layer 14. By "text", a text: the features that are
-            most active at one of its tokens but the first. By "label", words to search Neuronpedia for, if it has the
-            SAE and the machine is online.
+            more active at one of its tokens, but the first, than they usually are. By "label", words to search
+            Neuronpedia for, if it has the SAE and the machine is online.
         by: "number", "text" or "label".
         adapter_name: The adapter; the active one if None.
         tokenizer: The model's tokenizer; loaded by the model's name if None.
@@ -51,8 +54,9 @@ def find_features(
         tokens: Number of promoted tokens to list.
 
     Returns:
-        A row per layer and feature, the best ones first: `layer`, `feature`; `activation`, the largest on the text, and
-        `token`, where it is; `promotes`, the tokens whose logits the feature's direction raises the most; and `label`,
+        A row per layer and feature, the best ones first: `layer`, `feature`; `activation`, the largest on the text;
+        `token`, where it is; `ratio`, of that activation to the feature's mean on the package's neutral text, plus the
+        mean of all features; `promotes`, the tokens whose logits the feature's direction raises the most; and `label`,
         from Neuronpedia, or None.
 
     Raises:
@@ -71,13 +75,13 @@ def find_features(
             raise ConfigError(f"query={query!r}: must be a feature such as 1965, or 14:1965 of layer 14.")
         wanted = [int(match[1])] if match[1] else [layer.index for layer in layers]
         numbered = features_by_layer({index: [int(match[2])] for index in wanted}, layers, name)
-        found.update((index, [(feature, None, None) for feature in each]) for index, each in numbered.items())
+        found.update((index, [_Found(feature) for feature in each]) for index, each in numbered.items())
     elif by == "text":
         found = _most_active(model, layers, name, query, tokenizer, top)
     else:
         for layer in layers:
             matches = neuronpedia_search(sae_of(layer, name).identity, query)[:top]
-            found[layer.index] = [(feature, None, None) for feature in matches]
+            found[layer.index] = [_Found(feature) for feature in matches]
     device, _ = device_and_dtype(model)
     with evaluating(model):
         unembedding = Unembedding(model)
@@ -89,37 +93,70 @@ def find_features(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=_COLUMNS)
 
 
-# A feature, and its largest activation on a text and the token there.
-_Found = tuple[int, float | None, str | None]
+class _Found(NamedTuple):
+    """A feature, and where a text makes it the most active; see `find_features`."""
+
+    feature: int
+    activation: float | None = None
+    token: str | None = None
+    ratio: float | None = None
 
 
-@torch.no_grad()
 def _most_active(
     model: nn.Module, layers: list[YaPOLayer], name: str, text: str, tokenizer: PreTrainedTokenizerBase, top: int
 ) -> dict[int, list[_Found]]:
-    device, dtype = device_and_dtype(model)
     ids: Any = tokenizer(text)["input_ids"]
     if len(ids) < 2:
         raise ConfigError(f"query={text!r} has {len(ids)} tokens, of which the first is not read: pass a longer text.")
     require_length(base_of(model), len(ids), "The query")
-    with evaluating(model):
-        outputs = unsteered_outputs(model, layers, padded([ids], tokenizer, device))
+    means = _mean_activations(model, layers, name, tokenizer)
+    read = _active(model, layers, name, [ids], tokenizer)
     found: dict[int, list[_Found]] = {}
     for layer in layers:
-        sae = sae_of(layer, name)
-        # The first token is an attention sink.
-        h = outputs[layer.index][0, 1:]
-        active = ActiveFeatures.of(h, sae.weights(h.device, dtype))
-        largest = torch.zeros(sae.identity.d_sae, device=h.device).scatter_reduce(
-            0, active.feature, active.value, "amax"
-        )
-        values, best = largest.topk(min(top, len(largest)))
+        active, mean = read[layer.index], means[layer.index]
+        largest = torch.zeros_like(mean).scatter_reduce(0, active.feature, active.value, "amax")
+        ratios = largest / (mean + (mean.mean() or 1.0))
         found[layer.index] = []
-        for feature, value in zip(best.tolist(), values.tolist(), strict=True):
-            if value > 0:
+        for feature in ratios.topk(min(top, len(ratios))).indices.tolist():
+            if largest[feature] > 0:
                 own = active.feature == feature
-                place = 1 + int(active.token[own][active.value[own].argmax()])
-                found[layer.index].append((feature, value, str(tokenizer.decode([ids[place]]))))
+                token = tokenizer.decode([ids[1 + int(active.token[own][active.value[own].argmax()])]])
+                ratio = float(ratios[feature])
+                found[layer.index].append(_Found(feature, float(largest[feature]), str(token), ratio))
+    return found
+
+
+def _mean_activations(
+    model: nn.Module, layers: list[YaPOLayer], name: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, Tensor]:
+    """The mean activation of each feature on neutral text, `(d_sae,)` for each layer."""
+    rows = neutral_rows(None, tokenizer)
+    rows = [row[: context_length(base_of(model))] for row in rows[:: max(1, len(rows) // _ROWS)]]
+    count = sum(len(row) - 1 for row in rows)
+    means: dict[int, Any] = {layer.index: 0 for layer in layers}
+    for start in range(0, len(rows), _BATCH):
+        read = _active(model, layers, name, rows[start : start + _BATCH], tokenizer)
+        for layer in layers:
+            active, width = read[layer.index], sae_of(layer, name).identity.d_sae
+            means[layer.index] += active.feature.bincount(active.value / count, minlength=width)
+    return means
+
+
+@torch.no_grad()
+def _active(
+    model: nn.Module, layers: list[YaPOLayer], name: str, batch: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> dict[int, ActiveFeatures]:
+    """The active features of all tokens of a batch but the first of each row, an attention sink."""
+    device, dtype = device_and_dtype(model)
+    inputs = padded(batch, tokenizer, device)
+    with evaluating(model):
+        outputs = unsteered_outputs(model, layers, inputs)
+    real = inputs["attention_mask"][:, 1:].bool()
+    found: dict[int, ActiveFeatures] = {}
+    for layer in layers:
+        h = outputs[layer.index][:, 1:]
+        h = h[real.to(h.device)]
+        found[layer.index] = ActiveFeatures.of(h, sae_of(layer, name).weights(h.device, dtype))
     return found
 
 
@@ -133,15 +170,16 @@ def _table(
     tokens: int,
 ) -> pd.DataFrame:
     sae = sae_of(layer, name)
-    features = [feature for feature, _, _ in found]
+    features = [each.feature for each in found]
     rows = sae.decoder_rows(torch.tensor(features, device=device), device, torch.float32)
     labels = neuronpedia_labels(sae.identity, features)
     return pd.DataFrame(
         {
             "layer": layer.index,
             "feature": features,
-            "activation": pd.Series([value for _, value, _ in found], dtype=float),
-            "token": pd.Series([token for _, _, token in found], dtype=object),
+            "activation": pd.Series([each.activation for each in found], dtype=float),
+            "token": pd.Series([each.token for each in found], dtype=object),
+            "ratio": pd.Series([each.ratio for each in found], dtype=float),
             "promotes": unembedding.tokens(rows, tokenizer, tokens)[0],
             "label": pd.Series([labels.get(feature) for feature in features], dtype=object),
         }
