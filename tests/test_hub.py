@@ -141,7 +141,9 @@ def test_the_command_pushes_what_a_user_needs(folder, hub, expected):
 
 
 def test_what_is_no_adapter_is_told_apart(hub, folder, tmp_path):
-    code = "from yapo_cli.main import main; print(main(['explain', 'tester/nowhere']), main(['explain', 'tester/base']))"
+    code = (
+        "from yapo_cli.main import main; print(main(['explain', 'tester/nowhere']), main(['explain', 'tester/base']))"
+    )
     run = as_user(hub, tmp_path, "-c", code)
     assert run.stdout.split() == ["2", "2"]
     assert "There is no folder 'tester/nowhere', and no such repository that you can read on the Hub." in run.stderr

@@ -235,7 +235,8 @@ def attach_adapter(name: str, dtype: str, adapter_name: str = "default", **confi
     """Loads a model and adds a new adapter, which has no effect yet. Raises `ConfigError` as `YaPOConfig` does."""
     if _adapter_config(name) is not None:
         raise ConfigError(f"{name!r} is an adapter: pass a model.")
-    return get_peft_model(load_model(name, dtype), YaPOConfig(**config), adapter_name)
+    made = YaPOConfig(**config)
+    return get_peft_model(load_model(name, dtype), made, adapter_name)
 
 
 def has_effect(model: Any, adapter_name: str = "default") -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from io import TextIOWrapper
 from typing import Annotated, Any
@@ -115,13 +116,29 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        if not _is_users(error):
+        # Of the libraries for HTTP, which raise them when there is no connection.
+        is_connection = type(error).__module__.startswith(("httpx", "httpcore", "requests"))
+        if not _is_users(error) and not is_connection:
             raise
         words = [argument for argument in argv if not argument.startswith("-")]
         command = " ".join(words[: 2 if words[0] in ("fit", "data", "sae") else 1])
-        print(f"yapo {command}: {error}", file=sys.stderr)
-        return 2
+        message = f"no connection: {error}" if is_connection else _in_options(str(error), argv)
+        print(f"yapo {command}: {message}", file=sys.stderr)
+        return 1 if is_connection or isinstance(error, ConnectionError) else 2
     return 0
+
+
+def _in_options(message: str, argv: list[str]) -> str:
+    """Replaces the names of arguments in a message, such as `batch_size=0`, by the options of the command."""
+    command: Any = typer.main.get_command(app)
+    for word in argv:
+        command = getattr(command, "commands", {}).get(word, command)
+    for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
+        name = option[2:].replace("-", "_")
+        message = re.sub(rf"(?<![\w.-]){name}=", f"{option} ", message)
+        # A name without an underscore may be a mere word.
+        message = re.sub(rf"(?<![\w.-]){name}(?!\w)", option, message) if "_" in name else message
+    return message
 
 
 def _is_users(error: Exception) -> bool:

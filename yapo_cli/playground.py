@@ -37,7 +37,10 @@ def playground(
     saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
     given = [f"--{name.replace('_', '-')}" for name, value in {"layers": layers, **saes}.items() if value]
     if not is_adapter(first) and not given:
-        raise typer.BadParameter(f"{first} is not a YaPO adapter: pass one, or --layers and an SAE for a model.")
+        raise typer.BadParameter(
+            f"{first} is not a YaPO adapter: pass one; or a model with --layers and --sae-path, or --sae-release and "
+            "--sae-id."
+        )
     if is_adapter(first):
         if given:
             raise typer.BadParameter(f"{given[0]}: the adapter {first} has its own.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,7 +145,7 @@ def train(
     started = [read_sae(**_source(text)) for text in start or []]
     read = [layer_read(sae.cfg.metadata.hook_name) for sae in started]
     if layers is None and (not read or None in read):
-        raise typer.BadParameter("pass --layers: no --from says which layer it reads.")
+        raise typer.BadParameter("pass --layers, such as 14, or --from an SAE that says which layer it reads.")
     chosen: list[Any] = read if layers is None else options.layer_indices(layers)
     if started and len(chosen) != len(started):
         raise typer.BadParameter(f"--from is given {len(started)} times for {len(chosen)} layers: pass one per layer.")
@@ -230,78 +230,9 @@ def _source(text: str) -> dict[str, str]:
 def _load(name: str, dtype: str, device: str | None, sources: list[str], split: str) -> tuple[Any, Any, Iterable[Any]]:
     """Loads a model, its tokenizer, and the texts of several sources, in turn."""
     from .loading import load_model, load_tokenizer
+    from .texts import texts_of
 
     tokenizer, missing = load_tokenizer(name), object()
-    each = [_of(source, split, bool(getattr(tokenizer, "chat_template", None))) for source in sources]
+    each = [texts_of(source, split, bool(getattr(tokenizer, "chat_template", None))) for source in sources]
     texts = (text for text in chain.from_iterable(zip_longest(*each, fillvalue=missing)) if text is not missing)
     return load_model(name, dtype, device=device), tokenizer, texts
-
-
-def _of(source: str, split: str, is_chat: bool) -> Iterator[Any]:
-    """The texts of a source; both of a pair's answers are texts."""
-    from yapo_peft.data.sources import require_among
-
-    name, columns = _named(source)
-    if Path(name).suffix.lower() in (".txt", ".md"):
-        if columns:
-            raise typer.BadParameter(f"--dataset {source}: a text file has no columns.")
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"The file {name!r} does not exist.")
-        return options.read_pieces(Path(name))
-    if len(columns) > 2:
-        raise typer.BadParameter(f"--dataset {source}: name one column, or those of prompts and of answers.")
-    rows = _rows(name, split)
-    if not columns:
-        return chain.from_iterable(map(_both_answers, rows))
-    wanted = [columns[0], *(columns[1].split(",") if len(columns) == 2 else [])]
-    require_among(list(next(iter(rows), {})), wanted)
-    return chain.from_iterable(_picked(row, wanted, is_chat) for row in rows)
-
-
-def _named(source: str) -> tuple[str, list[str]]:
-    """Splits SOURCE:COLUMN or SOURCE:PROMPT:ANSWERS, of which a source may be a path with a drive."""
-    if Path(source).exists():
-        return source, []
-    drive, rest = (source[:2], source[2:]) if source[1:3] in (":\\", ":/") else ("", source)
-    name, *columns = rest.split(":")
-    return drive + name, columns
-
-
-def _rows(name: str, split: str) -> Iterable[Any]:
-    from yapo_peft.data import load_rows
-    from yapo_peft.data.sources import is_file
-
-    if is_file(Path(name)) or Path(name).exists():
-        return load_rows(name, split if Path(name).is_dir() else "train")
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    from yapo_peft import DatasetError
-
-    config = None
-    if name.count("/") == 2:
-        name, _, config = name.rpartition("/")
-    try:
-        return load_dataset(name, config, split=split, streaming=True)
-    except (ValueError, DatasetsError) as error:
-        raise DatasetError(f"--dataset {name} cannot be read from the Hub: {error}") from error
-
-
-def _both_answers(row: Any) -> Iterator[Any]:
-    yield row
-    is_pair = not (row.get("text") or row.get("messages")) and row.get("prompt") and row.get("chosen")
-    if is_pair and row.get("rejected"):
-        yield {**row, "chosen": row["rejected"]}
-
-
-def _picked(row: Any, columns: list[str], is_chat: bool) -> Iterator[Any]:
-    from yapo_peft.data.sources import as_message
-
-    prompt, *answers = (row[column] for column in columns)
-    if not answers:
-        yield prompt
-    for answer in filter(None, answers):
-        before = prompt
-        if isinstance(prompt, str) and isinstance(answer, str):
-            before = as_message("prompt", prompt) if is_chat else f"{prompt}\n"
-        yield {"prompt": before, "completion": answer}

@@ -49,7 +49,8 @@ def choice(options: Collection[object], **values: object) -> None:
     """Raises `ConfigError` unless each value is one of the options."""
     for name, value in values.items():
         if value not in options:
-            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, options))}.")
+            listed = ", ".join(repr(option) for option in options if option is not None)
+            raise ConfigError(f"{name}={value!r}: must be one of {listed}.")
 
 
 def at_least(minimum: int, **values: object) -> None:

@@ -50,24 +50,30 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("attribute", "{adapter}", "w1", "w2"), "'w1' 'w2': pass a prompt, its chosen and its rejected answer"),
         (("attribute", "{adapter}", "w1", "w2", "w3", "--split", "dev"), "--split dev: it is read with --dataset only"),
         (("attribute", "{adapter}", "w1", "w2", "w2"), "1 with equal answers"),
-        (("attribute", "{adapter}", "w1", "w2", "w3", "--multiplier", "0"), "multiplier=0: an adapter has no effect"),
+        (("attribute", "{adapter}", "w1", "w2", "w3", "--multiplier", "0"), "--multiplier 0: an adapter has no effect"),
         (("compare-features", "{adapter}"), "pass at least two adapters"),
         (("compare-features", "{adapter}", "{adapter}/"), "an adapter is given twice"),
         (("compare", "{adapter}", "{adapter}/", "--dataset", "{pairs}"), "an adapter is given twice"),
         (("sweep", "{adapter}", "--dataset", "."), "'.' is not a dataset"),
-        (("explain", "{adapter}", "--dtype", "foo"), "dtype='foo': must be 'auto'"),
-        (("explain", "{adapter}", "--dtype", "int8"), "dtype='int8': must be 'auto'"),
+        (("explain", "{adapter}", "--dtype", "foo"), "--dtype 'foo': must be 'auto'"),
+        (("explain", "{adapter}", "--dtype", "int8"), "--dtype 'int8': must be 'auto'"),
         (("explain", "{parent}"), "{adapter} has an adapter"),
         (("explain", "/nowhere"), "There is no folder '/nowhere'"),
         (("explain", "nowhere"), "There is no folder 'nowhere', and the Hub could not be read: "),
         (("explain", "no:where"), "There is no folder 'no:where'."),
+        (("steer", "{base}", "--feature", "2:3=8", "--sae-id", "x", "--out", "new"), "--sae-release None and --sae-id"),
+        (("app", "{base}", "--layers", "2"), "--layers [2] have no SAE: give --sae-release and --sae-id"),
+        (
+            ("sae", "measure", "{base}", "sae", "--dataset", "{adapter}/adapter_model.safetensors"),
+            "must be one of .txt, .md",
+        ),
         (("explain", "out/demo/adapter"), "There is no folder 'out/demo/adapter'"),
         (("generate", "{broken}", "w1"), "adapter_config.json cannot be read"),
         (("generate", "{adapter}", "w1", "--repetition-penalty", "0"), "--repetition-penalty 0: must be above 0"),
         (("generate", "{adapter}", "w1", "--repetition-penalty", "nan"), "--repetition-penalty nan: must be above 0"),
         (("generate", "{adapter}", "w1", "--temperature", "1e-320"), "must be 0 for greedy answers, or between"),
         (("generate", "{adapter}", "w1", "--seed", str(2**64)), "4294967295"),
-        (("generate", "{adapter}", "w1", "--dtype", "float8_e4m3fn"), "dtype='float8_e4m3fn': must be 'auto'"),
+        (("generate", "{adapter}", "w1", "--dtype", "float8_e4m3fn"), "--dtype 'float8_e4m3fn': must be 'auto'"),
         (("generate", "{adapter}", "w1", "--max-new-tokens", "999"), "the model takes at most 256"),
         (("sweep", "{adapter}", "--dataset", "{empty}"), "has no rows"),
         (
@@ -157,3 +163,14 @@ def test_existing_adapter_is_not_overwritten(run, saved_adapter):
     before = (saved_adapter / "adapter_model.safetensors").read_bytes()
     assert run("prune", saved_adapter, "--features", 5, "--out", saved_adapter)[0] == 2
     assert (saved_adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_no_connection_is_a_failure_and_no_traceback(run, saved_adapter, monkeypatch):
+    from httpx import ConnectError
+
+    def refuse(*_, **__):
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    status, _, said = run("push", saved_adapter, "me/adapter")
+    assert (status, said.splitlines()[-1]) == (1, "yapo push: no connection: Name or service not known")

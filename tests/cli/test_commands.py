@@ -471,7 +471,7 @@ def test_export_reports_whether_it_is_exact(run, saved_adapter, tmp_path):
     assert torch.equal(load_file(tmp_path / "v.safetensors")["block.2"], expected.vectors[2])
     status, _, stderr = run("export", saved_adapter, tmp_path / "w.safetensors", *options, "--max-kl", 1e-9)
     assert status == 2
-    assert "above max_kl=1e-09" in stderr
+    assert "above --max-kl 1e-09" in stderr
     status, printed, _ = run("export", saved_adapter, tmp_path / "vec", "--format", "vec")
     assert "Exact at multiplier 1, with the same SAE." in printed
 

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -69,7 +70,6 @@ def test_saes_are_trained_on_text_of_all_kinds_measured_and_continued(run, sourc
 
 def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
     """A Hub dataset, of which only what is needed is read."""
-    import datasets
 
     def load_dataset(name, config, split, streaming):
         assert (name, config, split, streaming) == ("some/stories", "short", "train", True)
@@ -79,7 +79,7 @@ def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
         for i in range(10**9):
             yield {"story": f"w{i} w3 w1 w4 w1 w5 w9 w2"}
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("yapo_cli.texts.load_dataset", load_dataset)
     monkeypatch.chdir(sources)
     options = ("--layers", "1", "--dataset", "some/stories/short:story", "--out", "saes", *SETTINGS)
     status, _, err = run("sae", "train", "model", *options)
@@ -89,11 +89,11 @@ def test_streamed_text_is_read_until_there_is_enough(run, sources, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "model", "--dataset", "text.txt"), "pass --layers: no --from says which layer it reads"),
+        (("train", "model", "--dataset", "text.txt"), "pass --layers, such as 14, or --from an SAE"),
         (("train", "model", "--dataset", "text.txt:words", "--layers", "1"), "a text file has no columns"),
         (("train", "model", "--dataset", "pairs.csv:questions:right", "--layers", "1"), "no column 'questions'"),
         (("train", "model", "--dataset", "pairs.csv:a:b:c", "--layers", "1"), "name one column, or those of prompts"),
-        (("train", "model", "--dataset", "pairs.csv", "--layers", "1"), "A row has no text in its columns"),
+        (("train", "model", "--dataset", "pairs.csv", "--layers", "1"), "there is no column 'text' among"),
         (
             ("train", "model", "--dataset", "text.txt", "--from", "sae", "--layers", "1,2"),
             "is given 1 times for 2 layers",

@@ -241,7 +241,9 @@ class YaPOConfig(PeftConfig):
                 f"sae_release={self.sae_release!r} and sae_id={self.sae_id!r} go together: give both, or neither."
             )
         if self.sae_path is None and self.sae_release is None and self.sae_identity is None:
-            raise ConfigError(f"layers={self.layers} have no SAE: give sae_release and sae_id, or sae_path, or sae=.")
+            raise ConfigError(
+                f"layers={self.layers} have no SAE: give sae_release and sae_id, sae_path, or an SAE object."
+            )
         given = {"sae_id": self.sae_id, "sae_path": self.sae_path, "sae_identity": self.sae_identity}
         if isinstance(self.sae_release, list):
             given["sae_release"] = self.sae_release
