@@ -9,6 +9,9 @@ import typer
 from . import options
 from .pairs import PairArguments, reads_pairs
 
+# Share of the effect.
+_LARGE_ERROR = 0.1
+
 
 @reads_pairs(required=False, limit=32)
 def attribute(
@@ -65,3 +68,6 @@ def attribute(
         return print_json({**values, "features": records(table)})
     print_table(table.dropna(axis="columns", how="all"), as_json)
     typer.echo("\n" + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))
+    share = abs(found.integration_error) / max(abs(found.effect), 1e-12)
+    if share > _LARGE_ERROR:
+        typer.echo(f"The integration error is {share:.0%} of the effect: raise --steps to rely on `integrated`.")

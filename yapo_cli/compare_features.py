@@ -44,7 +44,14 @@ def compare_features(
     if pairs.empty:
         typer.echo("The adapters have no layer in common.")
     else:
-        print_table(pairs.dropna(axis="columns", how="all"), as_json)
+        known = pairs.dropna(axis="columns", how="all")
+        print_table(known, as_json)
+        undefined = [name for name in pairs if name not in known]
+        if undefined:
+            typer.echo(
+                f"Not defined for these adapters: {', '.join(undefined)}. At multiplier 1, a code adds its entries "
+                "above 0 to every token, at -1 those below 0; without any, there is no cosine."
+            )
     if not listed.empty:
         typer.echo()
         print_table(listed, as_json)

@@ -38,6 +38,8 @@ _stdout: TextIO | None = None
 def quiet_libraries() -> Generator[None]:
     """Leaves out what libraries tell developers: coming changes of their interfaces, and kernels that are not there."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It lists its defaults.
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     # They log what they raise.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
@@ -47,11 +49,14 @@ def quiet_libraries() -> Generator[None]:
 
 
 def print_table(table: pd.DataFrame, as_json: bool) -> None:
-    """Prints a table, or its rows as JSON."""
+    """Prints a table, with the bounds of intervals behind their values, or its rows as JSON."""
     if as_json:
-        print_json(records(table))
-    else:
-        typer.echo(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
+        return print_json(records(table))
+    shown = table.copy()
+    for name in [name for name in table if {f"{name}_low", f"{name}_high"} <= {*table}]:
+        cells = zip(table[name], shown.pop(f"{name}_low"), shown.pop(f"{name}_high"), strict=True)
+        shown[name] = [f"{value:.4g} [{low:.3g}, {high:.3g}]" if value == value else "" for value, low, high in cells]
+    typer.echo(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -234,7 +234,7 @@ def test_explain_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs
 
 
 @pytest.mark.feature("Commands", "`yapo attribute`: what each feature contributes, as a table or JSON")
-def test_attribute_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file):
+def test_attribute_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs_file, monkeypatch):
     options = ("--dataset", pairs_file, "--limit", 3, "--top", 4, "--steps", 2, "--multiplier", -2)
     status, printed, stderr = run("attribute", saved_adapter, *options, "--json")
     assert status == 0, stderr
@@ -246,8 +246,11 @@ def test_attribute_matches_the_library(run, saved_adapter, tokenizer, pairs, pai
         assert found[name] == pytest.approx(getattr(expected, name), abs=1e-5)
     rows = pd.DataFrame(found["features"])
     pd.testing.assert_frame_equal(rows, expected.features.head(4), check_dtype=False, atol=1e-5)
+    monkeypatch.setattr("yapo_cli.attribute._LARGE_ERROR", abs(expected.integration_error / expected.effect) * 1.01)
     _, printed, _ = run("attribute", saved_adapter, *options)
     assert len(printed.splitlines()) == 7
+    monkeypatch.setattr("yapo_cli.attribute._LARGE_ERROR", abs(expected.integration_error / expected.effect) * 0.99)
+    assert "raise --steps" in run("attribute", saved_adapter, *options)[1].splitlines()[-1]
     assert f"effect {expected.effect:.4g}, rest {expected.rest:.4g}, interaction" in printed
 
 
@@ -285,6 +288,12 @@ def test_compare_features_matches_the_library(run, saved_adapter, tmp_path):
         assert row[name] == pytest.approx(overlap[name])
     _, printed, _ = run("compare-features", saved_adapter, few, "--top", 2)
     assert len(printed.splitlines()) == 6
+    inference_sae(make_sae(), tmp_path / "sae")
+    raised = ("--feature", "2:7=1", "--sae-path", tmp_path / "sae")
+    assert run("steer", tmp_path / "base", *raised, "--out", tmp_path / "raised")[0] == 0
+    _, printed, _ = run("compare-features", saved_adapter, tmp_path / "raised", "--top", 2)
+    assert "down_cosine" not in printed.splitlines()[0]
+    assert "Not defined for these adapters: same_sign, down_cosine." in printed
 
 
 def test_compare_features_names_different_saes_before_loading(run, saved_adapter, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """`yapo sweep --measure`, `yapo answers` and `yapo culture` give the same results as the library."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
 
+from yapo_cli.output import print_table
 from yapo_peft import Scores, steering, sweep
 from yapo_peft.data import load_choices
 from yapo_peft.evaluation import GeneratedChoice, Judge, MultipleChoice, cultural_scores
@@ -37,6 +39,14 @@ def test_sweep_of_generated_answers_matches_the_library(run, saved_adapter, toke
     rows = load_choices(questions_file)
     expected = sweep(load(saved_adapter), rows, tokenizer, (0, 2), measure=GeneratedChoice(), max_new_tokens=4)
     pd.testing.assert_frame_equal(pd.DataFrame(json.loads(printed)), expected.summary(), check_dtype=False)
+
+
+def test_intervals_are_printed_behind_their_values(capsys):
+    rows = {"multiplier": [0.0, 1.0], "margin": [0.51234, math.nan], "margin_low": [-1.0, math.nan]}
+    print_table(pd.DataFrame({**rows, "margin_high": [2.0, math.nan], "examples": 7}), as_json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["multiplier", "margin", "examples"]
+    assert lines[1:] == [["0", "0.5123", "[-1,", "2]", "7"], ["1", "7"]]
 
 
 def test_sweep_asks_the_judge_that_is_named(run, saved_adapter, pairs_file, monkeypatch, tmp_path):

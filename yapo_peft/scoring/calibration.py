@@ -131,6 +131,7 @@ def scaled_to(
         if key not in known:
             write(scales)
             known[key] = _mean_divergence(text, sign, progress)
+            progress.set_postfix_str(f"KL {known[key]:.3g} at {sign:+d}, target {max_kl:.3g}")
         return known[key]
 
     def of_one(sign: int, scale: float) -> float:
@@ -158,7 +159,9 @@ def scaled_to(
             if signs:
                 scale_both(at_most=True)
             write(scales)
-            return {"plus": divergence(1, scales), "minus": divergence(-1, scales)}
+            found = {"plus": divergence(1, scales), "minus": divergence(-1, scales)}
+            progress.set_postfix_str(f"entries above 0 times {scales[1]:.3g}, below 0 times {scales[-1]:.3g}")
+            return found
         except BaseException:
             write({1: 1.0, -1: 1.0})
             raise

@@ -55,7 +55,7 @@ def measure_units(trainer: DPOTrainer, base: Any, layers: list[YaPOLayer]) -> Un
     measured = _measured(trainer, base, layers) if PartialState().is_main_process else {}
     units: Units = broadcast_object_list([measured])[0]
     listed = ", ".join(f"{unit:.3g} at layer {layer} ({name})" for (layer, name), unit in units.items())
-    trainer.accelerator.print(f"The learning rate is in units of typical activations: {listed}.")
+    trainer.accelerator.print(f"The learning rate is in units of typical activations: {listed}. Logs have the product.")
     return units
 
 
