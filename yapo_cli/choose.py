@@ -62,7 +62,7 @@ def choose(
     from yapo_peft.scoring.calibration import require_bound
 
     from .loading import load_model, load_tokenizer
-    from .output import print_table
+    from .output import plot_title, print_table
 
     require_plot_path(out / "choice.png")
     require_bound(max_kl)
@@ -89,7 +89,7 @@ def choose(
     )
     print_table(found.table, as_json)
     found.table.to_csv(out / "choice.csv", index=False)
-    plot_choice(found.table, out / "choice.png", f"{Path(str(data.dataset)).name}: gain at a KL of {max_kl:g}")
+    plot_choice(found.table, out / "choice.png", plot_title(f"gain at a KL of {max_kl:g}", data.dataset, model))
     defaults = PairArguments()
     given = {name: value for name, value in vars(data).items() if value != getattr(defaults, name)}
     write_config(out / "train.yaml", model, found.best, max_kl=max_kl, dtype=dtype, seed=seed, **given)

@@ -46,7 +46,7 @@ def compare(
     from yapo_peft.scoring.neutral import packaged_text
 
     from .loading import with_each_adapter
-    from .output import print_table
+    from .output import plot_title, print_table
 
     names = options.short_names(adapters)
     if 0.0 not in multipliers or not min(multipliers) < 0 < max(multipliers):
@@ -58,7 +58,10 @@ def compare(
     neutral = (row["text"] for row in packaged_text() if "text" in row)
     rows = list(neutral) if text is None else [options.read_text(text)]
 
+    models: set[str] = set()
+
     def measure(_: str, model: Any, tokenizer: Any, pairs: Any) -> tuple[Scores, Scores]:
+        models.add(model.config.name_or_path)
         effect = sweep(model, pairs, tokenizer, multipliers, batch_size=batch_size)
         damage = sweep(model, rows, tokenizer, multipliers, measure=Damage(max_blocks=blocks), batch_size=batch_size)
         return effect, damage
@@ -77,7 +80,7 @@ def compare(
     if plot is not None:
         curve = _both_sides(gains, damages, [max(levels) * step / 8 for step in range(9)])
         curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])
-        title = f"{Path(str(data.dataset)).name}: gain at equal damage"
+        title = plot_title("gain at equal damage", data.dataset, *models)
         plot_matched_damage(curve.sort_values("kl"), plot, title, metric="gain")
 
 

@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -57,6 +59,12 @@ def print_table(table: pd.DataFrame, as_json: bool) -> None:
         cells = zip(table[name], shown.pop(f"{name}_low"), shown.pop(f"{name}_high"), strict=True)
         shown[name] = [f"{value:.4g} [{low:.3g}, {high:.3g}]" if value == value else "" for value, low, high in cells]
     typer.echo(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
+
+
+def plot_title(what: str, dataset: str | None, *models: str) -> str:
+    """A title that says what was measured, on which dataset and models, and when."""
+    names = sorted({Path(model).name for model in models})
+    return f"{what} on {Path(str(dataset)).name}\n{', '.join([*names, date.today().isoformat()])}"
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

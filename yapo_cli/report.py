@@ -60,6 +60,7 @@ def report(
         model=load_adapter(adapter, dtype, base),
         tokenizer=tokenizer,
         title=Path(adapter).name,
+        dataset_name=Path(str(data.dataset)).name,
         history=training_history(adapter),
         multipliers=multipliers,
         multiplier=multiplier,

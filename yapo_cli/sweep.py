@@ -85,7 +85,7 @@ def sweep(
     from yapo_peft.evaluation.plots import require_dose_response, require_plot_path
 
     from .loading import with_each_adapter
-    from .output import print_table
+    from .output import plot_title, print_table
 
     adapters = options.with_checkpoints(adapters)
     names = dict(zip(adapters, options.short_names(adapters), strict=True))
@@ -104,6 +104,7 @@ def sweep(
     what = _measure(measure, data, judging, behaviour, opposite)
     generation: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     parts: list[Scores] = []
+    models: set[str] = set()
 
     def read(tokenizer: Any) -> Any:
         if measure == "damage":
@@ -115,6 +116,7 @@ def sweep(
     def add(adapter: str, model: Any, tokenizer: Any, rows: Any) -> None:
         scores = measured(model, rows, tokenizer, multipliers, measure=what, batch_size=batch_size, **generation)
         parts.append(scores if len(adapters) == 1 else scores.labelled(adapter=names[adapter]))
+        models.add(model.config.name_or_path)
         if out is not None:  # what is done is not lost if the next adapter fails
             Scores.concat(parts).save(out)
 
@@ -122,8 +124,8 @@ def sweep(
     scores = Scores.concat(parts)
     print_table(scores.summary(), as_json)
     if plot is not None:
-        what_of = names[adapters[0]] if len(adapters) == 1 else Path(source).name
-        plot_dose_response(scores, plot, f"{what_of}: {measure}")
+        of = f"{names[adapters[0]]}: {measure}" if len(adapters) == 1 else measure
+        plot_dose_response(scores, plot, plot_title(of, source, *models))
 
 
 def _measure(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 
 import pandas as pd
 import pytest
@@ -200,7 +201,8 @@ def test_sweep_of_checkpoints_and_adapters_matches_the_library(
     assert scores.labels == ["adapter"]
     assert json.loads(scores.summary().to_json(orient="records")) == json.loads(printed)
     text = (tmp_path / "doses.svg").read_text()
-    assert "pairs.jsonl: preference (6 examples)" in text
+    assert "preference on pairs.jsonl" in text
+    assert f"base, {date.today().isoformat()} (6 examples)" in text
     assert all(f"<!-- {name} -->" in text for name in names)
 
 

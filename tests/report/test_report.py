@@ -1,4 +1,5 @@
 import re
+from datetime import date
 from importlib.util import find_spec
 from shutil import which
 
@@ -123,6 +124,8 @@ def test_report_command_on_a_saved_adapter(pairs, saved_adapter, tmp_path, capsy
     page = out.read_text(encoding="utf-8")
     assert "<h1>adapter</h1>" in page
     assert "of 4 pairs" in page
+    assert "<dt>pairs</dt><dd>4 of pairs.jsonl</dd>" in page
+    assert f"<dd>{date.today().isoformat()}</dd>" in page
     assert str(tmp_path) not in page
     assert "## Features" not in (saved_adapter / "README.md").read_text(encoding="utf-8")
     assert main([*arguments, "--card"]) == 0
@@ -142,7 +145,7 @@ def test_report_command_on_a_saved_adapter(pairs, saved_adapter, tmp_path, capsy
         (["--dataset", "nowhere.csv"], "The file 'nowhere.csv' does not exist"),
         (["--out", str(tmp_path)], "must end in '.html'"),
         (["--card"], "There is no"),
-        (["--dtype", "foo"], "dtype='foo': must be 'auto'"),
+        (["--dtype", "foo"], "--dtype 'foo': must be 'auto'"),
     ):
         assert main([*arguments, *bad]) == 2
         assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +66,7 @@ def collect_report(
     *,
     adapter_name: str | None = None,
     title: str | None = None,
+    dataset_name: str | None = None,
     text: Sequence[Any] | None = None,
     questions: Any = None,
     history: Sequence[dict[str, Any]] | None = None,
@@ -86,6 +88,7 @@ def collect_report(
         tokenizer: The model's tokenizer; loaded by the model's name if None.
         adapter_name: The adapter; the active one if None.
         title: Title of the report; the adapter's name if None.
+        dataset_name: Name of the dataset, to be shown with the number of pairs.
         text: Running text for damage and contexts, as texts or rows with a column `text`; the pairs if None.
         questions: Multiple-choice questions of `load_choices`, for a knowledge check.
         history: The log of the training, `trainer.state.log_history`.
@@ -136,7 +139,11 @@ def collect_report(
     passages = contexts(model, wanted, texts, top=3, window=10, **shared) if wanted else pd.DataFrame()
     return ReportContents(
         title or name,
-        _facts(model, config, layers, name),
+        [
+            *_facts(model, config, layers, name),
+            ("pairs", f"{len(pairs)} of {dataset_name}" if dataset_name else str(len(pairs))),
+            ("date", date.today().isoformat()),
+        ],
         preference,
         damage,
         knowledge,

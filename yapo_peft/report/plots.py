@@ -34,7 +34,7 @@ def figure_as_svg(figure: Figure, text: str) -> str:
         axes.set_facecolor("none")
         for spine in axes.spines.values():
             spine.set_color(_INK)
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=_INK, labelsize="small")
         for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
             label.set_color(_INK)
             label.set_fontsize("small")
