@@ -30,6 +30,7 @@ def combine(
     majority_sign: Annotated[
         Literal["total", "frequency"], typer.Option(help="How TIES elects the sign of a feature.")
     ] = "total",
+    sae_path: options.SaePath = None,
     base: options.BaseModel = None,
     dtype: options.DType = "auto",
 ) -> None:
@@ -41,10 +42,15 @@ def combine(
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     if majority_sign != "total" and kind != "ties":
         raise typer.BadParameter(f"--majority-sign needs --type ties, not {kind}.")
+    from yapo_peft import register_sae
     from yapo_peft.adapter_file.saving import save_adapter
+    from yapo_peft.sae.loader import read_sae
 
     from .loading import load_together, require_effect
 
+    # Self-contained adapters do not need their SAEs, and may not say where they are.
+    for path in sae_path or []:
+        register_sae(read_sae(path=path))
     model, names = load_together(adapters, dtype, base)
     model.base_model.add_weighted_adapter(
         names, list(weights), _COMBINED, combination_type=kind, density=density, majority_sign_method=majority_sign

@@ -76,7 +76,11 @@ def compare(
     print_table(table, as_json)
     for row in table[table["gain"].isna()].to_dict("records"):
         sign = "+" if row["direction"] == "up" else "-"
-        typer.echo(f"{row['adapter']} does not reach a KL of {row['kl']:g} at {sign}: extend --multipliers.", err=True)
+        own = damages.summary().query("adapter == @row['adapter']")
+        most = own[own["multiplier"] * (1 if sign == "+" else -1) > 0]["kl"].max()
+        typer.echo(
+            f"{row['adapter']} reaches a KL of {most:.3g} at {sign}, not {row['kl']:g}: extend --multipliers.", err=True
+        )
     if plot is not None:
         curve = _both_sides(gains, damages, [max(levels) * step / 8 for step in range(9)])
         curve["kl"] = curve["kl"].where(curve.pop("direction") == "up", -curve["kl"])

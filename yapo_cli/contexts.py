@@ -42,7 +42,8 @@ def contexts(
     from .output import print_table
 
     if (text is None) == (data.dataset is None):
-        raise typer.BadParameter("pass --text, or else --dataset.")
+        both = text is not None
+        raise typer.BadParameter(f"pass {'only one of --text and --dataset' if both else '--text, or else --dataset'}.")
     if text is not None:
         data.require_unread()
     if feature is not None and top is not None:

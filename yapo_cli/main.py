@@ -138,7 +138,14 @@ def _in_options(message: str, argv: list[str]) -> str:
         message = re.sub(rf"(?<![\w.-]){name}=", f"{option} ", message)
         # A name without an underscore may be a mere word.
         message = re.sub(rf"(?<![\w.-]){name}(?!\w)", option, message) if "_" in name else message
-    return message
+
+    def of_value(found: re.Match[str]) -> str:
+        before = argv[argv.index(found[1]) - 1] if found[1] in argv[1:] else ""
+        return f"{before} {found[1]}" if before.startswith("--") else found[0]
+
+    # An argument of another name than the option whose value it is, and the adapter that a command loads.
+    message = re.sub(r"(?<![\w.-])[a-z_]+='([^']+)'", of_value, message)
+    return message.replace("adapter 'default'", "the adapter")
 
 
 def _is_users(error: Exception) -> bool:

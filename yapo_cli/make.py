@@ -64,6 +64,7 @@ def make(
     config = YaPOConfig(layers=options.layer_indices(layers), space="sae" if given else "dense", **given)
     for place in range(len(config.layer_indices()) if given else 0):
         config.load_sae(place)
+    _require_layers(model, config.layer_indices())
     asked = {"model": model, "towards": towards, "away": away, "questions": questions, "limit": limit, "seed": seed}
     adapter = {"model": model, "layers": layers, **given, "features": features, "max_kl": max_kl, "dtype": dtype}
     pairs, trained = out / "train.parquet", out / "adapter" / "adapter_config.json"
@@ -103,6 +104,16 @@ def make(
         out=out / "report.html",
     )
     typer.echo(f"The adapter is in {out / 'adapter'}, a page about it in {out / 'report.html'}.")
+
+
+def _require_layers(model: str, layers: list[int]) -> None:
+    """Raises `typer.BadParameter` if a model does not have the layers, as far as its config tells."""
+    from transformers import AutoConfig
+
+    count: int | None = getattr(AutoConfig.from_pretrained(model).get_text_config(), "num_hidden_layers", None)
+    for layer in layers:
+        if count is not None and not -count <= layer < count:
+            raise typer.BadParameter(f"--layers {layer}: {model} has layers 0 to {count - 1}.")
 
 
 def _begin(file: Path, arguments: dict[str, Any], made: Path) -> None:

@@ -212,7 +212,8 @@ def reads_pairs(*left_out: str, required: bool = True, **defaults: Any) -> Calla
         name = option.name
         is_required = required and name == "dataset"
         kind = str if is_required else types[name]
-        flag = typer.Option(f"--{name}", help=option.metadata["help"], min=1 if name == "limit" else None)
+        text = option.metadata["help"].removesuffix(" Default: all." if name in defaults else "")
+        flag = typer.Option(f"--{name}", help=text, min=1 if name == "limit" else None)
         default = inspect.Parameter.empty if is_required else defaults.get(name, option.default)
         kwargs: dict[str, Any] = {"default": default, "annotation": Annotated[kind, flag]}
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **kwargs))

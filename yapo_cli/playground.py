@@ -33,6 +33,7 @@ def playground(
 
     from .loading import attach_adapter, is_adapter, load_adapter, load_tokenizer
 
+    _require_free(port)
     first, *others = adapters
     saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
     given = [f"--{name.replace('_', '-')}" for name, value in {"layers": layers, **saes}.items() if value]
@@ -57,3 +58,15 @@ def playground(
     page = build_page(opened, strongest)
     print(f"The playground is at {serve_page(page, port)}. Press Ctrl-C to stop.", flush=True)
     page.block_thread()
+
+
+def _require_free(port: int) -> None:
+    """Raises `typer.BadParameter` if a port is in use."""
+    import socket
+
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise typer.BadParameter(f"--port {port}: {error.strerror}. Pass another one.") from error

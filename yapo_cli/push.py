@@ -138,7 +138,10 @@ def _local(config: YaPOConfig) -> list[str]:
     base = config.base_model_name_or_path
     found: list[str] = []
     if base and Path(base).exists():
-        found.append(f"base_model_name_or_path {base!r} is a local folder; load the model by its Hub name.")
+        found.append(
+            f"base_model_name_or_path {base!r} is a local folder; write the model's name on the Hub into "
+            "adapter_config.json."
+        )
     if config.sae_path and not config.self_contained:
         found.append("its SAE is a local folder; push with --self-contained, or publish the SAE.")
     return found

@@ -185,7 +185,7 @@ def measure(
     sae: Annotated[str, typer.Argument(metavar="FOLDER|RELEASE:ID", help="A local SAE, or one of a release.")],
     dataset: Dataset,
     layer: Annotated[int | None, typer.Option(help="Layer it reads. Default: the one it was trained on.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 100_000,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on; whole sequences.")] = 100_000,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     split: Split = "train",
     batch_size: options.BatchSize = 32,
@@ -197,11 +197,16 @@ def measure(
 
     `yapo sae measure google/gemma-2-2b-it gemma-scope-2b-pt-res:layer_15/width_16k/average_l0_78 --dataset wiki.txt`
     """
+    from yapo_peft.sae.frozen import layer_read
+    from yapo_peft.sae.loader import read_sae
     from yapo_peft.sae_training import measure_sae
 
     from .output import print_json
 
     source = _source(sae)
+    own = None if layer is None else layer_read(read_sae(**source).cfg.metadata.hook_name)
+    if own not in (None, layer):
+        typer.echo(f"yapo sae measure: warning: the SAE was trained on layer {own}, not on {layer}.", err=True)
     loaded, tokenizer, texts = _load(model, dtype, device, dataset, split)
     found = measure_sae(
         loaded, tokenizer, texts, **source, layer=layer, tokens=tokens, context=context, batch_size=batch_size

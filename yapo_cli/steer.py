@@ -56,8 +56,9 @@ def steer(
         }
         unread = [name for name, value in given.items() if value]
         if unread:
-            raise typer.BadParameter(f"{unread[0]}: the adapter {source} has its own.")
+            raise typer.BadParameter(f"{unread[0]}: the adapter {source} has its own, which cannot be changed.")
         model = load_adapter(source, dtype, base)
+        _require_steered(model, features)
     else:
         if base is not None:
             raise typer.BadParameter(f"--model {base}: {source} is a model.")
@@ -67,13 +68,24 @@ def steer(
         )
     set_features(model, features)
     if not has_effect(model):
-        raise typer.BadParameter(
-            f"--feature {' '.join(feature)}: no feature is left that the adapter steers. "
-            "A value of 0 adds nothing; with --mode clamp it turns a feature off."
-        )
+        zero = any(0.0 in values.values() for values in features.values())
+        hint = " A value of 0 adds nothing; with --mode clamp it turns a feature off." if zero else ""
+        raise typer.BadParameter(f"--feature {' '.join(feature)}: no feature is left that the adapter steers.{hint}")
     folder = save_adapter(model, out)
     model_card(model, features=_effects(model, source, base)).save(folder / "README.md")
     typer.echo(f"Saved to {folder}.")
+
+
+def _require_steered(model: Any, features: dict[int, dict[int, float | None]]) -> None:
+    """Raises `typer.BadParameter` if a feature is to be taken out that the adapter does not steer."""
+    from yapo_peft.tuner.adapters import steered_layers
+
+    codes = {layer.index: layer.code("default") for layer in steered_layers(model)}
+    for layer, values in features.items():
+        for feature, value in values.items():
+            is_known = layer in codes and 0 <= feature < len(codes[layer])  # or else `set_features` says so
+            if value is None and is_known and not codes[layer][feature]:
+                raise typer.BadParameter(f"--feature {layer}:{feature}=none: the adapter does not steer this feature.")
 
 
 def _effects(model: Any, source: str, base: str | None) -> Any:

@@ -123,9 +123,12 @@ def sweep(
     with_each_adapter(adapters, read, add, dtype, base)
     scores = Scores.concat(parts)
     print_table(scores.summary(), as_json)
+    if out is not None:
+        typer.echo(f"Saved to {out}.", err=True)
     if plot is not None:
         of = f"{names[adapters[0]]}: {measure}" if len(adapters) == 1 else measure
-        plot_dose_response(scores, plot, plot_title(of, source, *models))
+        saved = plot_dose_response(scores, plot, plot_title(of, source, *models))
+        typer.echo(f"Saved to {saved}.", err=True)
 
 
 def _measure(

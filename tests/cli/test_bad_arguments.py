@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import socket
 import sys
 
 import pytest
@@ -63,6 +64,13 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("explain", "no:where"), "There is no folder 'no:where'."),
         (("steer", "{base}", "--feature", "2:3=8", "--sae-id", "x", "--out", "new"), "--sae-release None and --sae-id"),
         (("app", "{base}", "--layers", "2"), "--layers [2] have no SAE: give --sae-release and --sae-id"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "no/doses.x"), "--plot no/doses.x: the extension"),
+        (("calibrate", "{adapter}", "--max-kl=-1", "--out", "new"), "--max-kl -1.0: must be a positive number"),
+        (("contexts", "{adapter}", "--text", "a.txt", "--dataset", "{pairs}"), "pass only one of --text and --dataset"),
+        (
+            ("contexts", "{adapter}", "--dataset", "{pairs}", "--feature", "9:3"),
+            "Features of layer 9: the adapter steers",
+        ),
         (
             ("sae", "measure", "{base}", "sae", "--dataset", "{adapter}/adapter_model.safetensors"),
             "must be one of .txt, .md",
@@ -163,6 +171,17 @@ def test_existing_adapter_is_not_overwritten(run, saved_adapter):
     before = (saved_adapter / "adapter_model.safetensors").read_bytes()
     assert run("prune", saved_adapter, "--features", 5, "--out", saved_adapter)[0] == 2
     assert (saved_adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_busy_port_is_named_before_a_model_is_loaded(run, saved_adapter, monkeypatch):
+    monkeypatch.setattr("yapo_cli.loading._load_base", lambda *_: pytest.fail("a model is loaded"))
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        status, _, said = run("app", saved_adapter, "--port", port)
+    assert status == 2
+    assert f"--port {port}: Address already in use" in " ".join(said.replace("│", " ").split())
 
 
 def test_no_connection_is_a_failure_and_no_traceback(run, saved_adapter, monkeypatch):

@@ -18,6 +18,7 @@ from yapo_peft import ConfigError, Scores, YaPOConfig, calibrate, steering, swee
 from yapo_peft.export import constant_steering
 from yapo_peft.interpret import attribute, compare, compare_features, contexts, explain
 from yapo_peft.methods import fit_caa, measure_contrast, prune
+from yapo_peft.sae import loader
 from yapo_peft.scoring.generation import answer
 from yapo_peft.scoring.pairs import prompt_ids
 from yapo_peft.tuner.adapters import steered_layers
@@ -309,7 +310,9 @@ def test_compare_features_names_different_saes_before_loading(run, saved_adapter
 
 
 @pytest.mark.feature("Commands", "`yapo fit`, `yapo prune`, `yapo combine`: adapters from pairs or adapters")
-def test_fit_prune_and_combine_match_the_library(run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path):
+def test_fit_prune_and_combine_match_the_library(
+    run, saved_adapter, tokenizer, pairs, pairs_file, tmp_path, monkeypatch
+):
     base = tmp_path / "base"
     status, printed, _ = run(
         "fit", "caa", "--model", base, "--layers", "1,2", "--dataset", pairs_file, "--out", tmp_path / "caa"
@@ -341,6 +344,15 @@ def test_fit_prune_and_combine_match_the_library(run, saved_adapter, tokenizer, 
     assert sorted(file.name for file in (tmp_path / "both").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
+
+    for known in ("_by_source", "_registered"):
+        monkeypatch.setattr(loader, known, {})
+    again = ("combine", saved_adapter, tmp_path / "few", *weights[:2], "--out", tmp_path / "again")
+    status, _, stderr = run(*again)
+    assert (status, "with --sae-path" in stderr) == (2, True)
+    status, _, stderr = run(*again, "--sae-path", tmp_path / "sae")
+    assert status == 0, stderr
+    assert torch.equal(codes(tmp_path / "again")[0], codes(tmp_path / "both")[0])
 
 
 @torch.no_grad()
@@ -398,7 +410,9 @@ def test_steer_makes_and_edits_adapters(run, saved_adapter, tmp_path):
         (("--feature", "7=3"), "must be LAYER:FEATURE=VALUE"),
         (("--feature", "2:7=1", "--feature", "2:7=2"), "given twice"),
         (("--feature", "2:7=1", "--positions", "last"), "has its own"),
-        (("--feature", "2:1=0", "--feature", "2:9=0"), "no feature is left that the adapter steers"),
+        (("--feature", "2:1=0", "--feature", "2:9=0"), "no feature is left that the adapter steers. A value of 0"),
+        (("--feature", "2:1=none", "--feature", "2:9=none"), "no feature is left that the adapter steers."),
+        (("--feature", "2:7=none"), "2:7=none: the adapter does not steer this feature"),
     ):
         status, _, stderr = run("steer", edited, *wrong, "--out", tmp_path / "wrong")
         assert status == 2

@@ -61,6 +61,11 @@ def test_saes_are_trained_on_text_of_all_kinds_measured_and_continued(run, sourc
     assert status == 0, err
     assert json.loads(out)["tokens"] > 300
 
+    assert (
+        "trained on layer 2, not on 1"
+        in run("sae", "measure", "model", "saes/layer_2", "--dataset", "text.txt", "--layer", 1, "--tokens", 50)[2]
+    )
+
     more = ("--from", "saes/layer_2", "--dataset", "text.txt", "--tokens", 640, *SETTINGS[6:])
     status, out, err = run("sae", "train", "model", *more, "--out", "more")
     assert status == 0, err

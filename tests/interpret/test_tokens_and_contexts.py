@@ -212,9 +212,9 @@ def test_errors_name_bad_features(texts, tokenizer):
     model, _ = steered()
     with pytest.raises(ConfigError, match=r"steers layers \[1, 3\]: pass features by layer"):
         contexts(model, [1], texts, tokenizer)
-    with pytest.raises(ConfigError, match=r"features={2: \.\.\.}: the adapter steers layers \[1, 3\]"):
+    with pytest.raises(ConfigError, match=r"Features of layer 2: the adapter steers layers \[1, 3\]"):
         contexts(model, {2: [1]}, texts, tokenizer)
-    with pytest.raises(ConfigError, match=r"feature=96: must be below d_sae=96 of layer 1's SAE"):
+    with pytest.raises(ConfigError, match=r"Feature 96 of layer 1: must be below d_sae=96"):
         contexts(model, {1: [96]}, texts, tokenizer)
     with pytest.raises(ConfigError, match="must have at least one feature"):
         contexts(model, {1: []}, texts, tokenizer)

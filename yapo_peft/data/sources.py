@@ -141,8 +141,7 @@ def require_among(columns: Sequence[str], names: Sequence[str]) -> None:
         near = [match for name in missing for match in get_close_matches(name, columns, 1)]
         meant = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
         raise DatasetError(
-            f"The dataset has no column {', '.join(map(repr, missing))}{meant}: name one of its columns {there}, such "
-            "as prompt='question'."
+            f"The dataset has no column {', '.join(map(repr, missing))}{meant}: name one of its columns {there}."
         )
 
 

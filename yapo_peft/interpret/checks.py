@@ -52,7 +52,7 @@ def features_by_layer(
     for index, chosen in features.items():
         if index not in by_index:
             raise ConfigError(
-                f"features={{{index}: ...}}: the adapter steers layers {sorted(by_index)}; use one of them."
+                f"Features of layer {index}: the adapter steers layers {sorted(by_index)}; use one of them."
             )
         sae = sae_of(by_index[index], adapter_name)
         if isinstance(chosen, str) or not isinstance(chosen, Sequence):
@@ -61,6 +61,6 @@ def features_by_layer(
             at_least(0, feature=feature)
         outside = [feature for feature in chosen if feature >= sae.identity.d_sae]
         if outside:
-            raise ConfigError(f"feature={outside[0]}: must be below d_sae={sae.identity.d_sae} of layer {index}'s SAE.")
+            raise ConfigError(f"Feature {outside[0]} of layer {index}: must be below d_sae={sae.identity.d_sae}.")
         found[index] = list(dict.fromkeys(int(feature) for feature in chosen))
     return {index: found[index] for index in sorted(found) if found[index]}

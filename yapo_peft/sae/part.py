@@ -77,8 +77,8 @@ class SAEPart(FrozenSAE):
                 raise SAENotFoundError(
                     "This adapter contains only the part of its SAE that its own code needs. Training it, changing its "
                     "code, torch.compile, and a TopK SAE at multipliers of the other sign or by row (unless it was "
-                    f"converted with yapo_peft.methods.convert_to_jumprelu) need the whole SAE, which was not found. "
-                    f"{error}"
+                    "converted with yapo_peft.methods.convert_to_jumprelu) need the whole SAE, which was not found: "
+                    f"pass it to yapo_peft.register_sae, or to yapo combine with --sae-path. ({error})"
                 ) from error
             if self.identity.architecture == "jumprelu" and found.identity.architecture == "topk":
                 raise SAEMismatchError(

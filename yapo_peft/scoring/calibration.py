@@ -130,6 +130,8 @@ def scaled_to(
         key = (scales[1], scales[-1], sign)
         if key not in known:
             write(scales)
+            progress.reset()
+            progress.set_description(f"Calibrating, pass {len(known) + 1}")
             known[key] = _mean_divergence(text, sign, progress)
             progress.set_postfix_str(f"KL {known[key]:.3g} at {sign:+d}, target {max_kl:.3g}")
         return known[key]
@@ -145,7 +147,7 @@ def scaled_to(
         scales.update({sign: scale * own for sign, own in scales.items()})
 
     signs = [sign for sign in scales if any(bool((sign * code > 0).any()) for code in before)]
-    with tqdm(total=None, desc="Calibrating", unit="row") as progress:
+    with tqdm(total=len(text), desc="Calibrating", unit="row") as progress:
         try:
             if signs and not at_most:
                 scale_both(at_most=False)
