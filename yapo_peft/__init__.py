@@ -1,7 +1,7 @@
 """Sparse activation steering as a PEFT method.
 
 Importing this package registers the method, so that `peft.get_peft_model(model, yapo_peft.YaPOConfig(...))`,
-`PeftModel.from_pretrained` and transformers' `model.load_adapter` know it.
+`PeftModel.from_pretrained` and transformers' `model.add_adapter` know it.
 """
 
 from __future__ import annotations
