@@ -140,11 +140,14 @@ def _in_options(message: str, argv: list[str]) -> str:
         message = re.sub(rf"(?<![\w.-]){name}(?!\w)", option, message) if "_" in name else message
 
     def of_value(found: re.Match[str]) -> str:
-        before = argv[argv.index(found[1]) - 1] if found[1] in argv[1:] else ""
-        return f"{before} {found[1]}" if before.startswith("--") else found[0]
+        name, value = found.groups()
+        before = argv[argv.index(value, 1) - 1] if argv[1:].count(value) == 1 else ""
+        option = f"--{name}" if f"--{name}" in argv else before
+        return f"{option} {value!r}" if option.startswith("--") else found[0]
 
-    # An argument of another name than the option whose value it is, and the adapter that a command loads.
-    message = re.sub(r"(?<![\w.-])[a-z_]+='([^']+)'", of_value, message)
+    # Of `yapo train`, which has no list of options, and arguments of another name than the option whose value it is.
+    message = re.sub(r"(?<![\w.-])([a-z_]+)='([^']+)'", of_value, message)
+    # The adapter that a command loads.
     return message.replace("adapter 'default'", "the adapter")
 
 

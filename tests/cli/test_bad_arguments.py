@@ -64,7 +64,7 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("explain", "no:where"), "There is no folder 'no:where'."),
         (("steer", "{base}", "--feature", "2:3=8", "--sae-id", "x", "--out", "new"), "--sae-release None and --sae-id"),
         (("app", "{base}", "--layers", "2"), "--layers [2] have no SAE: give --sae-release and --sae-id"),
-        (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "no/doses.x"), "--plot no/doses.x: the extension"),
+        (("sweep", "{adapter}", "--dataset", "{pairs}", "--plot", "no/doses.x"), "--plot 'no/doses.x': the extension"),
         (("calibrate", "{adapter}", "--max-kl=-1", "--out", "new"), "--max-kl -1.0: must be a positive number"),
         (("contexts", "{adapter}", "--text", "a.txt", "--dataset", "{pairs}"), "pass only one of --text and --dataset"),
         (

@@ -289,7 +289,7 @@ def test_missing_split_lists_the_available_ones(workplace):
     ("options", "message"),
     [
         ((), "yapo train: There is no layer to steer: give --layers"),
-        (("--layers", "2", "--sae_path", "s", "--positions", "x"), "yapo train: positions='x'"),
+        (("--layers", "2", "--sae_path", "s", "--positions", "x"), "yapo train: --positions 'x'"),
     ],
 )
 def test_command_rejects_bad_options_before_launching(capsys, options, message):

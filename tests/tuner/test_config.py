@@ -16,7 +16,10 @@ from yapo_peft import ConfigError, SAEMismatchError, SAENotFoundError, Unsupport
         ({"layers": "3"}, "layers='3': give the index"),
         ({"layers": [1.0]}, r"layers=\[1.0\]: give the index"),
         ({"layers": True}, "layers=True: give the index"),
-        ({"layers": 1, "sae_path": None}, r"layers=\[1\] have no SAE: give sae_release and sae_id, or sae_path"),
+        (
+            {"layers": 1, "sae_path": None},
+            r"layers=\[1\] have no SAE: give sae_release and sae_id, sae_path, or an SAE object",
+        ),
         ({"layers": 1, "sae_release": "r", "sae_path": None}, "sae_release='r' and sae_id=None go together"),
         ({"layers": 1, "sae_release": "r", "sae_id": "i"}, "sae_path='x' and sae_release='r', sae_id='i' are both"),
         ({"layers": [0, 1]}, r"sae_path names 1 SAEs for 2 layers \(\[0, 1\]\): give one per layer"),
