@@ -90,14 +90,14 @@ def _require_steered(model: Any, features: dict[int, dict[int, float | None]]) -
 
 def _effects(model: Any, source: str, base: str | None) -> Any:
     """What `explain` says of the features; None if the model has no tokenizer, or no head."""
-    from yapo_peft import UnsupportedOperationError
+    from yapo_peft import YaPOError
     from yapo_peft.interpret import explain
 
     from .loading import load_tokenizer
 
     try:
         return explain(model, tokenizer=load_tokenizer(source, base))
-    except (OSError, UnsupportedOperationError):
+    except (OSError, YaPOError):
         return None
 
 
