@@ -74,9 +74,10 @@ def compare(
     gains = effects.gains("margin")
     table = _both_sides(gains, damages, list(levels))
     print_table(table, as_json)
+    reached: Any = damages.table.groupby(["adapter", "multiplier"], as_index=False)["kl"].mean()
     for row in table[table["gain"].isna()].to_dict("records"):
         sign = "+" if row["direction"] == "up" else "-"
-        own = damages.summary().query("adapter == @row['adapter']")
+        own = reached[reached["adapter"] == row["adapter"]]
         most = own[own["multiplier"] * (1 if sign == "+" else -1) > 0]["kl"].max()
         typer.echo(
             f"{row['adapter']} reaches a KL of {most:.3g} at {sign}, not {row['kl']:g}: extend --multipliers.", err=True
