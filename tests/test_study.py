@@ -48,6 +48,9 @@ def test_a_short_study(model, small_model, tmp_path):
     assert damage["CAA"].keys() == {
         "behaviour", "method", *(f"{text}, at {sign}1" for text in ("json", "chats", "questions") for sign in "-+")
     }  # fmt: skip
+    differences = {row["method"]: row for row in results["Difference from CAA"]}
+    assert set(differences["CAA"].values()) == {"enthusiasm", "CAA", "+0.0 (+0.0, +0.0)"}
+    assert differences["YaPO"].keys() == differences["CAA"].keys()
     for name in ("doses", "matched", "losses"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("enthusiasm/*/*/*/*.json")}

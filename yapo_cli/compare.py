@@ -36,7 +36,8 @@ def compare(
 ) -> None:
     """Compare adapters by how far they move the margin of pairs, in both directions, where they do the same damage.
 
-    A LoRA can be one of them: multipliers scale its update.
+    `difference` compares each gain with the first adapter's on the same pairs. A LoRA can be one of the adapters:
+    multipliers scale its update.
 
     `yapo compare yapo-adapter bipo-adapter --dataset test.csv --text wiki.txt`
     """
@@ -72,7 +73,7 @@ def compare(
         for part in zip(*measured, strict=True)
     )
     gains = effects.gains("margin")
-    table = _both_sides(gains, damages, list(levels))
+    table = _both_sides(gains, damages, list(levels), {"adapter": names[0]} if len(names) > 1 else None)
     print_table(table, as_json)
     reached: Any = damages.table.groupby(["adapter", "multiplier"], as_index=False)["kl"].mean()
     for row in table[table["gain"].isna()].to_dict("records"):
@@ -89,7 +90,7 @@ def compare(
         plot_matched_damage(curve.sort_values("kl"), plot, title, metric="gain")
 
 
-def _both_sides(gains: Scores, damages: Scores, levels: list[float]) -> Any:
+def _both_sides(gains: Scores, damages: Scores, levels: list[float], reference: dict[str, str] | None = None) -> Any:
     """The table of gains at each level of damage, at positive multipliers ("up") and at negative ones ("down")."""
     import pandas as pd
 
@@ -97,7 +98,8 @@ def _both_sides(gains: Scores, damages: Scores, levels: list[float]) -> Any:
 
     found: list[Any] = []
     for direction in ("up", "down"):
-        table = at_matched_damage(gains, damages, levels, metric="gain", negative=direction == "down")
+        negative = direction == "down"
+        table = at_matched_damage(gains, damages, levels, metric="gain", negative=negative, reference=reference)
         table.insert(1, "direction", direction)
         found.append(table)
     return pd.concat(found, ignore_index=True)

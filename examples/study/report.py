@@ -25,12 +25,14 @@ def write_report(study: Any) -> Path:
         raise SystemExit(f"{study.out} has no cell that is measured: there is nothing to report.")
     damage = _over_texts(by_text)
     gains = _gains(effect, damage)
+    references = [name for name in study.config.get("references", []) if name in set(gains[0].table["method"])]
     doses, harm = effect.summary(), damage.summary()[["behaviour", "method", "multiplier", "kl"]]
     tables = {
         "Chosen settings": _settings(study),
         "Held-out loss during training": _losses(study),
         "At equal multiplier": _at_multiplier(doses, harm),
         "At equal damage": _at_damage(study.config["damage_levels"], *gains),
+        **{f"Difference from {name}": _at_damage(study.config["damage_levels"], *gains, name) for name in references},
         "Damage by text": _by_text(by_text),
         "Knowledge": _knowledge(study),
         "Culture": _culture(study),
@@ -154,17 +156,20 @@ def _gains(effect: Scores, damage: Scores) -> tuple[Scores, Scores]:
     return effect.gains("margin"), damage
 
 
-def _at_damage(levels: list[float], gains: Scores, damage: Scores) -> pd.DataFrame:
-    """How far each method moves the margin, up and down, at each level of damage: a row per behaviour and method."""
+def _at_damage(levels: list[float], gains: Scores, damage: Scores, reference: str | None = None) -> pd.DataFrame:
+    """How far each method moves the margin, up and down, at each level of damage: a row per behaviour and method.
+
+    With a reference, how much further than that method, over the same pairs.
+    """
+    column, of = ("gain", None) if reference is None else ("difference", {"method": reference})
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for side, negative in (("up", False), ("down", True)):
-        table = at_matched_damage(gains, damage, levels, metric="gain", negative=negative)
-        for row in table.itertuples():
-            cells = rows.setdefault((row.behaviour, row.method), {"behaviour": row.behaviour, "method": row.method})
-            known = not np.isnan(row.gain)
-            cells[f"{side}, KL {row.kl}"] = (
-                f"{row.gain:+.1f} ({row.gain_low:+.1f}, {row.gain_high:+.1f})" if known else ""
-            )
+        table = at_matched_damage(gains, damage, levels, metric="gain", negative=negative, reference=of)
+        for row in table.to_dict("records"):
+            labels = {name: row[name] for name in ("behaviour", "method")}
+            cells = rows.setdefault(tuple(labels.values()), labels)
+            value, low, high = (row[column + end] for end in ("", "_low", "_high"))
+            cells[f"{side}, KL {row['kl']}"] = "" if np.isnan(value) else f"{value:+.1f} ({low:+.1f}, {high:+.1f})"
     return pd.DataFrame(list(rows.values()))
 
 

@@ -36,6 +36,9 @@ def test_compare_matches_the_library(run, saved_adapter, tokenizer, pairs, pairs
             rows = found[(found["adapter"] == name) & (found["direction"] == side)]
             for column in ("kl", "multiplier", "gain", "gain_low", "gain_high"):
                 np.testing.assert_allclose(rows[column].astype(float), expected[column], rtol=1e-4)
+            differences = {row["kl"]: row["difference"] for row in rows.to_dict("records")}
+            gains = found[(found["direction"] == side) & (found["kl"] == 0.001)].set_index("adapter")["gain"]
+            assert differences[0.001] == pytest.approx(gains[name] - gains["adapter"], rel=1e-4)
             at = "+" if side == "up" else "-"
             assert re.search(
                 rf"{re.escape(name)} reaches a KL of [\d.e-]+ at \{at}, not 90: extend --multipliers", stderr

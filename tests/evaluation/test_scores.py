@@ -134,6 +134,29 @@ def test_unknown_effect_is_nan():
         at_matched_damage(effect, damage, [-0.25], metric="margin")
 
 
+def test_difference_from_a_reference_is_of_paired_examples():
+    # "b" does four times the damage of "a": at half the multiplier, it moves each example by 0.5 more.
+    slopes, rates = {"a": NOISE, "b": 2 * NOISE + 1}, {"a": 0.1, "b": 0.4}
+    multipliers = (0.0, 1.0, 2.0)
+    effect = Scores.concat([scores({m: m * slopes[name] for m in multipliers}, method=name) for name in "ab"])
+    damage = Scores.concat(
+        [scores({m: [rates[name] * m * m] for m in multipliers}, "kl", method=name) for name in "ab"]
+    )
+    table = at_matched_damage(effect, damage, [0.1, 0.4, 1], metric="margin", reference={"method": "a"})
+    differences = table[["difference", "difference_low", "difference_high"]].to_numpy().tolist()
+    assert differences[:2] == [[0.0] * 3] * 2
+    assert differences[3:5] == [pytest.approx([0.5] * 3), pytest.approx([1.0] * 3)]
+    assert table["margin_high"][3] - table["margin_low"][3] > 1
+    # "a" does not reach the last level.
+    assert math.isnan(table["difference"][5])
+    assert not math.isnan(table["margin"][5])
+    plain = at_matched_damage(effect, damage, [0.1, 0.4, 1], metric="margin")
+    pd.testing.assert_frame_equal(table[plain.columns], plain)
+    for reference in ({}, {"seed": 0}, {"method": "c"}):
+        with pytest.raises(ConfigError, match="reference="):
+            at_matched_damage(effect, damage, [0.1], metric="margin", reference=reference)
+
+
 def test_unlabelled_scores_are_matched():
     table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
     assert table["margin"].tolist() == pytest.approx([2**0.5])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from .scores import SEED, Scores
 
 # Damage that is 0 without steering and grows with the square of small multipliers.
 _QUADRATIC = ("kl",)
+# How far a metric is above that of the reference.
+DIFFERENCE = "difference"
 
 
 def at_matched_damage(
@@ -23,14 +26,15 @@ def at_matched_damage(
     metric: str,
     damage_metric: str = "kl",
     negative: bool = False,
+    reference: Mapping[str, Any] | None = None,
     **bootstrap: Any,
 ) -> pd.DataFrame:
     """The effect of each method at the multiplier that causes a given damage.
 
     Multipliers of different methods are not comparable: a vector twice as long is as strong at half the multiplier. So
     along each method's multipliers, from 0 outwards, damage is interpolated to find the multiplier of each level, and
-    the effect is interpolated there. The KL grows with the square of a small multiplier, so it is interpolated along
-    its square root; other damage along a line.
+    the effect on each example is interpolated there. The KL grows with the square of a small multiplier, so it is
+    interpolated along its square root; other damage along a line.
 
     Args:
         effect: Scores with labels such as "method", over multipliers that both have.
@@ -39,14 +43,17 @@ def at_matched_damage(
         metric: Metric of `effect`.
         damage_metric: Metric of `damage` that grows with the multiplier.
         negative: Along negative multipliers instead of positive ones.
+        reference: Labels of the method to subtract, such as `{"method": "BiPO"}`: adds the column `difference`, whose
+            interval is of paired examples, and so narrower than those of both methods.
         **bootstrap: For `Scores.summary`.
 
     Returns:
-        A row per level and labels: `multiplier`, `metric`, and the interval's ends interpolated in the same way; NaN
-        where the largest multiplier does less damage than that.
+        A row per level and labels: `multiplier`, `metric`, and the bounds of its interval; NaN where the largest
+        multiplier does less damage than that. With `reference`, also `difference` and its bounds.
 
     Raises:
-        ConfigError: Labels differ, there is no such metric or level, or there are no multipliers on that side of 0.
+        ConfigError: Labels differ, there is no such metric, level or reference, or there are no multipliers on that
+            side of 0.
     """
     for scores, name in ((effect, metric), (damage, damage_metric)):
         if name not in scores.metrics:
@@ -58,38 +65,55 @@ def at_matched_damage(
         raise ConfigError(
             f"effect has the labels {effect.labels}, damage has {damage.labels}: give both the same ones."
         )
-    effects, damages = effect.summary(**bootstrap), damage.summary(**bootstrap)
-    found: list[dict[str, Any]] = []
-    columns = ["multiplier", metric, f"{metric}_low", f"{metric}_high"]
-    damages = damages[[*keys, "multiplier", damage_metric]]
-    groups: Any = effects.groupby(keys, sort=False, dropna=False) if keys else [((), effects)]
-    for values, group in groups:
+    if reference is not None and (not reference or not set(reference) <= set(keys)):
+        raise ConfigError(f"reference={dict(reference)}: must give labels of the scores, which are {keys}.")
+    harm: Any = damage.table.groupby([*keys, "multiplier"], dropna=False, as_index=False)[damage_metric].mean()
+    index = [name for name in (SEED, "example") if name in effect.table]
+    parts: list[Any] = []
+    groups: Any = effect.table.groupby(keys, sort=False, dropna=False) if keys else [((), effect.table)]
+    for values, rows in groups:
         labels = dict(zip(keys, values, strict=True))
-        both = group[[*keys, *columns]].merge(damages, on=[*keys, "multiplier"])
+        by_multiplier: Any = rows.set_index([*index, "multiplier"])[metric].unstack()
+        both: Any = pd.DataFrame({"multiplier": by_multiplier.columns}).assign(**labels).merge(harm)
         side = both[both["multiplier"] <= 0] if negative else both[both["multiplier"] >= 0]
-        side = side.sort_values("multiplier", ascending=not negative)
+        side = side[["multiplier", damage_metric]].sort_values("multiplier")
         if len(side) < 2:
             sign = "<= 0" if negative else ">= 0"
             raise ConfigError(
                 f"{labels or 'The scores'}: effect and damage have {len(side)} multipliers {sign} in common: measure "
                 "both at two or more."
             )
-        side = side.dropna(subset=[*columns, damage_metric])
         for level in levels:
-            found.append({**labels, damage_metric: level, **_at(level, side, damage_metric, columns)})
-    return pd.DataFrame(found)
+            multiplier = _multiplier_at(level, side, damage_metric)
+            at: Any = partial(np.interp, multiplier, side["multiplier"])
+            found = by_multiplier[side["multiplier"]].apply(at, axis="columns").rename(metric).reset_index()
+            parts.append(found.assign(**labels, **{damage_metric: level, "multiplier": multiplier}))
+    columns = [*keys, damage_metric, "multiplier", *index, metric]
+    table: Any = pd.concat(parts, ignore_index=True)[columns]
+    metrics: tuple[str, ...] = (metric,)
+    if reference is not None:
+        table, metrics = _with_difference(table, metric, reference), (metric, DIFFERENCE)
+    return Scores(table, metrics).summary(**bootstrap).drop(columns="examples")
 
 
-def _at(level: float, side: pd.DataFrame, damage_metric: str, columns: list[str]) -> dict[str, float]:
-    """The columns where the damage first reaches a level, between two multipliers; NaN if it never does."""
-    damage = side[damage_metric].to_numpy(dtype=float)
+def _multiplier_at(level: float, side: Any, damage_metric: str) -> float:
+    """The multiplier nearest to 0 with a level of damage, interpolated; NaN if there is none."""
+    side = side.dropna().sort_values("multiplier", key=abs)
+    damage, multipliers = (side[name].to_numpy(dtype=float) for name in (damage_metric, "multiplier"))
     if damage_metric in _QUADRATIC:
         level, damage = level**0.5, damage.clip(0) ** 0.5
     reaches = np.flatnonzero(damage >= level)
     if not len(reaches) or (reaches[0] == 0 and damage[0] > level):
-        return dict.fromkeys(columns, float("nan"))
+        return float("nan")
     end = int(reaches[0])
-    start = max(end - 1, 0)
-    share = (level - damage[start]) / (damage[end] - damage[start]) if end > start else 0.0
-    values = side[columns].to_numpy(dtype=float)
-    return dict(zip(columns, (values[start] + share * (values[end] - values[start])).tolist(), strict=True))
+    return float(np.interp(level, damage[: end + 1][-2:], multipliers[: end + 1][-2:]))
+
+
+def _with_difference(table: Any, metric: str, reference: Mapping[str, Any]) -> Any:
+    """Adds how far each example's metric is above the reference's."""
+    own = table[(table[list(reference)] == pd.Series(reference)).all(axis="columns")]
+    if own.empty:
+        raise ConfigError(f"reference={dict(reference)}: no scores have these labels.")
+    own = own.drop(columns=["multiplier", *reference]).rename(columns={metric: DIFFERENCE})
+    found = table.merge(own, how="left")
+    return found.assign(**{DIFFERENCE: found[metric] - found[DIFFERENCE]})

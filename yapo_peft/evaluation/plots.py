@@ -11,6 +11,7 @@ import pandas as pd
 
 from .._utils import replacing
 from ..errors import ConfigError
+from .matched_damage import DIFFERENCE
 from .scores import SEED, Scores
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def plot_matched_damage(
         raise ConfigError(
             f"The table has the columns {list(table.columns)} and lacks {missing}: pass the table of at_matched_damage."
         )
-    own = (damage_metric, "multiplier", metric, f"{metric}_low", f"{metric}_high")
-    labels = [name for name in table.columns if name not in own]
+    own = (f"{name}{end}" for name in (metric, DIFFERENCE) for end in ("", "_low", "_high"))
+    labels = [name for name in table.columns if name not in (damage_metric, "multiplier", *own)]
     require_plot_path(path)
     figure = _figure(1)
     _draw(figure.axes[0], table.dropna(subset=[metric]), labels, damage_metric, metric)
