@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
+from yapo_peft.sae import FrozenSAE
 from yapo_peft.tuner.adapters import adapter_of
 from yapo_peft.tuner.attaching import adapter_name_of
 
@@ -236,7 +237,19 @@ def attach_adapter(name: str, dtype: str, adapter_name: str = "default", **confi
     if _adapter_config(name) is not None:
         raise ConfigError(f"{name!r} is an adapter: pass a model.")
     made = YaPOConfig(**config)
+    _saes = load_saes(name, made)  # kept until the model is loaded, too
     return get_peft_model(load_model(name, dtype), made, adapter_name)
+
+
+def load_saes(name: str, config: YaPOConfig) -> list[FrozenSAE]:
+    """Loads the SAEs of a new adapter. Raises `ConfigError` if the model's config says that it lacks a layer."""
+    with _naming_the_option(name, None, None):
+        count: int | None = getattr(AutoConfig.from_pretrained(name).get_text_config(), "num_hidden_layers", None)
+    layers = config.layer_indices()
+    for layer in layers:
+        if count is not None and not -count <= layer < count:
+            raise ConfigError(f"layers={layer}: {name} has layers 0 to {count - 1}.")
+    return [config.load_sae(place) for place in range(len(layers) if config.space == "sae" else 0)]
 
 
 def has_effect(model: Any, adapter_name: str = "default") -> bool:

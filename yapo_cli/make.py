@@ -55,6 +55,8 @@ def make(
     from yapo_peft.report.page import require_page
     from yapo_peft.scoring.calibration import require_bound
 
+    from .loading import load_saes
+
     saes: dict[str, Any] = {"sae_release": sae_release, "sae_id": sae_id, "sae_path": sae_path}
     given = {name: value for name, value in saes.items() if value}
     # Checked before hours of work, of which nothing is to be recorded if it cannot be done.
@@ -62,9 +64,7 @@ def make(
     require_bound(max_kl)
     require_page(out / "report.html")
     config = YaPOConfig(layers=options.layer_indices(layers), space="sae" if given else "dense", **given)
-    for place in range(len(config.layer_indices()) if given else 0):
-        config.load_sae(place)
-    _require_layers(model, config.layer_indices())
+    load_saes(model, config)
     asked = {"model": model, "towards": towards, "away": away, "questions": questions, "limit": limit, "seed": seed}
     adapter = {"model": model, "layers": layers, **given, "features": features, "max_kl": max_kl, "dtype": dtype}
     pairs, trained = out / "train.parquet", out / "adapter" / "adapter_config.json"
@@ -104,16 +104,6 @@ def make(
         out=out / "report.html",
     )
     typer.echo(f"The adapter is in {out / 'adapter'}, a page about it in {out / 'report.html'}.")
-
-
-def _require_layers(model: str, layers: list[int]) -> None:
-    """Raises `typer.BadParameter` if a model does not have the layers, as far as its config tells."""
-    from transformers import AutoConfig
-
-    count: int | None = getattr(AutoConfig.from_pretrained(model).get_text_config(), "num_hidden_layers", None)
-    for layer in layers:
-        if count is not None and not -count <= layer < count:
-            raise typer.BadParameter(f"--layers {layer}: {model} has layers 0 to {count - 1}.")
 
 
 def _begin(file: Path, arguments: dict[str, Any], made: Path) -> None:

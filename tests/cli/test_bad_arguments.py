@@ -91,6 +91,7 @@ def test_a_damaged_adapter_is_named_without_a_traceback(run, saved_adapter, tmp_
         (("train", "--config", "{empty}"), "YAML config cannot be read"),
         (("generate", "{adapter}", "--file", "p.csv"), "p.csv is a dataset: pass one prompt per line, or use"),
         (("steer", "{base}", "--feature", "-1:3=8", "--out", "x"), "layers are counted from 0"),
+        (("steer", "{base}", "--feature", "99:3=8", "--sae-path", "{base}", "--out", "x"), "has layers 0 to 3"),
         (("generate", "{adapter}", "--file", "{latin}"), "is not UTF-8 text (byte 1)"),
         (("sweep", "{adapter}", "--dataset", "{pairs}", "--measure", "damage"), "pass a plain text file"),
         (

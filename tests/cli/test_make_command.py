@@ -36,7 +36,7 @@ def test_an_adapter_is_made_and_an_interrupted_run_goes_on(run, tmp_path, tokeni
     command += ["--features", 4, "--max-kl", 0.001, "--max-new-tokens", 5, "--out", out]
     far = ["99" if argument == 2 else argument for argument in command]
     status, _, said = run(*far)
-    assert (status, "has layers 0 to" in " ".join(said.replace("│", " ").split()), out.exists()) == (2, True, False)
+    assert (status, "--layers 99: " in said, "has layers 0 to" in said, out.exists()) == (2, True, True, False)
     monkeypatch.setattr(make, "launch", fail)
     assert run(*command)[0] == 1
     pairs = [
