@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from embedded import SETS, load_model_and_tokenizer, preferences, sae_folder, sae_layer
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,13 +34,10 @@ def main() -> None:
     args = YaPOTrainingConfig(
         output_dir=options.out,
         num_train_epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        warmup_steps=10,
         cache_activations=True,  # run the layers below the steered one, and the reference, only once
         eval_strategy="epoch",
         logging_steps=5,
         save_strategy="no",
-        bf16=torch.cuda.is_available(),
         report_to="none",
     )
     trainer = YaPOTrainer(
@@ -61,8 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sae-id", nargs="+")
     parser.add_argument("--sae-path", nargs="+")
     parser.add_argument("--dataset", default=SETS[0], help=f"{', '.join(SETS)}, or a file of preference pairs")
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="in units of a typical SAE activation")
+    parser.add_argument("--epochs", type=float, default=YaPOTrainingConfig.num_train_epochs)
     parser.add_argument("--out", required=True, help="folder to save the adapter to")
     return parser.parse_args()
 

@@ -8,15 +8,12 @@ OUT=${OUT:-../out/trl}
 yapo train \
     --model_name_or_path "$MODEL" \
     --dataset_name assets/preferences/enthusiasm \
-    --learning_rate 0.01 \
     --num_train_epochs 1 \
     --per_device_train_batch_size 4 \
     --eval_strategy steps \
     --eval_steps 30 \
     --logging_steps 10 \
-    --warmup_steps 10 \
     --report_to none \
-    --bf16 false \
     --output_dir "$OUT" \
     --layers 14 \
     --sae_path assets/sae \
