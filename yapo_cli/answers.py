@@ -41,7 +41,8 @@ def answers(
     from yapo_peft._utils import replacing
     from yapo_peft.evaluation import Repetition
 
-    from .loading import require_one_model, with_each_adapter
+    from .loading import with_each_adapter
+    from .lookup import require_one_model
 
     names = dict(zip(adapters, options.short_names(adapters), strict=True))
     if base is None:

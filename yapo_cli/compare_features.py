@@ -26,7 +26,8 @@ def compare_features(
     from yapo_peft.interpret import compare
     from yapo_peft.interpret import compare_features as compared
 
-    from .loading import load_together, require_one_model
+    from .loading import load_together
+    from .lookup import require_one_model
     from .output import print_json, print_table, records
 
     if len(adapters) < 2:

@@ -5,31 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from accelerate import PartialState
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import infer_device
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from yapo_peft import AdapterFileError, ConfigError, YaPOConfig, YaPOError
+from yapo_peft import ConfigError, YaPOConfig, YaPOError
 from yapo_peft.adapter_file.reading import SavedAdapter
 from yapo_peft.sae import FrozenSAE
 from yapo_peft.tuner.adapters import adapter_of
 from yapo_peft.tuner.attaching import adapter_name_of
+
+from .lookup import adapter_config, is_adapter, require_adapter
 
 Found = TypeVar("Found")
 
 
 def load_tokenizer(name: str, base: str | None = None) -> Any:
     """Loads the tokenizer of a model, or of an adapter's model, at `base` if given. Raises `OSError` if it has none."""
-    config = _adapter_config(name)
+    config = adapter_config(name)
     own = None if config is None else _own_tokenizer(name)
     if own is not None:
         return own
@@ -64,7 +63,7 @@ def load_model(
         ConfigError: There is no such dtype or device, or an adapter's model is not where its config says.
         OSError: There is no such model or adapter.
     """
-    config = _adapter_config(name)
+    config = adapter_config(name)
     if isinstance(config, YaPOConfig):
         SavedAdapter(name)  # says what is wrong with a damaged one before the model is loaded
     model = _load_base(name, dtype, base)
@@ -86,7 +85,7 @@ def _load_base(name: str, dtype: str, base: str | None) -> Any:
     named = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize > 1):
         raise ConfigError(f"dtype={dtype!r}: must be 'auto' or a floating-point dtype of torch, such as 'bfloat16'.")
-    config = _adapter_config(name)
+    config = adapter_config(name)
     source, revision = _base_of(name, config, base)
     with _naming_the_option(name, config, base):
         return _class_of(source, revision).from_pretrained(source, dtype=dtype, revision=revision)
@@ -142,21 +141,10 @@ def _class_of(name: str, revision: str | None) -> Any:
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or own is None else own
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a folder or Hub repository has a YaPO adapter."""
-    return isinstance(_adapter_config(name), YaPOConfig)
-
-
 def load_adapter(name: str, dtype: str = "auto", base: str | None = None, named: bool = False) -> Any:
     """As `load_model`. Raises `ConfigError` unless `name` is a YaPO adapter."""
     require_adapter(name)
     return load_model(name, dtype, base, named=named)
-
-
-def require_adapter(name: str, any_method: bool = False) -> None:
-    """Raises `ConfigError` unless `name` is a YaPO adapter, or an adapter of any method."""
-    if not is_adapter(name) and not (any_method and _adapter_config(name) is not None):
-        raise ConfigError(f"{name!r} is not {'an' if any_method else 'a YaPO'} adapter: pass an adapter.")
 
 
 def load_together(adapters: list[str], dtype: str = "auto", base: str | None = None) -> tuple[Any, list[str]]:
@@ -170,19 +158,6 @@ def load_together(adapters: list[str], dtype: str = "auto", base: str | None = N
     for name, source in zip(names[1:], others, strict=True):
         model.load_adapter(source, name)
     return model, names
-
-
-def require_one_model(adapters: list[str]) -> None:
-    """Raises `ConfigError` unless all are adapters, and of the same model."""
-    for name in adapters:
-        require_adapter(name)
-    of = [getattr(_adapter_config(name), "base_model_name_or_path", None) for name in adapters]
-    for name, model in zip(adapters, of, strict=True):
-        if model != of[0]:
-            raise ConfigError(
-                f"{name} is for another model than {adapters[0]}: {model}, not {of[0]}. If they are the same, pass "
-                "--model with where it is."
-            )
 
 
 def with_each_adapter(
@@ -218,7 +193,7 @@ def with_each_adapter(
     found: list[Found] = []
     model, of = None, None
     for name in names:
-        source = _base_of(name, _adapter_config(name), base)
+        source = _base_of(name, adapter_config(name), base)
         if source != of:
             model = None  # before another takes its memory
         model = _load_base(name, dtype, base) if model is None else model
@@ -226,7 +201,7 @@ def with_each_adapter(
         tokenizer, steered = load_tokenizer(name, base), _placed(_attached(model, name))
         found.append(measure(name, steered, tokenizer, datasets[_has_template(tokenizer)]))
         # Other methods may not leave a model as it was.
-        is_clean = is_adapter(name) and not _adapter_config(name).modules_to_save  # pyright: ignore
+        is_clean = is_adapter(name) and not adapter_config(name).modules_to_save  # pyright: ignore
         model = steered.unload() if is_clean and _vocabulary(model) == size else None
         del steered
     return found
@@ -234,7 +209,7 @@ def with_each_adapter(
 
 def attach_adapter(name: str, dtype: str, adapter_name: str = "default", **config: Any) -> Any:
     """Loads a model and adds a new adapter, which has no effect yet. Raises `ConfigError` as `YaPOConfig` does."""
-    if _adapter_config(name) is not None:
+    if adapter_config(name) is not None:
         raise ConfigError(f"{name!r} is an adapter: pass a model.")
     made = YaPOConfig(**config)
     _saes = load_saes(name, made)  # kept until the model is loaded, too
@@ -261,48 +236,3 @@ def require_effect(model: Any, adapter_name: str = "default") -> None:
     """Raises `ConfigError` if all entries of an adapter's codes are zero."""
     if not has_effect(model, adapter_name):
         raise ConfigError("All entries of the adapter are zero, so it would have no effect.")
-
-
-def _has_adapter(name: str) -> bool:
-    """Whether a Hub repository, or its copy in the cache, has an adapter."""
-    try:
-        if isinstance(try_to_load_from_cache(name, "adapter_config.json"), str):
-            return True
-        # Unlike downloads, this is not repeated for half a minute if there is no connection.
-        get_hf_file_metadata(hf_hub_url(name, "adapter_config.json"))
-    except EntryNotFoundError:
-        return False
-    except HFValidationError as error:
-        raise ConfigError(f"There is no folder {name!r}.") from error
-    except Exception as error:  # of the library for HTTP, too
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return False
-        is_missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-        reason = (
-            "no such repository that you can read on the Hub" if is_missing else f"the Hub could not be read: {error}"
-        )
-        raise ConfigError(f"There is no folder {name!r}, and {reason}".rstrip(".") + ".") from error
-    return True
-
-
-@cache
-def _adapter_config(name: str) -> PeftConfig | None:
-    """The config of an adapter; None if `name` is a model."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
-            inner = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
-            hint = f" {inner[0]} has an adapter." if inner else ""
-            raise ConfigError(f"The folder {name!r} has neither an adapter nor a model.{hint}")
-    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"There is no folder {name!r}.")
-    elif not _has_adapter(name):
-        return None
-    try:
-        return PeftConfig.from_pretrained(name)
-    except YaPOError:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:  # the first also if there is no adapter
-        if (Path(name) / "adapter_config.json").is_file():
-            raise AdapterFileError(f"{name}/adapter_config.json cannot be read: {error}") from error
-        return None

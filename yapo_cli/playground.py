@@ -31,7 +31,8 @@ def playground(
     """
     from yapo_peft.app import Playground, build_page, serve_page
 
-    from .loading import attach_adapter, is_adapter, load_adapter, load_tokenizer
+    from .loading import attach_adapter, load_adapter, load_tokenizer
+    from .lookup import is_adapter
 
     _require_free(port)
     first, *others = adapters

@@ -43,7 +43,8 @@ def steer(
     from yapo_peft.adapter_file.saving import save_adapter
     from yapo_peft.methods import set_features
 
-    from .loading import attach_adapter, has_effect, is_adapter, load_adapter
+    from .loading import attach_adapter, has_effect, load_adapter
+    from .lookup import is_adapter
 
     features = _read(feature)
     if is_adapter(source):

@@ -21,8 +21,7 @@ from .._utils import at_least, evaluating, hash_model, replacing
 from ..errors import ConfigError
 from ..sae import FrozenSAE
 from ..tuner.adapters import adapter_of, unsteered_outputs
-from ..tuner.blocks import base_of
-from ..tuner.layer import is_steering
+from ..tuner.blocks import base_of, is_steering
 from .checks import features_by_layer
 from .texts import device_and_dtype, padded, require_texts, text_batches, tokenizer_of
 

@@ -20,7 +20,8 @@ from ..errors import ActivationCacheError, ConfigError, UnsupportedOperationErro
 from ..steering.learning import ActiveFeatures
 from ..tuner import YaPOLayer
 from ..tuner.adapters import one_sae
-from ..tuner.layer import is_steering, lowest_steered
+from ..tuner.blocks import is_steering
+from ..tuner.layer import lowest_steered
 from .checks import distance, require_constant, require_no_noise, same, why_not_shared
 from .lm_head import AnswerHead
 from .packing import PackedBatch, attention_cost, keep_rows, share_prompts, survey
@@ -292,10 +293,5 @@ class ActivationCache:
 
     @contextmanager
     def _unsteered(self) -> Generator[None]:
-        with (
-            evaluating(self._model),
-            torch.no_grad(),
-            self._model.disable_adapter(),
-            self._accelerator.autocast(),
-        ):
+        with evaluating(self._model), torch.no_grad(), self._model.disable_adapter(), self._accelerator.autocast():
             yield

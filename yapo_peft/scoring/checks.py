@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
-from ..tuner.layer import is_code
+from ..tuner.blocks import is_code
 from .packing import PackedBatch, share_prompts
 
 # Log-probabilities count as equal up to this distance, in nats: the mean over answers' tokens, or the maximum over a

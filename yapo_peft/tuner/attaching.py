@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from peft import TaskType
+from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -27,6 +27,15 @@ def require_adapter_name(model: nn.Module, adapter_name: str, blocks: str | None
         raise ConfigError(
             f"adapter_name={adapter_name!r} cannot name an adapter: use no dots, no number, no name of a dict's "
             f"methods, and none of {', '.join(sorted(parts))}."
+        )
+
+
+def require_head(model: nn.Module, config: PeftConfig) -> None:
+    """Raises `ConfigError` if a model cannot generate, as its task says; PEFT fails on this later, less clearly."""
+    if config.task_type == TaskType.CAUSAL_LM and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ConfigError(
+            f"task_type='CAUSAL_LM', YaPOConfig's default, does not fit {type(model).__name__}, which cannot generate: "
+            "give task_type='FEATURE_EXTRACTION', or 'SEQ_CLS' for a classifier."
         )
 
 

@@ -12,6 +12,16 @@ from ..errors import ConfigError
 CHILD_NAME = "yapo"
 
 
+def is_code(name: str) -> bool:
+    """Whether the name of a tensor in a model is that of a code."""
+    return f".{CHILD_NAME}.yapo_code." in name
+
+
+def is_steering(name: str) -> bool:
+    """Whether a name in a model is that of a `YaPOLayer` or of something in one."""
+    return f".{CHILD_NAME}." in f"{name}."
+
+
 def base_of(model: nn.Module) -> Any:
     """Returns the causal language model that PEFT wraps."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model

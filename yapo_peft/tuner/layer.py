@@ -22,16 +22,6 @@ from .hooks import require_single_hooks
 from .positions import tokens_to_steer
 
 
-def is_code(name: str) -> bool:
-    """Whether the name of a tensor in a model is that of a code."""
-    return f".{CHILD_NAME}.yapo_code." in name
-
-
-def is_steering(name: str) -> bool:
-    """Whether a name in a model is that of a `YaPOLayer` or of something in one."""
-    return f".{CHILD_NAME}." in f"{name}."
-
-
 class Code(nn.Parameter):
     """A code, in float32 even if a trainer assigns `.data` in another dtype, as TRL does for quantised models."""
 
@@ -128,7 +118,8 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
                 shift = shift.masked_fill(~mask[..., None], 0)
             if moved_tokens is not None and moved is not None:
                 moved_tokens[slice(None) if rows is None else rows] |= moved if mask is None else moved & mask
-            steered = steered + shift if rows is None else steered.index_add(0, _index(rows, h), shift)
+            index = None if rows is None else torch.tensor(rows, dtype=torch.long, device=h.device)
+            steered = steered + shift if index is None else steered.index_add(0, index, shift)
         self.moved_tokens = moved_tokens
         return steered
 
@@ -307,7 +298,3 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
 def lowest_steered(layers: list[YaPOLayer]) -> YaPOLayer | None:
     """Returns the first of the layers, ordered from the bottom up, that an adapter in use steers, if any."""
     return next((layer for layer in layers if any(name in layer.yapo_code for name in layer.used_adapters)), None)
-
-
-def _index(rows: list[int], h: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=h.device)

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedOperationError
 from .adapters import steered_layers
-from .attaching import keep_backward, require_adapter_name, resolve
+from .attaching import keep_backward, require_adapter_name, require_head, resolve
 from .blocks import CHILD_NAME, hidden_size
 from .call import Call
 from .combine import combine_codes, require_combinable
@@ -45,7 +45,7 @@ class YaPOModel(BaseTuner):
         if not isinstance(peft_config, dict):
             super().__init__(model, peft_config, adapter_name, **kwargs)
             return
-        _require_head(model, peft_config[adapter_name])
+        require_head(model, peft_config[adapter_name])
         others = getattr(model, "peft_config", None)
         others_before = dict(others or {})
         super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -295,12 +295,3 @@ class YaPOModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return from_file(model, cast(YaPOConfig, config), adapter_name, state_dict)
-
-
-def _require_head(model: nn.Module, config: PeftConfig) -> None:
-    """PEFT fails on this later, without saying what to do."""
-    if config.task_type == TaskType.CAUSAL_LM and not hasattr(model, "prepare_inputs_for_generation"):
-        raise ConfigError(
-            f"task_type='CAUSAL_LM', YaPOConfig's default, does not fit {type(model).__name__}, which cannot generate: "
-            "give task_type='FEATURE_EXTRACTION', or 'SEQ_CLS' for a classifier."
-        )

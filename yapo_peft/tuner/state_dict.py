@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from ..adapter_file.codes import pack_codes, unpack_codes
 from ..adapter_file.parts import pack_part, unpack_part
 from ..sae import FrozenSAE, SAEPart
-from .blocks import hidden_size
+from .blocks import hidden_size, is_code
 from .config import YaPOConfig
-from .layer import YaPOLayer, is_code
+from .layer import YaPOLayer
 
 
 def to_file(model: nn.Module, config: YaPOConfig, adapter_name: str, selected: dict[str, Tensor]) -> dict[str, Tensor]:
