@@ -157,6 +157,39 @@ def test_difference_from_a_reference_is_of_paired_examples():
             at_matched_damage(effect, damage, [0.1], metric="margin", reference=reference)
 
 
+def test_a_reference_without_seeds_is_compared_with_all():
+    slopes = {("caa", 0): 1, ("yapo", 0): 2, ("yapo", 1): 4}
+    effect = [scores({0.0: [0, 0], 1.0: [s, 3 * s]}, method=name, seed=seed) for (name, seed), s in slopes.items()]
+    damage = [scores({0.0: [0], 1.0: [0.1]}, "kl", method=name, seed=seed) for name, seed in slopes]
+    options = {"metric": "margin", "reference": {"method": "caa"}}
+    table = at_matched_damage(Scores.concat(effect), Scores.concat(damage), [0.1, 0.1], **options)
+    assert table["margin"].tolist() == [2.0, 6.0]
+    assert table["difference"].tolist() == [0.0, 4.0]
+
+
+def test_methods_without_a_label_and_infinite_damage_are_matched():
+    effect = Scores.concat([scores({0: [0, 0], 1: [2, 3], 2: [4, 5]}, method=name) for name in ("a", None)])
+    harm = {0: [0, 0], 1: [math.inf, 0.5], 2: [2, 2]}
+    damage = Scores.concat([scores(harm, "kl", method=name) for name in ("a", None)])
+    table = at_matched_damage(effect, damage, [0.125], metric="margin", reference={"method": None})
+    assert table["multiplier"].tolist() == [0.5, 0.5]
+    assert table["difference"].tolist() == [0.0, 0.0]
+    with pytest.raises(ConfigError, match=r"levels=\[\]: give at least one"):
+        at_matched_damage(effect, damage, [], metric="margin")
+
+
+def test_plot_at_equal_damage_has_a_line_per_method(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("yapo_peft.evaluation.plots._save", lambda figure, path: drawn.append(figure))
+    effect = Scores.concat([scores({0.0: NOISE, 1.0: NOISE + 1}, method=name) for name in "ab"])
+    damage = Scores.concat([scores({0.0: [0], 1.0: [0.4]}, "kl", method=name) for name in "ab"])
+    for reference in (None, {"method": "a"}):
+        table = at_matched_damage(effect, damage, [0.1, 0.2, 0.3], metric="margin", reference=reference)
+        plot_matched_damage(table, tmp_path / "x.png", "x", metric="margin")
+        lines = {line.get_label(): len(line.get_xdata()) for line in drawn.pop().axes[0].lines}
+        assert lines == {"a": 3, "b": 3}
+
+
 def test_unlabelled_scores_are_matched():
     table = at_matched_damage(scores({0: [0], 1: [2]}), scores({0: [0], 1: [0.5]}, "kl"), [0.25], metric="margin")
     assert table["margin"].tolist() == pytest.approx([2**0.5])
@@ -225,7 +258,7 @@ def test_dollars_in_titles_and_names_are_no_mathematics(tmp_path):
 def test_plots_are_saved(tmp_path):
     both = Scores.concat([scores({m: NOISE + m for m in (-1.0, 0.0, 1.0)}, method=name) for name in ("a", "b")])
     damage = Scores.concat([scores({m: [abs(m)] for m in (-1.0, 0.0, 1.0)}, "kl", method=name) for name in ("a", "b")])
-    table = at_matched_damage(both, damage, [0.1, 0.5], metric="margin")
+    table = at_matched_damage(both, damage, [0.1, 0.5], metric="margin", reference={"method": "a"})
     paths = [
         plot_dose_response(both, tmp_path / "new" / "dose.png", "Dose-response"),
         plot_matched_damage(table, tmp_path / "new" / "matched.png", "Matched", metric="margin"),

@@ -116,6 +116,10 @@ def test_given_optimizer_keeps_its_learning_rates(build):
     assert optimizer.param_groups[0]["initial_lr"] == 0.3
 
 
+def test_rates_of_paged_optimizers_are_in_units_too(build):
+    assert build(optim="paged_adamw_8bit", **UNIT)._units is not None
+
+
 @pytest.mark.parametrize(
     ("options", "adapter", "error", "message"),
     [

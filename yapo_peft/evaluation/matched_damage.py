@@ -14,6 +14,8 @@ from .scores import SEED, Scores
 
 # Damage that is 0 without steering and grows with the square of small multipliers.
 _QUADRATIC = ("kl",)
+# The column of a multiplier's damage, beside metrics that may have the same name.
+_HARM = "damage at the multiplier"
 # How far a metric is above that of the reference.
 DIFFERENCE = "difference"
 
@@ -44,7 +46,8 @@ def at_matched_damage(
         damage_metric: Metric of `damage` that grows with the multiplier.
         negative: Along negative multipliers instead of positive ones.
         reference: Labels of the method to subtract, such as `{"method": "BiPO"}`: adds the column `difference`, whose
-            interval is of paired examples, and so narrower than those of both methods.
+            interval is of paired examples, and so narrower than those of both methods. Their other labels must be the
+            same; seeds that the reference lacks are compared with its mean over seeds.
         **bootstrap: For `Scores.summary`.
 
     Returns:
@@ -58,8 +61,9 @@ def at_matched_damage(
     for scores, name in ((effect, metric), (damage, damage_metric)):
         if name not in scores.metrics:
             raise ConfigError(f"There is no metric {name!r}; the scores have {', '.join(map(repr, scores.metrics))}.")
-    if damage_metric in _QUADRATIC and min(levels, default=0) < 0:
-        raise ConfigError(f"levels={list(levels)}: {damage_metric} is nowhere negative.")
+    levels = list(dict.fromkeys(levels))
+    if not levels or (damage_metric in _QUADRATIC and min(levels) < 0):
+        raise ConfigError(f"levels={levels}: give at least one; {damage_metric} is nowhere negative.")
     keys = [name for name in effect.labels if name != SEED]
     if set(keys) != {name for name in damage.labels if name != SEED}:
         raise ConfigError(
@@ -67,27 +71,30 @@ def at_matched_damage(
         )
     if reference is not None and (not reference or not set(reference) <= set(keys)):
         raise ConfigError(f"reference={dict(reference)}: must give labels of the scores, which are {keys}.")
-    harm: Any = damage.table.groupby([*keys, "multiplier"], dropna=False, as_index=False)[damage_metric].mean()
+    # Its means, on which a bootstrap would be wasted.
+    harm: Any = damage.summary(resamples=1)[[*keys, "multiplier", damage_metric]]
+    both: Any = effect.table.merge(harm.rename(columns={damage_metric: _HARM}), how="left", indicator=True)
     index = [name for name in (SEED, "example") if name in effect.table]
     parts: list[Any] = []
-    groups: Any = effect.table.groupby(keys, sort=False, dropna=False) if keys else [((), effect.table)]
-    for values, rows in groups:
-        labels = dict(zip(keys, values, strict=True))
-        by_multiplier: Any = rows.set_index([*index, "multiplier"])[metric].unstack()
-        both: Any = pd.DataFrame({"multiplier": by_multiplier.columns}).assign(**labels).merge(harm)
-        side = both[both["multiplier"] <= 0] if negative else both[both["multiplier"] >= 0]
-        side = side[["multiplier", damage_metric]].sort_values("multiplier")
+    for labels, rows in both.groupby(keys, sort=False, dropna=False) if keys else [((), both)]:
+        by_multiplier = rows.set_index([*index, "multiplier"])[metric].astype(float).unstack()
+        side = rows[rows["_merge"] == "both"].drop_duplicates("multiplier")[["multiplier", _HARM]]
+        side = side[side["multiplier"] <= 0] if negative else side[side["multiplier"] >= 0]
+        side = side.sort_values("multiplier")
         if len(side) < 2:
             sign = "<= 0" if negative else ">= 0"
             raise ConfigError(
-                f"{labels or 'The scores'}: effect and damage have {len(side)} multipliers {sign} in common: measure "
-                "both at two or more."
+                f"{dict(zip(keys, labels, strict=True)) or 'The scores'}: effect and damage have {len(side)} "
+                f"multipliers {sign} in common: measure both at two or more."
             )
         for level in levels:
-            multiplier = _multiplier_at(level, side, damage_metric)
+            multiplier = _multiplier_at(level, side, damage_metric in _QUADRATIC)
             at: Any = partial(np.interp, multiplier, side["multiplier"])
             found = by_multiplier[side["multiplier"]].apply(at, axis="columns").rename(metric).reset_index()
-            parts.append(found.assign(**labels, **{damage_metric: level, "multiplier": multiplier}))
+            found[damage_metric], found["multiplier"] = level, multiplier
+            for name in keys:
+                found[name] = rows[name].iloc[0]
+            parts.append(found)
     columns = [*keys, damage_metric, "multiplier", *index, metric]
     table: Any = pd.concat(parts, ignore_index=True)[columns]
     metrics: tuple[str, ...] = (metric,)
@@ -96,11 +103,11 @@ def at_matched_damage(
     return Scores(table, metrics).summary(**bootstrap).drop(columns="examples")
 
 
-def _multiplier_at(level: float, side: Any, damage_metric: str) -> float:
+def _multiplier_at(level: float, side: Any, is_quadratic: bool) -> float:
     """The multiplier nearest to 0 with a level of damage, interpolated; NaN if there is none."""
     side = side.dropna().sort_values("multiplier", key=abs)
-    damage, multipliers = (side[name].to_numpy(dtype=float) for name in (damage_metric, "multiplier"))
-    if damage_metric in _QUADRATIC:
+    damage, multipliers = (side[name].to_numpy(dtype=float) for name in (_HARM, "multiplier"))
+    if is_quadratic:
         level, damage = level**0.5, damage.clip(0) ** 0.5
     reaches = np.flatnonzero(damage >= level)
     if not len(reaches) or (reaches[0] == 0 and damage[0] > level):
@@ -111,9 +118,14 @@ def _multiplier_at(level: float, side: Any, damage_metric: str) -> float:
 
 def _with_difference(table: Any, metric: str, reference: Mapping[str, Any]) -> Any:
     """Adds how far each example's metric is above the reference's."""
-    own = table[(table[list(reference)] == pd.Series(reference)).all(axis="columns")]
+    own = table
+    for name, value in reference.items():
+        own = own[own[name].isna() if pd.isna(value) else own[name] == value]
     if own.empty:
         raise ConfigError(f"reference={dict(reference)}: no scores have these labels.")
+    if SEED in table and not set(table[SEED]) <= set(own[SEED]):
+        others = [name for name in own if name not in (SEED, metric)]
+        own = own.groupby(others, dropna=False, as_index=False)[metric].mean()
     own = own.drop(columns=["multiplier", *reference]).rename(columns={metric: DIFFERENCE})
     found = table.merge(own, how="left")
     return found.assign(**{DIFFERENCE: found[metric] - found[DIFFERENCE]})

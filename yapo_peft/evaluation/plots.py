@@ -92,7 +92,7 @@ def plot_matched_damage(
         raise ConfigError(
             f"The table has the columns {list(table.columns)} and lacks {missing}: pass the table of at_matched_damage."
         )
-    own = (f"{name}{end}" for name in (metric, DIFFERENCE) for end in ("", "_low", "_high"))
+    own = {f"{name}{end}" for name in (metric, "gain", DIFFERENCE) for end in ("", "_low", "_high")}
     labels = [name for name in table.columns if name not in (damage_metric, "multiplier", *own)]
     require_plot_path(path)
     figure = _figure(1)

@@ -137,7 +137,7 @@ def _require_measurable(trainer: DPOTrainer) -> None:
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     plugin: Any = trainer.accelerator.state.deepspeed_plugin
     reason = None
-    if not optim.startswith(_NORMALIZED) or trainer.optimizer_cls_and_kwargs is not None:
+    if not optim.removeprefix("paged_").startswith(_NORMALIZED) or trainer.optimizer_cls_and_kwargs is not None:
         reason = f"optim={optim!r} is not known to take steps whose size does not depend on the gradient's"
     elif plugin is not None and "optimizer" in plugin.deepspeed_config:
         reason = "DeepSpeed's own optimizer has a single learning rate"
