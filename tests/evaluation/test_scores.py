@@ -183,9 +183,9 @@ def test_plot_at_equal_damage_has_a_line_per_method(tmp_path, monkeypatch):
     monkeypatch.setattr("yapo_peft.evaluation.plots._save", lambda figure, path: drawn.append(figure))
     effect = Scores.concat([scores({0.0: NOISE, 1.0: NOISE + 1}, method=name) for name in "ab"])
     damage = Scores.concat([scores({0.0: [0], 1.0: [0.4]}, "kl", method=name) for name in "ab"])
-    for reference in (None, {"method": "a"}):
+    for reference, metric in ((None, "margin"), ({"method": "a"}, "margin"), ({"method": "a"}, "difference")):
         table = at_matched_damage(effect, damage, [0.1, 0.2, 0.3], metric="margin", reference=reference)
-        plot_matched_damage(table, tmp_path / "x.png", "x", metric="margin")
+        plot_matched_damage(table, tmp_path / "x.png", "x", metric=metric)
         lines = {line.get_label(): len(line.get_xdata()) for line in drawn.pop().axes[0].lines}
         assert lines == {"a": 3, "b": 3}
 

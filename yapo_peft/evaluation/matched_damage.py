@@ -17,7 +17,7 @@ _QUADRATIC = ("kl",)
 # The column of a multiplier's damage, beside metrics that may have the same name.
 _HARM = "damage at the multiplier"
 # How far a metric is above that of the reference.
-DIFFERENCE = "difference"
+_DIFFERENCE = "difference"
 
 
 def at_matched_damage(
@@ -99,7 +99,7 @@ def at_matched_damage(
     table: Any = pd.concat(parts, ignore_index=True)[columns]
     metrics: tuple[str, ...] = (metric,)
     if reference is not None:
-        table, metrics = _with_difference(table, metric, reference), (metric, DIFFERENCE)
+        table, metrics = _with_difference(table, metric, reference), (metric, _DIFFERENCE)
     return Scores(table, metrics).summary(**bootstrap).drop(columns="examples")
 
 
@@ -126,6 +126,6 @@ def _with_difference(table: Any, metric: str, reference: Mapping[str, Any]) -> A
     if SEED in table and not set(table[SEED]) <= set(own[SEED]):
         others = [name for name in own if name not in (SEED, metric)]
         own = own.groupby(others, dropna=False, as_index=False)[metric].mean()
-    own = own.drop(columns=["multiplier", *reference]).rename(columns={metric: DIFFERENCE})
+    own = own.drop(columns=["multiplier", *reference]).rename(columns={metric: _DIFFERENCE})
     found = table.merge(own, how="left")
-    return found.assign(**{DIFFERENCE: found[metric] - found[DIFFERENCE]})
+    return found.assign(**{_DIFFERENCE: found[metric] - found[_DIFFERENCE]})

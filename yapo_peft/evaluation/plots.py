@@ -11,7 +11,6 @@ import pandas as pd
 
 from .._utils import replacing
 from ..errors import ConfigError
-from .matched_damage import DIFFERENCE
 from .scores import SEED, Scores
 
 if TYPE_CHECKING:
@@ -92,7 +91,8 @@ def plot_matched_damage(
         raise ConfigError(
             f"The table has the columns {list(table.columns)} and lacks {missing}: pass the table of at_matched_damage."
         )
-    own = {f"{name}{end}" for name in (metric, "gain", DIFFERENCE) for end in ("", "_low", "_high")}
+    measured = [name for name in table if {f"{name}_low", f"{name}_high"} <= {*table}]
+    own = {f"{name}{end}" for name in measured for end in ("", "_low", "_high")}
     labels = [name for name in table.columns if name not in (damage_metric, "multiplier", *own)]
     require_plot_path(path)
     figure = _figure(1)
