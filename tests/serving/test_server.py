@@ -204,9 +204,14 @@ def test_routes_load_list_and_unload(server):
     server.check(words(5), "both=1", {"both": 1.0})
 
 
+def displaced_on_arrival(server):
+    return [line for line in (server.folder / "log").read_text().splitlines() if "has just been displaced" in line]
+
+
 @pytest.mark.feature("vLLM", "Adapters loaded, displaced and unloaded under load, with no effect on running requests")
 def test_adapters_come_and_go_under_load(server):
-    ended, failures, served = threading.Event(), [], 0
+    ended, failures, late, served = threading.Event(), [], [], 0
+    logged = len(displaced_on_arrival(server))
 
     def ask(seed):
         nonlocal served
@@ -219,6 +224,8 @@ def test_adapters_come_and_go_under_load(server):
             except openai.BadRequestError as error:
                 if "There is no adapter" not in str(error):  # it had to make room
                     failures.append(error)
+            except openai.InternalServerError as error:
+                late.append(error)
             except Exception as error:
                 failures.append(error)
 
@@ -235,6 +242,8 @@ def test_adapters_come_and_go_under_load(server):
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
+    # The only requests that may fail are those whose adapter made room while they were on their way to the engine.
+    assert len(late) == len(displaced_on_arrival(server)) - logged
     assert served > 50
     for name, source in server.sources.items():
         assert post(server, "load_yapo_adapter", name=name, path=source).is_success
