@@ -48,9 +48,15 @@ def test_a_short_study(model, small_model, tmp_path):
     assert damage["CAA"].keys() == {
         "behaviour", "method", *(f"{text}, at {sign}1" for text in ("json", "chats", "questions") for sign in "-+")
     }  # fmt: skip
-    differences = {row["method"]: row for row in results["Difference from CAA"]}
-    assert set(differences["CAA"].values()) == {"enthusiasm", "CAA", "+0.0 (+0.0, +0.0)"}
-    assert differences["YaPO"].keys() == differences["CAA"].keys()
+    gains = {row["method"]: row for row in results["At equal damage"]}
+    for ratios in results["Divided by CAA"]:
+        assert ratios["method"] != "CAA"
+        for side in ("up, KL 0.01", "down, KL 0.01"):
+            gain, reference = (float(gains[name][side].split()[0]) for name in (ratios["method"], "CAA"))
+            ratio = float(ratios[side].split()[0])
+            # Gains are rounded to 0.1.
+            assert abs(ratio * reference - gain) <= 0.051 * (1 + abs(ratio)) + 0.0051 * abs(reference)
+    assert len(results["Divided by CAA"]) > 3
     for name in ("doses", "matched", "losses"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("enthusiasm/*/*/*/*.json")}

@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from cells import Method, write_json
-from matplotlib.figure import Figure
+from plots import Line, damage_lines, dose_lines, draw
 
 from yapo_peft.evaluation import Scores, at_matched_damage, cultural_scores
-from yapo_peft.evaluation.plots import COLOURS
+from yapo_peft.evaluation.matched_damage import effects_at
+from yapo_peft.evaluation.scores import by_seed_and_example, interval, mean_of_known, resampled_means
+
+# Multipliers below 0 or not.
+_SIDES = {"up": False, "down": True}
 
 
 def write_report(study: Any) -> Path:
@@ -32,7 +36,7 @@ def write_report(study: Any) -> Path:
         "Held-out loss during training": _losses(study),
         "At equal multiplier": _at_multiplier(doses, harm),
         "At equal damage": _at_damage(study.config["damage_levels"], *gains),
-        **{f"Difference from {name}": _at_damage(study.config["damage_levels"], *gains, name) for name in references},
+        **{f"Divided by {name}": _ratios(study.config["damage_levels"], *gains, name) for name in references},
         "Damage by text": _by_text(by_text),
         "Knowledge": _knowledge(study),
         "Culture": _culture(study),
@@ -42,11 +46,11 @@ def write_report(study: Any) -> Path:
     write_json(folder / "results.json", rows)
     text = [f"## {title}\n\n{markdown(table)}\n" for title, table in tables.items()]
     (folder / "tables.md").write_text("\n".join(text))
-    _draw(folder / "doses.png", study, "multiplier", "margin (nats)", _dose_lines(doses))
-    lines = _damage_lines(gains[0], harm, most=1.2 * max(study.config["damage_levels"]))
-    _draw(folder / "matched.png", study, "KL from the base, signed (nats per token)", "margin gained (nats)", lines)
+    draw(folder / "doses.png", study, "multiplier", "margin (nats)", dose_lines(doses))
+    lines = damage_lines(gains[0], harm, most=1.2 * max(study.config["damage_levels"]))
+    draw(folder / "matched.png", study, "KL from the base, signed (nats per token)", "margin gained (nats)", lines)
     if "Held-out loss during training" in tables:
-        _draw(folder / "losses.png", study, "step", "held-out loss (nats)", _loss_lines(study))
+        draw(folder / "losses.png", study, "step", "held-out loss (nats)", _loss_lines(study))
     return folder
 
 
@@ -156,20 +160,34 @@ def _gains(effect: Scores, damage: Scores) -> tuple[Scores, Scores]:
     return effect.gains("margin"), damage
 
 
-def _at_damage(levels: list[float], gains: Scores, damage: Scores, reference: str | None = None) -> pd.DataFrame:
-    """How far each method moves the margin, up and down, at each level of damage: a row per behaviour and method.
-
-    With a reference, how much further than that method, over the same pairs.
-    """
-    column, of = ("gain", None) if reference is None else ("difference", {"method": reference})
+def _at_damage(levels: list[float], gains: Scores, damage: Scores) -> pd.DataFrame:
+    """How far each method moves the margin, up and down, at each level of damage: a row per behaviour and method."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for side, negative in (("up", False), ("down", True)):
-        table = at_matched_damage(gains, damage, levels, metric="gain", negative=negative, reference=of)
+    for side, negative in _SIDES.items():
+        table = at_matched_damage(gains, damage, levels, metric="gain", negative=negative)
         for row in table.to_dict("records"):
             labels = {name: row[name] for name in ("behaviour", "method")}
-            cells = rows.setdefault(tuple(labels.values()), labels)
-            value, low, high = (row[column + end] for end in ("", "_low", "_high"))
-            cells[f"{side}, KL {row['kl']}"] = "" if np.isnan(value) else f"{value:+.1f} ({low:+.1f}, {high:+.1f})"
+            value, low, high = (row[f"gain{end}"] for end in ("", "_low", "_high"))
+            shown = "" if np.isnan(value) else f"{value:+.1f} ({low:+.1f}, {high:+.1f})"
+            rows.setdefault(tuple(labels.values()), labels)[f"{side}, KL {row['kl']}"] = shown
+    return pd.DataFrame(list(rows.values()))
+
+
+def _ratios(levels: list[float], gains: Scores, damage: Scores, reference: str) -> pd.DataFrame:
+    """Mean gains at each level of damage, divided by another method's on the same pairs and seeds, with intervals."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for side, negative in _SIDES.items():
+        table = effects_at(levels, gains, damage, "gain", "kl", negative).table
+        for (behaviour, level), part in table.groupby(["behaviour", "kl"], sort=False):
+            of = {name: group for name, group in part.groupby("method", sort=False)}
+            for name in [name for name in of if name != reference and reference in of]:
+                seeds = set(of[name]["seed"]) & set(of[reference]["seed"])
+                both = [by_seed_and_example(g[g["seed"].isin(seeds)], "gain") for g in (of[name], of[reference])]
+                value = mean_of_known(both[0]) / mean_of_known(both[1])
+                # The same resamples for both.
+                low, high = interval(np.divide(*(resampled_means(matrix, 4000, 0) for matrix in both)), 0.95)
+                row = rows.setdefault((behaviour, name), {"behaviour": behaviour, "method": name})
+                row[f"{side}, KL {level}"] = "" if np.isnan(value) else f"{value:.2f} ({low:.2f}, {high:.2f})"
     return pd.DataFrame(list(rows.values()))
 
 
@@ -225,32 +243,6 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-Line = tuple[str, str, list[tuple[float, float, float, float]]]
-
-
-def _dose_lines(doses: pd.DataFrame) -> list[Line]:
-    """Panel, method, and its points `(x, y, low, high)`."""
-    return [
-        (
-            behaviour,
-            method,
-            list(zip(*(part[c] for c in ("multiplier", "margin", "margin_low", "margin_high")), strict=True)),
-        )
-        for (behaviour, method), part in doses.sort_values("multiplier").groupby(["behaviour", "method"], sort=False)
-    ]
-
-
-def _damage_lines(gains: Scores, harm: pd.DataFrame, most: float) -> list[Line]:
-    """Gains against the KL, which is given the sign of the multiplier."""
-    found = gains.summary().merge(harm, on=["behaviour", "method", "multiplier"])
-    found = found.assign(signed=found["kl"] * np.sign(found["multiplier"])).sort_values("signed")
-    columns = ("signed", "gain", "gain_low", "gain_high")
-    return [
-        (behaviour, method, list(zip(*(part[c] for c in columns), strict=True)))
-        for (behaviour, method), part in found[found["kl"] <= most].groupby(["behaviour", "method"], sort=False)
-    ]
-
-
 def _loss_lines(study: Any) -> list[Line]:
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for behaviour, method, _, folder in _cells(study):
@@ -264,30 +256,3 @@ def _loss_lines(study: Any) -> list[Line]:
         (behaviour, name, [(step, float(np.mean(v)), min(v), max(v)) for step, v in sorted(points.items())])
         for (behaviour, name), points in found.items()
     ]
-
-
-def _draw(path: Path, study: Any, x: str, y: str, lines: list[Line]) -> None:
-    """A panel for each behaviour, a line with its interval for each method."""
-    styles = dict(zip(study.methods, ((colour, dash) for dash in ("-", "--", ":") for colour in COLOURS), strict=False))
-    behaviours, methods = list(study.behaviours), list(study.methods)
-    lines = sorted(lines, key=lambda line: (behaviours.index(line[0]), methods.index(line[1])))
-    panels = list(dict.fromkeys(panel for panel, _, _ in lines))
-    if not panels:
-        return
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.9 * rows + 0.5), layout="constrained")
-    axes = dict(zip(panels, np.ravel(figure.subplots(rows, columns, squeeze=False)), strict=False))
-    for panel, method, points in lines:
-        at, mean, low, high = (np.array(values, dtype=float) for values in zip(*points, strict=True))
-        colour, dash = styles[method]
-        axes[panel].plot(at, mean, marker="o", linestyle=dash, markersize=3, color=colour, label=method)
-        axes[panel].fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
-    labels: dict[str, Any] = {}
-    for index, (panel, one) in enumerate(axes.items()):
-        one.set(title=panel, xlabel=x, ylabel=y if index % columns == 0 else "")
-        one.spines[["top", "right"]].set_visible(False)
-        handles, names = one.get_legend_handles_labels()
-        labels |= dict(zip(names, handles, strict=True))
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)

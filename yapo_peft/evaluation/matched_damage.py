@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -58,6 +58,19 @@ def at_matched_damage(
         ConfigError: Labels differ, there is no such metric, level or reference, or there are no multipliers on that
             side of 0.
     """
+    keys = [name for name in effect.labels if name != SEED]
+    if reference is not None and (not reference or not set(reference) <= set(keys)):
+        raise ConfigError(f"reference={dict(reference)}: must give labels of the scores, which are {keys}.")
+    found = effects_at(levels, effect, damage, metric, damage_metric, negative)
+    if reference is not None:
+        found = Scores(_with_difference(found.table, metric, reference), (metric, _DIFFERENCE))
+    return found.summary(**bootstrap).drop(columns="examples")
+
+
+def effects_at(
+    levels: Sequence[float], effect: Scores, damage: Scores, metric: str, damage_metric: str, negative: bool
+) -> Scores:
+    """Of each example, what `at_matched_damage` gives the means of; with its arguments."""
     for scores, name in ((effect, metric), (damage, damage_metric)):
         if name not in scores.metrics:
             raise ConfigError(f"There is no metric {name!r}; the scores have {', '.join(map(repr, scores.metrics))}.")
@@ -69,8 +82,6 @@ def at_matched_damage(
         raise ConfigError(
             f"effect has the labels {effect.labels}, damage has {damage.labels}: give both the same ones."
         )
-    if reference is not None and (not reference or not set(reference) <= set(keys)):
-        raise ConfigError(f"reference={dict(reference)}: must give labels of the scores, which are {keys}.")
     # Its means, on which a bootstrap would be wasted.
     harm: Any = damage.summary(resamples=1)[[*keys, "multiplier", damage_metric]]
     both: Any = effect.table.merge(harm.rename(columns={damage_metric: _HARM}), how="left", indicator=True)
@@ -96,11 +107,7 @@ def at_matched_damage(
                 found[name] = rows[name].iloc[0]
             parts.append(found)
     columns = [*keys, damage_metric, "multiplier", *index, metric]
-    table: Any = pd.concat(parts, ignore_index=True)[columns]
-    metrics: tuple[str, ...] = (metric,)
-    if reference is not None:
-        table, metrics = _with_difference(table, metric, reference), (metric, _DIFFERENCE)
-    return Scores(table, metrics).summary(**bootstrap).drop(columns="examples")
+    return Scores(cast(Any, pd.concat(parts, ignore_index=True))[columns], (metric,))
 
 
 def _multiplier_at(level: float, side: Any, is_quadratic: bool) -> float:
