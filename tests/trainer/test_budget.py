@@ -1,9 +1,11 @@
 """The budget for the damage of training: the divergence on neutral text, its bound in training, and bad values."""
 
 import json
+import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from cached import MANY
 from damage import DENSE, TEXT, code_of, codes_of, make_adapter, slow_damage, slow_divergence
 from tiny import ARCHITECTURES, make_sae, random_code, set_code, trained_codes
@@ -11,6 +13,7 @@ from tiny import ARCHITECTURES, make_sae, random_code, set_code, trained_codes
 from yapo_peft import ConfigError, YaPOConfig, YaPOTrainingConfig, calibrate
 from yapo_peft.scoring.neutral import NeutralText, neutral_rows, packaged_text
 from yapo_peft.scoring.upper_half import UpperHalf
+from yapo_peft.trainer.budget import DamageBudget
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -94,6 +97,50 @@ def test_training_stays_within_the_budget(train, adapter, cached, tokenizer):
     # Not only scaled at the end: the weight made the last steps stay near the bound.
     assert log[-1]["kl/plus"] + log[-1]["kl/minus"] < total / 2
     assert log[-1]["kl_weight/plus"] > log[0]["kl_weight/plus"]
+
+
+def test_weights_are_multipliers_times_recent_excess():
+    """Against products and sums over all batches so far."""
+
+    class Given:
+        def cut(self, tokens):
+            return self
+
+        def divergence(self, model, rows, multipliers):
+            assert multipliers.tolist() == [1.0, -1.0]
+            return torch.tensor(series[rows[0] // 2])
+
+    series = [[0.0, 0.3], [0.05, 0.1], [0.5, 0.02], [0.1, 0.1], [0.15, 0.0]]
+    budget, state, accelerator = DamageBudget(Given(), 0.1), {}, Accelerator(cpu=True)
+    for number, divergences in enumerate(series):
+        loss, metrics = budget.penalty(None, number, state, accelerator)
+        # As in a checkpoint.
+        state = json.loads(json.dumps(state))
+        expected = 0.0
+        for side, name in enumerate(("plus", "minus")):
+            ratios = [row[side] / 0.1 for row in series[: number + 1]]
+            multiplier = 0.3 * math.prod(math.exp(0.1 * min(ratio - 1, 1)) for ratio in ratios[:-1])
+            average = ratios[0] * 0.8**number
+            average += sum(0.2 * 0.8 ** (number - step) * ratios[step] for step in range(1, number + 1))
+            assert metrics[f"kl_weight/{name}"] == pytest.approx(multiplier * average)
+            assert metrics[f"kl/{name}"] == pytest.approx(divergences[side])
+            expected += multiplier * average * divergences[side]
+        assert float(loss) == pytest.approx(expected, abs=1e-7)
+
+
+def test_training_reads_64_tokens_of_a_row_and_the_record_128(build, tokenizer):
+    row = " ".join([f"w{number}" for number in range(64)] + ["w5"] * 56)
+    trainer = build(model=make_adapter(), max_steps=1, max_kl=10.0, neutral=[row], learning_rate=0.0)
+    trainer.train()
+    assert len(tokenizer(row)["input_ids"]) == 120
+    for side, multiplier in (("plus", 1.0), ("minus", -1.0)):
+        start, whole = (
+            float(slow_divergence(trainer.model, text, tokenizer, multiplier).detach())
+            for text in (" ".join(row.split()[:64]), row)
+        )
+        assert abs(start - whole) > 0.01 * whole
+        assert trainer.state.log_history[0][f"kl/{side}"] == pytest.approx(start, rel=1e-3)
+        assert trainer.model.peft_config["default"].damage[side] == pytest.approx(whole, rel=1e-3)
 
 
 def test_cached_training_takes_the_same_steps_with_a_budget(train):

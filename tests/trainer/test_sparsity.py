@@ -119,7 +119,7 @@ def test_resumed_training_keeps_the_features_bit_for_bit(build, tmp_path):
     resumed = build(out="resumed", **options, neutral=TEXT)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(trained_codes(resumed), trained_codes(whole))
-    assert resumed.state.stateful_callbacks["DamageBudget"] == whole.state.stateful_callbacks["DamageBudget"]
+    assert resumed.state.stateful_callbacks["DamageBound"] == whole.state.stateful_callbacks["DamageBound"]
 
 
 @pytest.mark.parametrize(("first", "second"), [(None, 6), (6, None), (6, 8)])

@@ -85,10 +85,12 @@ class _Known:
     Attributes:
         hidden: Output of the lowest steered layer, `(seq, d_model)`; None if it is not kept.
         final: Input of the LM head, `(seq, d_model)`; None if the head is not where it is expected.
+        form: The output of the model's body that it is from, without its tensors.
     """
 
     hidden: Tensor | None
     final: Tensor | None
+    form: Any
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,6 @@ class NeutralText:
         self._rows = [ids[: context_length(self._base)] for ids in rows]
         self._upper, self._keep, self._adapter_name = upper, keep, adapter_name
         self._known: dict[int, _Known] = {}
-        # An output of the model's body, without its tensors.
-        self._form: Any = None
 
     def above(self, lowest: int) -> NeutralText:
         """The same text, with only the layers above the lowest steered one run."""
@@ -152,6 +152,12 @@ class NeutralText:
         start._rows = self._rows[:rows]
         start._adapter_name = adapter_name or self._adapter_name
         return start
+
+    def cut(self, tokens: int) -> NeutralText:
+        """The same rows, and of each the first tokens."""
+        short = copy(self)
+        short._rows, short._known = [ids[:tokens] for ids in self._rows], {}
+        return short
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -209,7 +215,7 @@ class NeutralText:
         with self._steering(0.0):
             if len(finals) < len(batch.known):
                 return self._logits(call, batch)
-            with self._final_states(torch.cat(finals).to(self._device)[None]):
+            with self._final_states(torch.cat(finals).to(self._device)[None], batch.known[0].form):
                 return call(**batch.inputs, use_cache=False).logits[0]
 
     def _logits(self, call: Callable[..., Any], batch: _Batch) -> Tensor:
@@ -225,27 +231,29 @@ class NeutralText:
     @torch.no_grad()
     def _of(self, row: int) -> _Known:
         if row in self._known or not self._keep:
-            return self._known.get(row, _Known(None, None))
+            return self._known.get(row, _Known(None, None, None))
         finals: list[Tensor] = []
+        forms: list[Any] = [None]
         hidden: list[Tensor] = []
         below = self._upper.observed(hidden) if self._upper is not None else nullcontext()
 
         def find(output: Any) -> None:
             if "last_hidden_state" in output:
                 finals.append(output["last_hidden_state"].detach())
-                self._form = type(output)(**dict.fromkeys(output))
+                forms[0] = type(output)(**dict.fromkeys(output))
 
         ids = torch.tensor([self._rows[row]], device=self._device)
         one = torch.zeros(1, dtype=torch.long)
         with self._steering(0.0), below, forward_hooks([(self._base.base_model, find)]), head_on(self._base, one):
             self._base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        self._known[row] = _Known(hidden[0][0].cpu() if hidden else None, finals[0][0].cpu() if finals else None)
+        kept = (states[0][0].cpu() if states else None for states in (hidden, finals))
+        self._known[row] = _Known(*kept, *forms)
         return self._known[row]
 
     @contextmanager
-    def _final_states(self, states: Tensor) -> Generator[None]:
+    def _final_states(self, states: Tensor, form: Any) -> Generator[None]:
         """Makes the model compute logits of given inputs of its LM head, `(1, tokens, d_model)`."""
-        output = copy(self._form)
+        output = copy(form)
         output["last_hidden_state"] = states
         body = self._base.base_model
         own = body.__dict__.get("forward")

@@ -25,10 +25,14 @@ from .checks import require_one_trace
 from .config import YaPOTrainingConfig
 from .units import trained_codes
 
-# The key of the weights in a trainer's state, and their first value.
-_NAME, _FIRST = "DamageBudget", 0.3
-# How much the logarithm of a weight grows in a step at twice the bound or more, and how much it falls at most.
-_RATE = 0.2
+# The key of what is kept in a trainer's state, and the first multiplier of both bounds.
+_NAME, _FIRST = "DamageBound", 0.3
+# How much the logarithm of a multiplier grows in a step at twice the bound or more, and how much it falls at most.
+_RATE = 0.1
+# How much of the average divergence is that of the last batch.
+_RECENT = 0.2
+# Tokens of a row that are read in training. More rows of fewer tokens estimate the divergence better at the same cost.
+_TOKENS = 64
 # Rows of the text on which the damage of a trained code is measured.
 _ROWS = 32
 
@@ -65,8 +69,10 @@ def neutral_text(trainer: DPOTrainer, layers: list[YaPOLayer], dataset: Any, upp
 class DamageBudget:
     """Adds weighted divergences to a loss, with weights that keep each of them at a bound.
 
-    The weights are the Lagrange multipliers of the bounds, found by dual ascent: with each batch, the logarithm of a
-    weight grows by the relative excess of its divergence over the bound, or falls by what is left of the bound.
+    A weight is the Lagrange multiplier of its bound, found by dual ascent, times the ratio of the divergence to the
+    bound, averaged over the last batches. With each batch, the logarithm of the multiplier grows by the relative excess
+    of the divergence over the bound, or falls by what is left of the bound. That alone overshoots, because a multiplier
+    lags behind; the ratio responds at once (proportional-integral control, as in arXiv 2007.03964).
 
     Args:
         text: The neutral text.
@@ -74,7 +80,7 @@ class DamageBudget:
     """
 
     def __init__(self, text: NeutralText, max_kl: float) -> None:
-        self._text, self._max_kl = text, max_kl
+        self._text, self._max_kl = text.cut(_TOKENS), max_kl
 
     def penalty(
         self, model: Callable[..., Any], number: int, state: dict[str, Any], accelerator: Accelerator
@@ -84,15 +90,18 @@ class DamageBudget:
         Args:
             model: The model as it is called in training.
             number: Number of the global batch, which chooses two rows of the text, the same in all processes.
-            state: What checkpoints keep; the weights of the next batch are written to it.
+            state: What checkpoints keep; the multipliers and averages for the next batch are written to it.
             accelerator: The run's.
         """
         divergences = self._text.divergence(model, [2 * number, 2 * number + 1], torch.tensor([1.0, -1.0]))
         # Processes differ by rounding.
         found = cast(Tensor, accelerator.reduce(divergences.detach(), "mean")).tolist()
-        weights = state.get(_NAME, [_FIRST, _FIRST])
-        excess = [min(max(divergence / self._max_kl - 1, -1.0), 1.0) for divergence in found]
-        state[_NAME] = [weight * math.exp(_RATE * over) for weight, over in zip(weights, excess, strict=True)]
+        ratios = [divergence / self._max_kl for divergence in found]
+        multipliers, averages = state.get(_NAME, ([_FIRST, _FIRST], ratios))
+        averages = [old + _RECENT * (new - old) for old, new in zip(averages, ratios, strict=True)]
+        weights = [multiplier * average for multiplier, average in zip(multipliers, averages, strict=True)]
+        growth = [math.exp(_RATE * min(ratio - 1, 1.0)) for ratio in ratios]
+        state[_NAME] = [one * by for one, by in zip(multipliers, growth, strict=True)], averages
         metrics = {"kl/plus": found[0], "kl/minus": found[1]}
         metrics |= {"kl_weight/plus": weights[0], "kl_weight/minus": weights[1]}
         return divergences @ torch.tensor(weights, device=divergences.device), metrics
