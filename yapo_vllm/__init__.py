@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .client import list_adapters, load_adapter, load_adapter_async, unload_adapter, unload_adapter_async
     from .served import Served
 
+# The name of the extra argument under which requests ask for steering.
+KEY = "yapo"
+
 __all__ = [
     "Served",
     "list_adapters",

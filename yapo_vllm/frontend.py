@@ -7,7 +7,7 @@ from typing import Any
 
 from yapo_peft.errors import ConfigError
 
-from .key import KEY
+from . import KEY
 from .request import cache_salt, steering_of
 from .served import Prepared, Served
 from .settings import Settings

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .key import KEY
+from . import KEY
 
 _MARK = "_yapo"
 # The OpenAI server's request types that can steer, by their modules in vLLM.

@@ -11,7 +11,7 @@ from typing import Any
 from yapo_peft.errors import ConfigError
 from yapo_peft.tuner.positions import span_of
 
-from .key import KEY
+from . import KEY
 from .served import Served
 
 Steering = list[tuple[int, float]]

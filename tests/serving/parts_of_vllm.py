@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from tiny import D_MODEL, DEPTH
 
-from yapo_vllm.key import KEY
+from yapo_vllm import KEY
 
 
 def model_config(d_model=D_MODEL, depth=DEPTH):

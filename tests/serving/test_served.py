@@ -15,8 +15,8 @@ from yapo_peft.errors import (
     SAENotFoundError,
     UnsupportedOperationError,
 )
+from yapo_vllm import KEY
 from yapo_vllm.frontend import Frontend
-from yapo_vllm.key import KEY
 from yapo_vllm.served import AdapterFile, Served
 
 

@@ -86,7 +86,7 @@ def server(tmp_path_factory, tokenizer):
                     break
             except httpx.HTTPError:
                 time.sleep(1)
-        made.process = process
+        made.process, made.log = process, log
         yield made
     finally:
         process.terminate()
@@ -205,7 +205,7 @@ def test_routes_load_list_and_unload(server):
 
 
 def displaced_on_arrival(server):
-    return [line for line in (server.folder / "log").read_text().splitlines() if "has just been displaced" in line]
+    return [line for line in server.log.read_text().splitlines() if "has just been displaced" in line]
 
 
 @pytest.mark.feature("vLLM", "Adapters loaded, displaced and unloaded under load, with no effect on running requests")
