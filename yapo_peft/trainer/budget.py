@@ -31,7 +31,7 @@ _NAME, _FIRST = "DamageBound", 0.3
 _RATE = 0.1
 # How much of the average divergence is that of the last batch.
 _RECENT = 0.2
-# Tokens of a row that are read in training. More rows of fewer tokens estimate the divergence better at the same cost.
+# Tokens of a row that are read in training.
 _TOKENS = 64
 # Rows of the text on which the damage of a trained code is measured.
 _ROWS = 32
@@ -71,8 +71,8 @@ class DamageBudget:
 
     A weight is the Lagrange multiplier of its bound, found by dual ascent, times the ratio of the divergence to the
     bound, averaged over the last batches. With each batch, the logarithm of the multiplier grows by the relative excess
-    of the divergence over the bound, or falls by what is left of the bound. That alone overshoots, because a multiplier
-    lags behind; the ratio responds at once (proportional-integral control, as in arXiv 2007.03964).
+    of the divergence over the bound, or falls by what is left of the bound. That alone overshoots; the ratio responds
+    at once (proportional-integral control, as in arXiv 2007.03964).
 
     Args:
         text: The neutral text.
@@ -90,7 +90,7 @@ class DamageBudget:
         Args:
             model: The model as it is called in training.
             number: Number of the global batch, which chooses two rows of the text, the same in all processes.
-            state: What checkpoints keep; the multipliers and averages for the next batch are written to it.
+            state: What checkpoints keep, to which the numbers for the next batch are written.
             accelerator: The run's.
         """
         divergences = self._text.divergence(model, [2 * number, 2 * number + 1], torch.tensor([1.0, -1.0]))
