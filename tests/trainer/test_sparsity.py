@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from _reference.yapo import add_vector, completion_logp
 from cached import MANY
 from peft import get_peft_model
 from tiny import D_MODEL, D_SAE, make_model, make_sae, random_code, trained_codes
 
 from yapo_peft import ConfigError, YaPOConfig
 from yapo_peft.scoring.neutral import NeutralText, neutral_rows
-from yapo_peft.steering.selection import select_features
+from yapo_peft.steering.selection import Metric, select_features
 from yapo_peft.trainer.selection import damage_metric, shifted
 from yapo_peft.tuner.adapters import steered_layers
 
@@ -19,10 +20,13 @@ TEXT = ["w1 w5 w9 w2 w30 w31 w7 w8", "w3 w4 w60 w61 w62 w10", "w90 w80 w70 w11 w
 
 def problem(features=7, width=5):
     torch.manual_seed(0)
-    root, decoder = torch.randn(width, width), torch.randn(features, width)
-    metric = root @ root.T + torch.eye(width)
-    energies = ((decoder @ metric) * decoder).sum(dim=1)
+    metric, decoder = Metric(torch.randn(width, width), 1.0), torch.randn(features, width)
+    energies = ((decoder @ full(metric)) * decoder).sum(dim=1)
     return torch.randn(width), metric, decoder, energies
+
+
+def full(metric):
+    return metric.factor.T @ metric.factor + metric.ridge * torch.eye(metric.factor.shape[1])
 
 
 def select(gain, metric, decoder, energies, k):
@@ -30,7 +34,7 @@ def select(gain, metric, decoder, energies, k):
 
 
 def value(gain, metric, shift):
-    return float(gain @ shift - shift @ metric @ shift / 2)
+    return float(gain @ shift - shift @ full(metric) @ shift / 2)
 
 
 def best_by_search(gain, metric, decoder, k):
@@ -39,7 +43,7 @@ def best_by_search(gain, metric, decoder, k):
     for rows in itertools.combinations(range(len(decoder)), k):
         weights = torch.zeros(k)
         for _ in range(3000):
-            slope = decoder[list(rows)] @ (gain - metric @ (weights @ decoder[list(rows)]))
+            slope = decoder[list(rows)] @ (gain - full(metric) @ (weights @ decoder[list(rows)]))
             weights = (weights + 0.005 * slope).clamp(min=0)
         best = max(best, value(gain, metric, weights @ decoder[list(rows)]))
     return best
@@ -63,8 +67,29 @@ def test_selection_skips_features_with_infinite_energy():
     assert int(first) not in select(gain, metric, decoder, energies, 7)[0].tolist()
 
 
+@pytest.mark.parametrize("kind", ["random", "equal", "one", "zero"])
+def test_a_metric_is_the_shrunk_second_moment(kind):
+    samples = {"random": torch.randn(5, 9), "equal": torch.ones(4, 9), "one": torch.randn(1, 9)}
+    samples = samples.get(kind, torch.zeros(3, 9))
+    metric = Metric.of(samples)
+    moment, identity = samples.T @ samples / len(samples), torch.eye(9)
+    scale = moment.diagonal().mean()
+    distance = float((moment - scale * identity).square().sum())
+    noise = sum((torch.outer(x, x) - moment).square().sum() for x in samples) / len(samples) ** 2
+    share = min(max(float(noise) / distance, 0.01), 1.0) if distance > 0 else 1.0
+    expected = (1 - share) * moment + share * scale * identity if kind != "zero" else identity
+    torch.testing.assert_close(full(metric), expected)
+    vectors = torch.randn(2, 9)
+    torch.testing.assert_close(metric.product(vectors), vectors @ expected)
+    part = slice(2, 6)
+    torch.testing.assert_close(
+        metric.energies(vectors[:, part], part), ((vectors[:, part] @ expected[part, part]) * vectors[:, part]).sum(1)
+    )
+    torch.testing.assert_close(metric.solve(expected @ vectors[0]), vectors[0], rtol=1e-3, atol=1e-3)
+
+
 def test_metric_is_the_second_derivative_of_the_divergence(tokenizer, monkeypatch):
-    monkeypatch.setattr("yapo_peft.trainer.selection._shrunk", lambda samples: samples.T @ samples / len(samples))
+    monkeypatch.setattr(Metric, "of", lambda samples: samples.T @ samples / len(samples))
     model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
     text = NeutralText(model, neutral_rows(TEXT, tokenizer), torch.device("cpu"), None)
     layers = [(steered_layers(model)[0], "default")]
@@ -141,6 +166,45 @@ def test_training_starts_within_the_bound(build, architecture, rows):
     assert 0 < max(log["kl/plus"], log["kl/minus"]) < 0.05 * len(set(rows)) * 1.02
     assert log["code/nonzero"] == 6
     assert max(trainer.model.peft_config["default"].damage.values()) > 0.005
+
+
+def test_bounded_training_of_all_features_starts_on_more_than_a_few(build):
+    def first(**options):
+        trainer = build(max_steps=2, learning_rate=0.0, max_kl=0.05, direction="both", neutral=TEXT, **options)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    few, many = first(max_features=6), first()
+    assert many["code/nonzero"] > 6
+    assert many["loss/preference"] < few["loss/preference"]
+    assert 0 < max(many["kl/plus"], many["kl/minus"]) < 0.05 * len(TEXT) * 1.02
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_bounded_training_of_a_vector_starts_from_the_best_shift(train, pairs, cached):
+    options = {"adapter": {"space": "dense", "sae": None}, "max_steps": 1, "learning_rate": 0.0, "max_kl": 0.01}
+    trainer = train(cached, **options, train_dataset=pairs, neutral=TEXT, per_device_train_batch_size=len(pairs))
+    metric = damage_metric([(steered_layers(trainer.model)[0], "default")], [D_MODEL], trainer._text, trainer.args.seed)
+    batch = trainer._collated(list(trainer.train_dataset))
+    vector, model = torch.zeros(D_MODEL, requires_grad=True), make_model()
+    add_vector(model.model.layers[2], vector, 1.0)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    chosen, rejected = completion_logp(logits, batch["input_ids"], batch["completion_mask"]).chunk(2)
+    (chosen - rejected).mean().backward()
+    gain = metric.product(trained_codes(trainer)[0])
+    assert float(torch.cosine_similarity(gain, vector.grad, dim=0)) > 0.9999
+    assert max(trainer.model.peft_config["default"].damage.values()) > 0.005
+
+
+def test_codes_and_vectors_trained_together_start_from_zero(build):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+    model.add_adapter("vector", YaPOConfig(layers=2, space="dense"))
+    model.base_model.set_adapter(["default", "vector"])
+    trainer = build(model=model, max_steps=1, learning_rate=0.0, max_kl=0.01, neutral=TEXT)
+    trainer.train()
+    assert trainer.state.log_history[0]["code/nonzero"] == 0
+    for name in ("default", "vector"):
+        assert trainer.model.peft_config[name].damage == {"plus": 0.0, "minus": 0.0}
 
 
 def test_training_goes_on_with_the_features_of_a_sparse_code(build):

@@ -3,14 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# The share of the gain below which a feature adds nothing.
+_NEGLIGIBLE = 1e-6
+# How much a second moment is shrunk at least: few or equal samples seem to have no error.
+_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The damage of shifts: `factor.T @ factor + ridge * I`, a matrix of `(d, d)` that is never formed.
+
+    Attributes:
+        factor: `(n, d)`, with fewer rows than columns.
+        ridge: A positive number.
+    """
+
+    factor: Tensor
+    ridge: float
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Metric:
+        """The second moment of samples, `(n, d)`, shrunk towards a multiple of the identity.
+
+        It is shrunk by the share that minimises the expected error, because there are fewer samples than dimensions.
+
+        Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004.
+        """
+        n, d = samples.shape
+        inner = samples @ samples.T / n
+        scale, square = float(inner.trace()) / d, float(inner.square().sum())
+        # Squared distances: of the moment from the multiple of the identity, and of `x x^T` from the moment, over n.
+        distance, noise = square - d * scale**2, float(inner.diagonal().square().sum()) - square / n
+        share = min(max(noise / distance, _SHARE), 1.0) if distance > 0 else 1.0
+        # Where nothing does damage, all shifts count alike.
+        return cls(((1 - share) / n) ** 0.5 * samples, share * scale or 1.0)
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """The product with vectors, `(..., d)`."""
+        return vectors @ self.factor.T @ self.factor + self.ridge * vectors
+
+    def energies(self, rows: Tensor, part: slice) -> Tensor:
+        """`w @ metric @ w` of rows `w`, `(rows, part)`, that are zero outside of a part of the dimensions."""
+        return (rows @ self.factor[:, part].T).square().sum(dim=1) + self.ridge * rows.square().sum(dim=1)
+
+    def solve(self, vector: Tensor) -> Tensor:
+        """The vector, `(d,)`, whose product is the given one."""
+        inner = self.factor @ self.factor.T
+        inner.diagonal().add_(self.ridge)
+        return (vector - self.factor.T @ torch.linalg.solve(inner, self.factor @ vector)) / self.ridge
+
 
 def select_features(
     gain: Tensor,
-    metric: Tensor,
+    metric: Metric,
     products: Callable[[Tensor], Tensor],
     energies: Tensor,
     rows: Callable[[Tensor], Tensor],
@@ -25,7 +75,7 @@ def select_features(
 
     Args:
         gain: Gradient of the gain with respect to the shift, `(d,)`; several layers are concatenated.
-        metric: The second derivative of the divergence with respect to the shift, `(d, d)`, positive definite.
+        metric: The second derivative of the divergence with respect to the shift, `(d, d)`.
         products: Maps a vector, `(d,)`, to its product with each feature's decoder row, `(features,)`.
         energies: `w @ metric @ w` of each feature's decoder row `w`, `(features,)`; infinite to leave a feature out.
         rows: Maps indices, `(n,)`, to decoder rows, `(n, d)`.
@@ -39,11 +89,13 @@ def select_features(
     decoder = gain.new_zeros(0, len(gain))
     tried: set[int] = set()
     while len(chosen) < k:
-        left = gain - metric @ (weights @ decoder)
+        shift = weights @ decoder
+        left = gain - metric.product(shift)
         scores = products(left) / energies.sqrt()
         scores[list(tried)] = 0
         best = int(scores.argmax())
-        if scores[best] <= 0:
+        # Half its square is what the feature adds; what follows would depend on rounding.
+        if scores[best] <= 0 or scores[best] ** 2 <= _NEGLIGIBLE * (gain @ shift):
             break
         tried.add(best)
         chosen = torch.cat([chosen, torch.tensor([best], device=chosen.device)])
@@ -53,9 +105,9 @@ def select_features(
     return chosen, weights
 
 
-def _best_weights(gain: Tensor, metric: Tensor, decoder: Tensor) -> Tensor:
+def _best_weights(gain: Tensor, metric: Metric, decoder: Tensor) -> Tensor:
     """The weights of chosen rows that gain most; 0 for those that would be negative."""
-    curvature, slope = decoder @ metric @ decoder.T, decoder @ gain
+    curvature, slope = decoder @ metric.product(decoder).T, decoder @ gain
     kept = torch.arange(len(decoder), device=gain.device)
     while len(kept):
         solved = torch.linalg.solve(curvature[kept][:, kept], slope[kept])

@@ -55,14 +55,15 @@ class YaPOTrainingConfig(DPOConfig):
         reference: Model that log-probabilities are compared to: the same model "unsteered", as published, or "none",
             which drops the reference terms and is a different objective.
         max_kl: Bound of the damage: KL(unsteered || steered) of the next token on neutral text, in nats per token, at
-            multipliers +1 and -1. None, as published, for no bound.
+            multipliers +1 and -1. Codes of zero then start from an estimate of the best ones, unless they are sharded.
+            None, as published, for no bound and a start at zero.
         cache_activations: Train and evaluate only the layers above the lowest steered one. Its output, its active
             features and the reference log-probabilities are computed once, stored on disk, and reused by later runs.
         activation_cache_dir: Folder for cached activations; one beside Hugging Face's caches by default.
         activation_cache_dtype: Dtype of cached activations: "float32", "bfloat16" or "float16"; the model's by default.
-        max_features: Maximum number of non-zero entries of the trained codes, over all layers. They are chosen before
-            the first step: those that gain most for their damage, half of them for each direction. As published there
-            is no limit: every feature that was ever active gets one.
+        max_features: Maximum number of non-zero entries of the trained codes, over all layers: those that gain most for
+            their damage, chosen before the first step, half of them for each direction. As published there is no limit:
+            every feature that was ever active gets one.
         loss_type: One or several of TRL's losses, or "reps" (RePS); "sigmoid", as published, by default.
         learning_rate_unit: "activation" scales the learning rate by the typical activation on the first examples (of an
             SAE the mean of a token's active features, of a dense vector the root mean square of a token; the median

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._utils import evaluating, mixed_seed
-from ..sae import FrozenSAE
 from ..scoring.neutral import NeutralText
 from ..steering.learning import ActiveFeatures
-from ..steering.selection import select_features
+from ..steering.selection import Metric, select_features
 from ..tuner import YaPOLayer
 from ..tuner.adapters import write_code
 from ..tuner.hooks import block_outputs, changed_outputs
@@ -28,10 +27,8 @@ from .units import trained_codes
 _EXAMPLES = 256
 # Rows of neutral text that the damage is estimated from, and how many run at once.
 _ROWS, _BATCH = 128, 2
-# Divergence at which codes start without a bound, in nats per token.
-_START = 0.1
-# How much the estimate of the damage is shrunk at least: few or equal rows seem to have no error.
-_SHARE = 0.01
+# Divergence at which codes start without a bound, in nats per token, and features without `max_features`.
+_START, _FEATURES = 0.1, 512
 # Rows of the decoder that are held at once.
 _CHUNK = 16384
 
@@ -43,10 +40,11 @@ def start_on_features(
     gradients: Callable[[list[Any], list[Tensor], AbstractContextManager[None]], list[Tensor]],
     args: YaPOTrainingConfig,
 ) -> None:
-    """Gives codes the `max_features` entries that lower the loss most for their damage, by a linear model at zero.
+    """Gives codes the entries that lower the loss most for their damage, by a linear model at zero.
 
     The codes, the same in all processes, are within the bound of the damage. Features that are not active on any of the
-    examples get no entry.
+    examples get no entry. A dense vector gets the best shift, of which codes get the best approximation by
+    `max_features` features, or by 512. Codes and vectors that are trained together stay zero.
 
     Args:
         steered: The steered layers.
@@ -58,11 +56,39 @@ def start_on_features(
     """
     assert text is not None
     text.model.train()
-    layers = trained_codes(steered)
+    layers, bound = trained_codes(steered), args.max_kl or _START
+    are_dense = {layer.yapo_sae[name] is None for layer, name in layers}
+    if len(are_dense) > 1:
+        return
+    decoders, gains, metric, active = measure_directions(layers, text, dataset, gradients, args)
+    if are_dense == {True}:
+        shift = metric.solve(gains[0] - gains[1])
+        shift *= (2 * bound / (shift @ metric.product(shift)).clamp(min=1e-12)) ** 0.5
+        codes = shift.split([decoder.d_in for decoder in decoders])
+    else:
+        codes = chosen_codes(decoders, gains, metric, active, args.max_features or _FEATURES, bound)
+    for (layer, name), code in zip(layers, codes, strict=True):
+        write_code(layer, name, code)
+    with evaluating(text.model):
+        limited(layers, text, bound)
+
+
+def measure_directions(
+    layers: list[tuple[YaPOLayer, str]],
+    text: NeutralText,
+    dataset: Iterable[Any],
+    gradients: Callable[[list[Any], list[Tensor], AbstractContextManager[None]], list[Tensor]],
+    args: YaPOTrainingConfig,
+) -> tuple[list[Decoder], Tensor, Metric, list[Tensor]]:
+    """The first arguments of `chosen_codes`, measured on codes that are zero; decoders have no rows if dense."""
     examples, size = list(islice(dataset, _EXAMPLES)), args.per_device_train_batch_size
-    saes = [cast(FrozenSAE, layer.yapo_sae[name]) for layer, name in layers]
-    device = layers[0][0].yapo_code[layers[0][1]].device
-    decoders = [Decoder(sae.decoder(device, sae.dtype)) for sae in saes]
+    saes = [layer.yapo_sae[name] for layer, name in layers]
+    codes = [layer.yapo_code[name] for layer, name in layers]
+    device = codes[0].device
+    decoders = [
+        Decoder(code.new_zeros(0, len(code)) if sae is None else sae.decoder(device, sae.dtype))
+        for sae, code in zip(saes, codes, strict=True)
+    ]
     widths = [decoder.d_in for decoder in decoders]
     active = [torch.zeros(decoder.d_sae, dtype=torch.bool, device=device) for decoder in decoders]
     gains = torch.zeros(2, sum(widths), device=device)
@@ -74,15 +100,10 @@ def start_on_features(
         for gain, gradient in zip(gains, found, strict=True):
             gain -= len(batch) * gradient
         for (layer, _), sae, seen in zip(layers, saes, active, strict=True):
-            hidden = outputs[layer.index].detach()
-            seen[ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature] = True
-    metric = damage_metric(layers, widths, text, args.seed)
-    bound = args.max_kl or _START
-    codes = chosen_codes(decoders, gains, metric, active, cast(int, args.max_features), bound)
-    for (layer, name), code in zip(layers, codes, strict=True):
-        write_code(layer, name, code)
-    with evaluating(text.model):
-        limited(layers, text, bound)
+            if sae is not None:
+                hidden = outputs[layer.index].detach()
+                seen[ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature] = True
+    return decoders, gains, damage_metric(layers, widths, text, args.seed), active
 
 
 def gradients_of_both(losses: list[Tensor], log_probs: Tensor, shifts: list[Tensor]) -> list[Tensor]:
@@ -125,13 +146,10 @@ def shifted(layers: list[tuple[YaPOLayer, str]], shifts: list[Tensor]) -> Genera
         yield
 
 
-def damage_metric(layers: list[tuple[YaPOLayer, str]], widths: list[int], text: NeutralText, seed: int) -> Tensor:
+def damage_metric(layers: list[tuple[YaPOLayer, str]], widths: list[int], text: NeutralText, seed: int) -> Metric:
     """Second derivative of the divergence on neutral text with respect to shifts of the layers, `(d, d)`.
 
-    It is the Fisher information, estimated from gradients of sampled log-likelihoods, and shrunk towards a multiple of
-    the identity by the intensity that minimises the expected error, because there are fewer rows than dimensions.
-
-    Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004.
+    It is the Fisher information, estimated from gradients of sampled log-likelihoods.
     """
     found: list[Tensor] = []
     device = layers[0][0].yapo_code[layers[0][1]].device
@@ -142,30 +160,17 @@ def damage_metric(layers: list[tuple[YaPOLayer, str]], widths: list[int], text: 
         with shifted(layers, shifts):
             likelihood = text.sampled_log_likelihood(chosen, mixed_seed(seed, start)).sum()
         found.append(torch.cat(torch.autograd.grad(likelihood, shifts), dim=-1).squeeze(1))
-    return _shrunk(torch.cat(found).float())
-
-
-def _shrunk(samples: Tensor) -> Tensor:
-    """The second moment of samples, `(n, d)`, shrunk as by Ledoit and Wolf."""
-    n, d = samples.shape
-    moment = samples.T @ samples / n
-    scale = moment.diagonal().mean()
-    identity = torch.eye(d, device=samples.device)
-    distance = (moment - scale * identity).square().sum()
-    # The sum over samples of the squared distance of `x x^T` from the moment.
-    noise = (samples.square().sum(dim=1).square().sum() - n * moment.square().sum()) / n**2
-    share = float((noise / distance).clamp(_SHARE, 1)) if distance > 0 else 1.0
-    return (1 - share) * moment + share * scale * identity
+    return Metric.of(torch.cat(found).float())
 
 
 def chosen_codes(
-    decoders: list[Decoder], gains: Iterable[Tensor], metric: Tensor, active: list[Tensor], k: int, kl: float
+    decoders: list[Decoder], gains: Tensor, metric: Metric, active: list[Tensor], k: int, kl: float
 ) -> list[Tensor]:
     """Codes with at most `k` entries that gain most for their damage by a linear model, half of them per direction.
 
     Args:
         decoders: The decoder of each layer's SAE.
-        gains: Gradient of the gain with respect to the layers' shifts at multiplier +1, `(d,)`, and at -1.
+        gains: Gradient of the gain with respect to the layers' shifts at multipliers +1 and -1, `(2, d)`.
         metric: The damage of shifts, `(d, d)`.
         active: Which features of each layer may be chosen, `(d_sae,)`.
         k: Number of entries over all layers.
@@ -181,20 +186,20 @@ def chosen_codes(
         return torch.cat([decoder.products(vector[part]) for decoder, part in zip(decoders, parts, strict=True)])
 
     def rows(indices: Tensor) -> Tensor:
-        found = metric.new_zeros(len(indices), len(metric))
+        found = gains.new_zeros(len(indices), gains.shape[1])
         for row, index in zip(found, indices.tolist(), strict=True):
             layer = int(layer_of[index])
             row[parts[layer]] = decoders[layer].row(int(feature_of[index]))
         return found
 
-    pairs = zip(decoders, parts, active, strict=True)
-    energies = torch.cat([d.energies(metric[part, part]).masked_fill(~on, torch.inf) for d, part, on in pairs])
-    code = metric.new_zeros(sum(sizes))
+    layers = zip(decoders, parts, active, strict=True)
+    energies = torch.cat([d.energies(metric, part).masked_fill(~on, torch.inf) for d, part, on in layers])
+    code = gains.new_zeros(sum(sizes))
     for sign, gain, count in zip((1, -1), gains, (k - k // 2, k // 2), strict=True):
         chosen, weights = select_features(gain, metric, products, energies, rows, count)
         if len(chosen):
             shift = weights @ rows(chosen)
-            code[chosen] = sign * weights * (2 * kl / (shift @ metric @ shift)) ** 0.5
+            code[chosen] = sign * weights * (2 * kl / (shift @ metric.product(shift))) ** 0.5
             energies[chosen] = torch.inf
     return list(code.split(sizes))
 
@@ -214,6 +219,6 @@ class Decoder:
         """The product of each row with a vector, `(d_sae,)`."""
         return torch.cat([rows.float() @ vector for rows in self._W_dec.split(_CHUNK)])
 
-    def energies(self, metric: Tensor) -> Tensor:
-        """`w @ metric @ w` of each row `w`, `(d_sae,)`."""
-        return torch.cat([((rows @ metric) * rows).sum(dim=1) for rows in map(Tensor.float, self._W_dec.split(_CHUNK))])
+    def energies(self, metric: Metric, part: slice) -> Tensor:
+        """`w @ metric @ w` of each row `w`, which shifts a part of the dimensions, `(d_sae,)`."""
+        return torch.cat([metric.energies(rows.float(), part) for rows in self._W_dec.split(_CHUNK)])

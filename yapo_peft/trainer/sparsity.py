@@ -18,17 +18,17 @@ _NAME = "Support"
 
 
 class KeepSupport(TrainerCallback):
-    """Chooses the features of the codes when training begins, and keeps all other entries at zero.
+    """Gives the codes their first entries when training begins, and keeps all others at zero.
 
     A run that starts from codes with entries keeps those, and a resumed one those of its checkpoint.
 
     Args:
         layers: The steered layers.
         max_features: The maximum number of entries; None for any, which only checks that a checkpoint had none either.
-        start: Gives zero codes their entries.
+        start: Gives zero codes their entries; None to start from zero.
     """
 
-    def __init__(self, layers: list[YaPOLayer], max_features: int | None, start: Callable[[], None]) -> None:
+    def __init__(self, layers: list[YaPOLayer], max_features: int | None, start: Callable[[], None] | None) -> None:
         self._layers, self._max_features, self._start = layers, max_features, start
         self._handles: list[Any] = []
 
@@ -47,12 +47,12 @@ class KeepSupport(TrainerCallback):
                 f"max_features={self._max_features}, and the checkpoint was trained with max_features={was}: resume "
                 "with that, or start a new run."
             )
+        codes = [layer.yapo_code[name] for layer, name in trained_codes(self._layers)]
+        if self._start and state.global_step == 0 and not any(bool(code.any()) for code in codes):
+            self._start()
         if self._max_features is None:
             return
-        codes = [layer.yapo_code[name] for layer, name in trained_codes(self._layers)]
         if _NAME not in kept:
-            if not any(bool(code.any()) for code in codes):
-                self._start()
             support = [code.detach().nonzero().squeeze(-1).tolist() for code in codes]
             kept[_NAME] = {"max_features": self._max_features, "features": support}
         for code, support in zip(codes, kept[_NAME]["features"], strict=True):

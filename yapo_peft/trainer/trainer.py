@@ -136,18 +136,25 @@ class YaPOTrainer(TRLSeams):
             require_sparsifiable(self, self._layers, self.args.max_features)
         self._text = neutral_text(self, self._layers, neutral_dataset, upper_only=self._cache is not None)
         self._budget = DamageBudget(self._text, self.args.max_kl) if self._text and self.args.max_kl else None
-        given = (self._layers, self._text, self.train_dataset, self._gradients_of_shifts, self.args)
-        self.add_callback(KeepSupport(self._layers, self.args.max_features, partial(start_on_features, *given)))
+        start = None
+        if self._text is not None and not self._is_sharded:
+            given = (self._layers, self._text, self.train_dataset, self._gradients_of_shifts, self.args)
+            start = partial(start_on_features, *given)
+        self.add_callback(KeepSupport(self._layers, self.args.max_features, start))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; with `max_kl`, scales codes at the end that exceed it, and records their damage."""
         for _, name in trained_codes(self._layers):
             cast(Any, self.model).peft_config[name].forget_damage()
         output = super().train(*args, **kwargs)
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self._text is not None and self.args.max_kl is not None and not is_sharded:
+        if self._text is not None and self.args.max_kl is not None and not self._is_sharded:
             limit_damage(self._layers, self._text, self.args.max_kl)
         return output
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether processes hold parts of the codes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', with a learning rate for each code in units of its activations."""
