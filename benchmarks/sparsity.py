@@ -5,6 +5,9 @@ same cached activations and with the same recipe. All are calibrated to the same
 code's effect is the change in the margin between chosen and rejected answers of held-out pairs from multiplier -1 to
 +1; its damage is measured again, as the KL from the unsteered model on other neutral text.
 
+It also prints what the linear model that chooses features predicts: the gain per square root of the damage, relative to
+that of the best shift of all activations, which needs as many features as activations have dimensions.
+
     python benchmarks/sparsity.py --data train.csv --text neutral.txt --out sparsity.json --plot sparsity.png
 """
 
@@ -28,6 +31,8 @@ from yapo_peft.evaluation import Damage
 from yapo_peft.methods import prune
 from yapo_peft.scoring.neutral import packaged_text
 from yapo_peft.trainer.config import PUBLISHED
+from yapo_peft.trainer.selection import chosen_codes, measure_directions
+from yapo_peft.trainer.units import trained_codes
 
 
 def measure(
@@ -48,6 +53,24 @@ def measure(
     }
 
 
+def predicted(trainer: YaPOTrainer, numbers: list[int]) -> list[dict[str, float]]:
+    """The share of the best shift's gain at equal damage that codes of few features have near zero."""
+    given: Any = (trainer._text, trainer.train_dataset, trainer._gradients_of_shifts, trainer.args)
+    trainer.model.train()
+    decoders, gains, metric, active = measure_directions(trained_codes(trainer._layers), *given)
+    found = []
+    for features in numbers:
+        code = chosen_codes(decoders, gains, metric, active, features, 0.1)[0]
+        point: dict[str, float] = {"features": features}
+        for name, gain, entries in zip(("+1", "-1"), gains, (code.clamp(min=0), (-code).clamp(min=0)), strict=True):
+            chosen = entries.nonzero().squeeze(-1)
+            shift = sum(entries[i] * decoders[0].row(i) for i in chosen.tolist())
+            best = (gain @ metric.solve(gain)).sqrt()
+            point[f"share at {name}"] = float(gain @ shift / (shift @ metric.product(shift)).sqrt() / best)
+        found.append(point)
+    return found
+
+
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains, prunes and evaluates all codes."""
     pairs = pairs_of(options.data).shuffle(seed=0)
@@ -57,7 +80,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     known = packaged_text()[:4] if options.quick else packaged_text()
     results: dict[str, Any] = {"before training": [], "after training": []}
 
-    def trained(features: int | None) -> YaPOTrainer:
+    def made(features: int | None) -> YaPOTrainer:
         model, tokenizer = load_model_and_tokenizer()
         model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae_folder()))
         args = cached_arguments(
@@ -68,14 +91,17 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             **{name: getattr(YaPOTrainingConfig, name) for name in PUBLISHED if name != "num_train_epochs"},
         )
         data = {"train_dataset": train, "eval_dataset": held_out, "neutral_dataset": known}
-        trainer = YaPOTrainer(model, args, processing_class=tokenizer, **data)
-        trainer.train()
-        return trainer
+        return YaPOTrainer(model, args, processing_class=tokenizer, **data)
 
     def measured(trainer: YaPOTrainer) -> dict[str, float]:
         return measure(trainer, held_out, text, neutral, known)
 
-    full = trained(None)
+    full = made(None)
+    results["predicted"] = predicted(full, options.features)
+    print(*results["predicted"], sep="\n", flush=True)
+    if options.predict:
+        return results
+    full.train()
     code = full._layers[0].yapo_code["default"].detach().clone()
     results["all features"] = measured(full)
     print(results["all features"], flush=True)
@@ -83,7 +109,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         full._layers[0].yapo_code["default"].data.copy_(code)
         prune(full.model, features)
         results["after training"].append(measured(full))
-        results["before training"].append(measured(trained(features)))
+        trainer = made(features)
+        trainer.train()
+        results["before training"].append(measured(trainer))
         print(features, results["after training"][-1], results["before training"][-1], flush=True)
     return results
 
@@ -134,6 +162,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="blocks of text to measure the damage on")
     parser.add_argument("--block-size", type=int, default=256, help="tokens per block of text")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--predict", action="store_true", help="only print what the linear model predicts")
     parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="file to write the plot to")
@@ -145,7 +174,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = run(options, Path(folder))
     report({"sparsity": results}, options.out)
-    if options.plot is not None:
+    if options.plot is not None and not options.predict:
         plot(results, options.plot)
 
 
