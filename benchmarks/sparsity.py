@@ -30,6 +30,7 @@ from yapo_peft import YaPOConfig, YaPOTrainer, YaPOTrainingConfig, calibrate, sw
 from yapo_peft.evaluation import Damage
 from yapo_peft.methods import prune
 from yapo_peft.scoring.neutral import packaged_text
+from yapo_peft.steering.formula import vector_of
 from yapo_peft.trainer.config import PUBLISHED
 from yapo_peft.trainer.selection import chosen_codes, measure_directions
 from yapo_peft.trainer.units import trained_codes
@@ -57,16 +58,16 @@ def predicted(trainer: YaPOTrainer, numbers: list[int]) -> list[dict[str, float]
     """The share of the best shift's gain at equal damage that codes of few features have near zero."""
     given: Any = (trainer._text, trainer.train_dataset, trainer._gradients_of_shifts, trainer.args)
     trainer.model.train()
-    decoders, gains, metric, active = measure_directions(trained_codes(trainer._layers), *given)
+    layers = trained_codes(trainer._layers)
+    decoders, gains, metric, active = measure_directions(layers, *given)
     found = []
     for features in numbers:
         code = chosen_codes(decoders, gains, metric, active, features, 0.1)[0]
         point: dict[str, float] = {"features": features}
-        for name, gain, entries in zip(("+1", "-1"), gains, (code.clamp(min=0), (-code).clamp(min=0)), strict=True):
-            chosen = entries.nonzero().squeeze(-1)
-            shift = sum(entries[i] * decoders[0].row(i) for i in chosen.tolist())
+        for sign, gain in zip((1, -1), gains, strict=True):
+            shift = sign * vector_of(code, layers[0][0].yapo_sae["default"], sign)
             best = (gain @ metric.solve(gain)).sqrt()
-            point[f"share at {name}"] = float(gain @ shift / (shift @ metric.product(shift)).sqrt() / best)
+            point[f"share at {sign:+d}"] = float(gain @ shift / metric.energies(shift).sqrt() / best)
         found.append(point)
     return found
 

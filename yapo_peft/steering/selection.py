@@ -47,9 +47,9 @@ class Metric:
         """The product with vectors, `(..., d)`."""
         return vectors @ self.factor.T @ self.factor + self.ridge * vectors
 
-    def energies(self, rows: Tensor, part: slice) -> Tensor:
-        """`w @ metric @ w` of rows `w`, `(rows, part)`, that are zero outside of a part of the dimensions."""
-        return (rows @ self.factor[:, part].T).square().sum(dim=1) + self.ridge * rows.square().sum(dim=1)
+    def energies(self, shifts: Tensor, part: slice = slice(None)) -> Tensor:
+        """`w @ metric @ w` of shifts `w`, `(..., part)`, that are zero outside of a part of the dimensions."""
+        return (shifts @ self.factor[:, part].T).square().sum(dim=-1) + self.ridge * shifts.square().sum(dim=-1)
 
     def solve(self, vector: Tensor) -> Tensor:
         """The vector, `(d,)`, whose product is the given one."""

@@ -27,6 +27,7 @@ from .._utils import device_of, evaluating
 from ..errors import UnsupportedOperationError
 from ..scoring.lm_head import AnswerHead
 from .checkpoints import last_whole_checkpoint, require_resumable
+from .checks import is_sharded
 from .data import require_end
 from .objective import take_pairs
 
@@ -94,15 +95,14 @@ class TRLSeams(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The seam for checks of a checkpoint: only here is the path of the last one known."""
-        has_optimizer = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        require_resumable(self.model, Path(resume_from_checkpoint), has_optimizer)
+        require_resumable(self.model, Path(resume_from_checkpoint), has_optimizer=not is_sharded(self))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """Transformers looks for the adapter in the checkpoint itself, where PEFT only saves one called "default"."""
         folder = Path(cast(str, self.state.best_model_checkpoint))
         names = [name for name in cast(Any, self.model).peft_config if (folder / name / CONFIG_NAME).is_file()]
-        if not names or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if not names or is_sharded(self):
             super()._load_best_model()
             return
         for name in names:

@@ -21,7 +21,7 @@ from ..scoring.upper_half import UpperHalf
 from ..tuner import YaPOLayer
 from ..tuner.adapters import record_damage, write_code
 from ..tuner.layer import lowest_steered
-from .checks import require_one_trace
+from .checks import is_sharded, require_one_trace
 from .config import YaPOTrainingConfig
 from .units import trained_codes
 
@@ -62,7 +62,7 @@ def neutral_text(trainer: DPOTrainer, layers: list[YaPOLayer], dataset: Any, upp
     model: Any = trainer.model
     upper = None if lowest is None else UpperHalf(model.get_base_model(), lowest.index)
     # Sharded weights are gathered in each call, so all processes must make the same calls.
-    keep = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    keep = not is_sharded(trainer)
     return NeutralText(model, neutral_rows(dataset, tokenizer), trainer.accelerator.device, upper, keep)
 
 

@@ -12,11 +12,18 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOTrainer
 
 from ..errors import ConfigError, NonFiniteLossError, UnsupportedOperationError
 from ..tuner import YaPOConfig, YaPOLayer
 from ..tuner.adapters import require_adding, steered_layers
 from .config import YaPOTrainingConfig
+
+
+def is_sharded(trainer: DPOTrainer) -> bool:
+    """Whether processes hold parts of the codes."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
 
 # The least learning rate that is not warned about, by its unit; the paper's, in raw units, is 5e-4.
 _LEAST_RATE = {"activation": 1e-3, "raw": 1e-4}

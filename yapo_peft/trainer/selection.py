@@ -63,7 +63,7 @@ def start_on_features(
     decoders, gains, metric, active = measure_directions(layers, text, dataset, gradients, args)
     if are_dense == {True}:
         shift = metric.solve(gains[0] - gains[1])
-        shift *= (2 * bound / (shift @ metric.product(shift)).clamp(min=1e-12)) ** 0.5
+        shift *= (2 * bound / metric.energies(shift).clamp(min=1e-12)) ** 0.5
         codes = shift.split([decoder.d_in for decoder in decoders])
     else:
         codes = chosen_codes(decoders, gains, metric, active, args.max_features or _FEATURES, bound)
@@ -199,7 +199,7 @@ def chosen_codes(
         chosen, weights = select_features(gain, metric, products, energies, rows, count)
         if len(chosen):
             shift = weights @ rows(chosen)
-            code[chosen] = sign * weights * (2 * kl / (shift @ metric.product(shift))) ** 0.5
+            code[chosen] = sign * weights * (2 * kl / metric.energies(shift)) ** 0.5
             energies[chosen] = torch.inf
     return list(code.split(sizes))
 

@@ -11,6 +11,7 @@ from trl import DPOTrainer
 
 from ..errors import ConfigError, UnsupportedOperationError
 from ..tuner import YaPOLayer
+from .checks import is_sharded
 from .units import trained_codes
 
 # The key of the features' indices in a trainer's state.
@@ -80,7 +81,7 @@ def require_sparsifiable(trainer: DPOTrainer, layers: list[YaPOLayer], max_featu
     dense = [name for layer, name in trained if layer.yapo_sae[name] is None]
     if dense:
         raise ConfigError(f"max_features needs codes over an SAE's features; adapter {dense[0]!r} has space='dense'.")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if is_sharded(trainer):
         raise UnsupportedOperationError(
             "max_features is not supported with DeepSpeed or FSDP, which shard codes: use DDP, or prune the trained "
             "adapter with yapo_peft.methods.prune."

@@ -22,7 +22,7 @@ from ..tuner.blocks import decoder_blocks
 from ..tuner.hooks import require_single_hooks
 from ._trl import TRLSeams, no_reference_adapter
 from .budget import DamageBudget, limit_damage, neutral_text
-from .checks import non_finite_loss, require_adapter, require_arguments
+from .checks import is_sharded, non_finite_loss, require_adapter, require_arguments
 from .config import YaPOTrainingConfig, output_dir_of
 from .data import prepared_pairs, require_context, require_preferences
 from .metrics import share_of_tokens_moved, size_of_codes
@@ -137,7 +137,7 @@ class YaPOTrainer(TRLSeams):
         self._text = neutral_text(self, self._layers, neutral_dataset, upper_only=self._cache is not None)
         self._budget = DamageBudget(self._text, self.args.max_kl) if self._text and self.args.max_kl else None
         start = None
-        if self._text is not None and not self._is_sharded:
+        if self._text is not None and not is_sharded(self):
             given = (self._layers, self._text, self.train_dataset, self._gradients_of_shifts, self.args)
             start = partial(start_on_features, *given)
         self.add_callback(KeepSupport(self._layers, self.args.max_features, start))
@@ -147,14 +147,9 @@ class YaPOTrainer(TRLSeams):
         for _, name in trained_codes(self._layers):
             cast(Any, self.model).peft_config[name].forget_damage()
         output = super().train(*args, **kwargs)
-        if self._text is not None and self.args.max_kl is not None and not self._is_sharded:
+        if self._text is not None and self.args.max_kl is not None and not is_sharded(self):
             limit_damage(self._layers, self._text, self.args.max_kl)
         return output
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether processes hold parts of the codes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', with a learning rate for each code in units of its activations."""
