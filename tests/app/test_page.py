@@ -64,21 +64,31 @@ def open_page(browser, address):
 def set_slider(page, name, value):
     box = page.locator(f"#multiplier-{name} input[type=number]")
     box.fill(str(value))
-    box.press("Enter")
+    with page.expect_response("**/gradio_api/run/**"):
+        box.press("Enter")
+
+
+def dial(page, value):
+    """Sets the value of the first feature listed, and returns the feature."""
+    page.get_by_test_id("cell-0-2").get_by_text(re.compile(r"^\d+$")).wait_for()
+    page.get_by_test_id("cell-0-3").dblclick()
+    page.keyboard.press("Control+A")
+    page.keyboard.type(str(value))
+    page.keyboard.press("Enter")
+    page.get_by_test_id("cell-0-3").get_by_text(str(value), exact=True).wait_for()
     page.wait_for_timeout(500)
+    return int(page.get_by_test_id("cell-0-2").inner_text())
 
 
-def ask(page):
-    """Asks for answers, and waits until both are complete."""
+def ask(page, answers):
+    """Asks for answers, and waits until these are shown; earlier ones, and parts of them, may be there before."""
     page.locator("#answer").click()
-    texts = None
     for _ in range(100):
         page.wait_for_timeout(200)
-        now = tuple(page.locator(f"#{name} textarea").input_value() for name in ("unsteered", "steered"))
-        if now == texts and now[0]:
-            return now
-        texts = now
-    raise AssertionError(f"no answer: {texts}")
+        shown = tuple(page.locator(f"#{name} textarea").input_value() for name in ("unsteered", "steered"))
+        if shown == answers:
+            return
+    assert shown == answers
 
 
 def expected(playground, dials):
@@ -87,17 +97,16 @@ def expected(playground, dials):
 
 def test_slider_changes_only_its_own_users_answer(browser, address, playground):
     first, second = open_page(browser, address), open_page(browser, address)
-    before = ask(first)
-    assert before == expected(playground, Dials({"one": 1.0}))
-    set_slider(first, "one", -2)
-    after = ask(first)
-    assert after == expected(playground, Dials({"one": -2.0}))
+    before, after = (expected(playground, Dials({"one": multiplier})) for multiplier in (1.0, -2.0))
     assert after[0] == before[0]
     assert after[1] != before[1]
-    assert ask(second) == before
+    ask(first, before)
+    set_slider(first, "one", -2)
+    ask(first, after)
+    ask(second, before)
 
 
-def test_page_works_offline(browser, address):
+def test_page_works_offline(browser, address, playground):
     page = browser.new_context().new_page()
     requested = []
     page.on("request", lambda request: requested.append(request.url))
@@ -105,7 +114,7 @@ def test_page_works_offline(browser, address):
     page.goto(address)
     page.locator("#multiplier-one input[type=number]").wait_for()
     page.locator("#prompt textarea").fill(PROMPT)
-    ask(page)
+    ask(page, expected(playground, Dials({"one": 1.0})))
     # Gradio requests fonts and a script from its own servers, and works without them. No user data leaves the machine.
     external = [url for url in requested if not url.startswith((address, "data:", "blob:"))]
     assert all(url.endswith((".js", ".css")) or "fonts" in url for url in external), external
@@ -113,18 +122,13 @@ def test_page_works_offline(browser, address):
 
 def test_features_can_be_dialled_inspected_and_saved(browser, address, playground, tmp_path):
     page = open_page(browser, address)
-    unchanged = ask(page)
+    unchanged = expected(playground, Dials({"one": 1.0}))
+    ask(page, unchanged)
     page.locator("#features").get_by_text("Features").first.click()
-    page.get_by_test_id("cell-0-2").wait_for()
-    feature = int(page.get_by_test_id("cell-0-2").inner_text())
-    page.get_by_test_id("cell-0-3").dblclick()
-    page.keyboard.press("Control+A")
-    page.keyboard.type("-9")
-    page.keyboard.press("Enter")
-    page.wait_for_timeout(500)
-    dials = Dials({"one": 1.0}, {("one", 1, feature): -9.0})
-    assert ask(page) == expected(playground, dials)
-    assert expected(playground, dials) != unchanged
+    feature = dial(page, -9)
+    changed = expected(playground, Dials({"one": 1.0}, {("one", 1, feature): -9.0}))
+    assert changed != unchanged
+    ask(page, changed)
     page.locator("#activity").get_by_text("Activations of a feature").first.click()
     page.locator("#show").click()
     page.locator("#marked p").wait_for()
@@ -150,19 +154,15 @@ def test_features_are_found_on_a_new_adapter_and_dialled(browser, tokenizer, tmp
     playground = Playground(model.eval(), tokenizer, tmp_path)
     served = build_page(playground)
     page = open_page(browser, serve_page(served))
-    unsteered, same = ask(page)
+    unsteered, same = expected(playground, Dials({"one": 1.0}))
     assert unsteered == same
+    ask(page, (unsteered, same))
     page.locator("#features").get_by_text("Features").first.click()
     page.locator("#query textarea, #query input").fill("w1 w9 w3")
     page.locator("#find").click()
-    page.get_by_test_id("cell-0-2").get_by_text(re.compile(r"^\d+$")).wait_for()
-    feature = int(page.get_by_test_id("cell-0-2").inner_text())
+    feature = dial(page, 30)
     assert feature == playground.find("one", "w1 w9 w3", "text")["feature"][0]
-    page.get_by_test_id("cell-0-3").dblclick()
-    page.keyboard.press("Control+A")
-    page.keyboard.type("30")
-    page.keyboard.press("Enter")
-    page.wait_for_timeout(500)
-    assert ask(page) == expected(playground, Dials({"one": 1.0}, {("one", 1, feature): 30.0}))
-    assert ask(page)[1] != unsteered
+    changed = expected(playground, Dials({"one": 1.0}, {("one", 1, feature): 30.0}))
+    assert changed[1] != unsteered
+    ask(page, changed)
     served.close()
