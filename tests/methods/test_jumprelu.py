@@ -125,13 +125,16 @@ def test_what_cannot_be_converted_is_named_and_left_alone(tokenizer):
 
 
 def test_an_adapter_of_several_saes_converts_those_of_topk(tmp_path, tokenizer):
-    model = get_peft_model(make_model(), YaPOConfig(layers=[1, 2], sae=[make_sae(), make_sae("topk")])).eval()
+    model = get_peft_model(make_model(), YaPOConfig(layers=[2, 1], sae=[make_sae(), make_sae("topk")])).eval()
     set_code(model, random_code(0.2))
-    first = steered_layers(model)[0].yapo_sae["default"]
+    second = steered_layers(model)[1].yapo_sae["default"]
     convert_to_jumprelu(model, tokenizer, TEXTS)
-    assert steered_layers(model)[0].yapo_sae["default"] is first
+    assert steered_layers(model)[1].yapo_sae["default"] is second
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no encoder is carried
         model.save_pretrained(tmp_path)
     identities = json.loads((tmp_path / "adapter_config.json").read_text())["sae_identity"]
     assert [identity["architecture"] for identity in identities] == ["jumprelu", "jumprelu"]
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    for before, after in zip(steered_layers(model), steered_layers(loaded), strict=True):
+        assert torch.equal(before.yapo_code["default"], after.yapo_code["default"])

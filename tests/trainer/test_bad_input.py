@@ -250,6 +250,7 @@ def test_resuming_skips_an_incomplete_checkpoint(build, tmp_path, capsys, name):
         file.unlink()
     with pytest.raises(AdapterFileError, match=rf"checkpoint-6' is incomplete: .*{name}"):
         build(max_steps=6).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    (tmp_path / "out" / "checkpoint-6-best").mkdir()
     capsys.readouterr()
     resumed = build(save_strategy="no", max_steps=6)
     resumed.train(resume_from_checkpoint=True)

@@ -85,7 +85,8 @@ def convert_to_jumprelu(
         found = _compared(model, name, readings, converted, held_out)
         _attach(readings, converted)
         config = cast(Any, model).peft_config[name]
-        config.sae_identity = [_sae(layer, name).identity.to_dict() for layer in layers]
+        identities = {layer.index: _sae(layer, name).identity.to_dict() for layer in layers}
+        config.sae_identity = [identities[index] for index in config.layer_indices()]
         config.self_contained, config.conversion = True, found
         if config.damage is not None:
             neutral = neutral_rows(None, tokenizer)[:_CALIBRATED]

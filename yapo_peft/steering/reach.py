@@ -35,8 +35,8 @@ def keep_largest(codes: list[Tensor], saes: list[FrozenSAE], k: int) -> list[Ten
         saes: The autoencoder of each.
         k: How many entries to keep.
     """
-    reaches = torch.cat([reach(code, sae) for code, sae in zip(codes, saes, strict=True)])
+    reaches = torch.cat([reach(code, sae).cpu() for code, sae in zip(codes, saes, strict=True)])
     kept = torch.zeros_like(reaches, dtype=torch.bool)
     kept[reaches.topk(min(k, len(reaches))).indices] = True
     parts = kept.split([len(code) for code in codes])
-    return [code.masked_fill(~part, 0) for code, part in zip(codes, parts, strict=True)]
+    return [code.masked_fill(~part.to(code.device), 0) for code, part in zip(codes, parts, strict=True)]

@@ -30,8 +30,9 @@ def last_whole_checkpoint(output_dir: str, say: Callable[[str], None]) -> str | 
     Raises:
         AdapterFileError: There are checkpoints, and none is whole.
     """
-    found = list(Path(output_dir).glob("checkpoint-[0-9]*"))
-    for folder in sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+    names = Path(output_dir).glob("checkpoint-*")
+    found = {int(number): folder for folder in names if (number := folder.name.partition("-")[2]).isdecimal()}
+    for _, folder in sorted(found.items(), reverse=True):
         reason = _why_incomplete(folder)
         if reason is None:
             return str(folder)
