@@ -20,7 +20,7 @@ def compare(
     data: PairArguments,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text file to measure damage on. Default: the neutral text that max_kl trains on."),
+        typer.Option(help="Text file to measure damage on. Default: the package's neutral text, without chats."),
     ] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of up to 256 tokens of the text to read.")] = 32,
     levels: Annotated[
