@@ -1,4 +1,5 @@
-"""What a damage budget costs: training steps with and without it, in turn on the same batches and the same code.
+"""What a damage budget costs: training steps with and without it, in turn on the same batches and the same code, and
+the estimate that training starts from.
 
 python benchmarks/budget.py --data power-seeking.csv
 python benchmarks/budget.py --quick
@@ -22,6 +23,7 @@ from embedded import load_model_and_tokenizer, sae_folder, sae_layer
 from published import cached_arguments, pairs_of, report
 
 from yapo_peft import YaPOConfig, YaPOTrainer
+from yapo_peft.trainer.selection import StartOnFeatures
 
 
 def seconds(trainer: YaPOTrainer, batch: dict[str, Any]) -> float:
@@ -31,21 +33,27 @@ def seconds(trainer: YaPOTrainer, batch: dict[str, Any]) -> float:
     return time.perf_counter() - started
 
 
+def seconds_of_start(trainer: YaPOTrainer) -> float:
+    """Seconds until the code has its first entries."""
+    start = next(each for each in trainer.callback_handler.callbacks if isinstance(each, StartOnFeatures))
+    started = time.perf_counter()
+    start.on_train_begin(trainer.args, trainer.state, trainer.control)
+    return time.perf_counter() - started
+
+
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds per step of both sides, and their ratio, when rows of neutral text are new and when they are known."""
     pairs = pairs_of(options.data)
     pairs = pairs.select(range(min(options.pairs, len(pairs))))
     model, tokenizer = load_model_and_tokenizer()
     model = get_peft_model(model, YaPOConfig(layers=sae_layer(), sae_path=sae_folder()))
-    sides = {
-        name: YaPOTrainer(
-            model,
-            cached_arguments(folder, "activations", max_kl=bound),
-            train_dataset=pairs,
-            processing_class=tokenizer,
-        )
-        for name, bound in (("without", None), ("with", 0.1))
-    }
+
+    def made(bound: float | None) -> YaPOTrainer:
+        args = cached_arguments(folder, "activations", max_kl=bound)
+        return YaPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+
+    start = seconds_of_start(made(0.1))
+    sides = {"without": made(None), "with": made(0.1)}
     code = sides["with"]._layers[0].yapo_code["default"]
     code.data.normal_(std=0.1)
     model.train()
@@ -59,10 +67,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 found[rows][name].append(seconds(trainer, batch))
                 code.grad = None
     medians = {rows: {name: statistics.median(values[1:]) for name, values in of.items()} for rows, of in found.items()}
-    return {
+    ratios = {
         f"rows of text {rows}": {"seconds per step": of, "with / without": of["with"] / of["without"]}
         for rows, of in medians.items()
     }
+    return {**ratios, "start": {"seconds": start, "in steps with it": start / medians["known"]["with"]}}
 
 
 def main() -> None:

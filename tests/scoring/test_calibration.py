@@ -58,12 +58,14 @@ def test_codes_of_one_sign_are_calibrated_in_the_direction_that_they_act_in(toke
 def test_a_damage_that_no_scale_has_is_an_error_and_changes_nothing(tokenizer, space, monkeypatch):
     model = make_adapter(space=space)
     code = model.get_parameter(code_of(model))
-    before = code.detach().clone()
+    calibrate(model, tokenizer, 0.005, dataset=TEXT)
+    before, known = code.detach().clone(), model.peft_config["default"].damage
     divergence, calls = NeutralText.divergence, []
     monkeypatch.setattr(NeutralText, "divergence", lambda *args: calls.append(args) or divergence(*args))
     with pytest.raises(ConfigError, match=r"max_kl=0\.2: no scale of adapter 'default' has that divergence"):
         calibrate(model, tokenizer, 0.2, dataset=TEXT)
     assert torch.equal(code, before)
+    assert model.peft_config["default"].damage == known
     assert len(calls) < 30  # it stops where the divergence no longer grows
 
 
@@ -82,6 +84,12 @@ def test_an_interrupted_calibration_changes_nothing(tokenizer, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, tokenizer, 0.005, dataset=TEXT)
     assert torch.equal(code, before)
+
+
+def test_a_stream_is_read_up_to_the_rows_that_count(tokenizer):
+    stream = iter([*TEXT * 22, ""])
+    calibrate(make_adapter(), tokenizer, 0.005, dataset=stream)
+    assert len(list(stream)) == 3
 
 
 def test_rows_are_cut_to_the_context_of_the_model(tokenizer):

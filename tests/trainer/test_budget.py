@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from cached import MANY
+from cached import HELD_OUT, MANY
 from damage import DENSE, TEXT, code_of, codes_of, make_adapter, slow_damage, slow_divergence
 from tiny import ARCHITECTURES, make_sae, random_code, set_code, trained_codes
 
@@ -59,6 +59,26 @@ def test_of_adapters_that_steer_prompts_the_first_half_of_a_text_is_steered(toke
         torch.testing.assert_close(steered[:half], whole[:half])
 
 
+def test_what_is_known_of_a_row_depends_on_neither_the_order_nor_the_mode(tokenizer):
+    model = make_adapter("gpt2")
+    rows = [ids[: 3 + index] for index, ids in enumerate(neutral_rows(TEXT * 2, tokenizer))]
+
+    def known(order):
+        text = NeutralText(model, rows, torch.device("cpu"), None)
+        for row in order:
+            text._of(row)
+        return [text._known[row].final for row in range(len(rows))]
+
+    expected = known([0, 4])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    for one, other in zip(known([5, 3, 2, 0]), expected, strict=True):
+        assert torch.equal(one, other)
+    assert model.training
+
+
 def test_packaged_text_starts_with_every_kind():
     rows = packaged_text()
     assert len(rows) >= 400
@@ -103,12 +123,9 @@ def test_weights_are_multipliers_times_recent_excess():
     """Against products and sums over all batches so far."""
 
     class Given:
-        def cut(self, tokens):
-            return self
-
         def divergence(self, model, rows, multipliers):
             assert multipliers.tolist() == [1.0, -1.0]
-            return torch.tensor(series[rows[0] // 2])
+            return torch.tensor(series[rows[0]])
 
     series = [[0.0, 0.3], [0.05, 0.1], [0.5, 0.02], [0.1, 0.1], [0.15, 0.0]]
     budget, state, accelerator = DamageBudget(Given(), 0.1), {}, Accelerator(cpu=True)
@@ -206,3 +223,29 @@ def test_config_rejects_bad_bounds(max_kl, tmp_path):
 def test_neutral_text_without_a_bound_is_rejected(build):
     with pytest.raises(ConfigError, match="neutral_dataset is only read with max_kl or max_features"):
         build(neutral=TEXT, train_dataset=MANY)
+
+
+def test_a_run_goes_on_in_the_same_trainer(build, tmp_path):
+    options = {"train_dataset": MANY, "direction": "example", "max_steps": 4, "save_steps": 3, "max_kl": 0.01}
+    trainer = build(**options, neutral=TEXT)
+    trainer.train()
+    expected = trained_codes(trainer).clone()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert torch.equal(trained_codes(trainer), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_kl": 1e-3, "neutral": TEXT, "learning_rate": 10.0},
+        {"load_best_model_at_end": True, "greater_is_better": True, "save_strategy": "best"},
+    ],
+)
+def test_the_last_evaluation_is_of_the_final_codes(build, options):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "init": {"eval_dataset": HELD_OUT}}
+    trainer = build(train_dataset=MANY, max_steps=6, **evaluated, **options)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(last) == 4
+    assert last[-1]["eval_loss"] != last[-2]["eval_loss"]
+    assert last[-1]["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])

@@ -9,7 +9,7 @@ from cached import MANY
 from peft import get_peft_model
 from tiny import D_MODEL, D_SAE, make_model, make_sae, random_code, trained_codes
 
-from yapo_peft import ConfigError, YaPOConfig
+from yapo_peft import ConfigError, NonFiniteLossError, YaPOConfig
 from yapo_peft.scoring.neutral import NeutralText, neutral_rows
 from yapo_peft.steering.selection import Metric, select_features
 from yapo_peft.trainer.selection import damage_metric, shifted
@@ -109,6 +109,18 @@ def test_metric_is_the_second_derivative_of_the_divergence(tokenizer, monkeypatc
     assert predicted == pytest.approx(float(torch.stack(found).mean()), rel=0.15)
 
 
+@pytest.mark.parametrize("positions", ["completion", "prompt", "last"])
+def test_damage_is_that_of_the_tokens_which_the_adapter_steers(tokenizer, positions):
+    found = []
+    for steered in ("all", positions):
+        model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae(), positions=steered))
+        text = NeutralText(model, neutral_rows(TEXT, tokenizer), torch.device("cpu"), None)
+        found.append(damage_metric([(steered_layers(model)[0], "default")], [D_MODEL], text, seed=0).factor)
+    # Text without prompts is all completion; of adapters that steer prompts, its first half is the prompt.
+    assert torch.allclose(*found) == (positions != "prompt")
+    assert float(found[1].norm()) > 0.1 * float(found[0].norm())
+
+
 @pytest.mark.feature("Training", "`max_features`: few features, chosen for their gain and damage before training")
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("layers", [2, [1, 3]])
@@ -163,7 +175,7 @@ def test_training_starts_within_the_bound(build, architecture, rows):
     trainer.train()
     log = trainer.state.log_history[0]
     # Two of the rows that the mean over all of them is bounded for.
-    assert 0 < max(log["kl/plus"], log["kl/minus"]) < 0.05 * len(set(rows)) * 1.02
+    assert 0 < max(log["kl/plus"], log["kl/minus"]) < 0.05 * len(set(rows)) * 1.1
     assert log["code/nonzero"] == 6
     assert max(trainer.model.peft_config["default"].damage.values()) > 0.005
 
@@ -177,7 +189,7 @@ def test_bounded_training_of_all_features_starts_on_more_than_a_few(build):
     few, many = first(max_features=6), first()
     assert many["code/nonzero"] > 6
     assert many["loss/preference"] < few["loss/preference"]
-    assert 0 < max(many["kl/plus"], many["kl/minus"]) < 0.05 * len(TEXT) * 1.02
+    assert 0 < max(many["kl/plus"], many["kl/minus"]) < 0.05 * len(TEXT) * 1.1
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -205,6 +217,28 @@ def test_codes_and_vectors_trained_together_start_from_zero(build):
     assert trainer.state.log_history[0]["code/nonzero"] == 0
     for name in ("default", "vector"):
         assert trainer.model.peft_config[name].damage == {"plus": 0.0, "minus": 0.0}
+
+
+def test_codes_of_one_layer_start_together(build):
+    model = get_peft_model(make_model(), YaPOConfig(layers=2, sae=make_sae()))
+    model.add_adapter("second", YaPOConfig(layers=2, sae=make_sae(seed=1)))
+    model.base_model.set_adapter(["default", "second"])
+    build(model=model, max_steps=1, learning_rate=0.0, max_kl=0.01, neutral=TEXT).train()
+    layer = steered_layers(model)[0]
+    assert all(bool(layer.yapo_code[name].any()) for name in ("default", "second"))
+
+
+def test_a_start_that_overflows_is_an_error(build):
+    trainer = build(max_steps=1, max_kl=0.01, neutral=TEXT)
+    trainer._base_model.model.layers[3].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="gradient of the unsteered model is NaN"):
+        trainer.train()
+
+
+def test_codes_that_steer_no_token_have_no_features(build):
+    trainer = build(adapter={"positions": "completion[50:]"}, max_steps=1, max_features=4, neutral=TEXT)
+    with pytest.raises(ConfigError, match=r"max_features=4: no feature .* does the adapter steer tokens of them\?"):
+        trainer.train()
 
 
 def test_training_goes_on_with_the_features_of_a_sparse_code(build):

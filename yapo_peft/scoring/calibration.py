@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from .._utils import device_of, evaluating
 from ..errors import ConfigError
-from ..tuner.adapters import adapter_of, record_damage, require_adding, require_enabled, write_code, write_codes
+from ..tuner.adapters import adapter_of, record_damage, require_adding, require_enabled, write_code
 from ..tuner.layer import YaPOLayer
 from .checks import LAYER_ERRORS
 from .neutral import NeutralText, neutral_rows
 
 # Rows of neutral text that are read, and how many run at once.
 _ROWS, _BATCH = 64, 4
-# How close a divergence has to come, and how far off it is an error.
-_TOLERANCE, _MISSED = 0.02, 0.1
+# How close a divergence has to come, as a share of it, and how far off it is an error.
+TOLERANCE, _MISSED = 0.02, 0.1
 # How often both directions are scaled in turn at most: each hardly changes the other.
 _ROUNDS = 4
 # How many scales are tried, and the ratio of two scales between which no others are.
@@ -70,12 +70,13 @@ def calibrate(
     if not any(bool(code.any()) for code in before):
         raise ConfigError(f"Adapter {name!r} is zero and does not steer at any scale: train or fit it first.")
     device = device_of(model)
-    rows = neutral_rows(dataset, tokenizer)[:_ROWS]
+    rows = neutral_rows(dataset, tokenizer, at_most=_ROWS)
     text = NeutralText(model, rows, device, None, adapter_name=name)
     with evaluating(model):
         found = scaled_to(codes, _fastest(text, layers[0].index), max_kl)
     if not abs(max(found.values()) / max_kl - 1) <= _MISSED:
-        write_codes(model, name, layers, before)
+        for layer, code in zip(layers, before, strict=True):
+            write_code(layer, name, code)
         raise ConfigError(
             f"max_kl={max_kl}: no scale of adapter {name!r} has that divergence; the nearest is {found['plus']:.3g} "
             f"nats per token at multiplier +1 and {found['minus']:.3g} at -1: choose another bound, or another text."
@@ -105,7 +106,11 @@ def require_bound(max_kl: Any) -> None:
 
 
 def scaled_to(
-    codes: list[tuple[YaPOLayer, str]], text: NeutralText, max_kl: float, at_most: bool = False
+    codes: list[tuple[YaPOLayer, str]],
+    text: NeutralText,
+    max_kl: float,
+    at_most: bool = False,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
     """Scales codes in place until both directions have a divergence, or are as near to it from below as they get.
 
@@ -114,6 +119,7 @@ def scaled_to(
         text: The neutral text.
         max_kl: The divergence, in nats per token.
         at_most: Whether codes that have less stay as they are.
+        tolerance: How close the divergence has to come, as a share of it.
 
     Returns:
         The divergences at multipliers +1 and -1, "plus" and "minus".
@@ -143,7 +149,7 @@ def scaled_to(
         return max(divergence(sign, {sign: scale * own for sign, own in scales.items()}) for sign in scales)
 
     def scale_both(at_most: bool) -> None:
-        scale = _scale(of_both, 1.0, max_kl, at_most)
+        scale = _scale(of_both, 1.0, max_kl, at_most, tolerance)
         scales.update({sign: scale * own for sign, own in scales.items()})
 
     signs = [sign for sign in scales if any(bool((sign * code > 0).any()) for code in before)]
@@ -155,7 +161,7 @@ def scaled_to(
             for _ in range(_ROUNDS if is_sparse else 0):
                 last = dict(scales)
                 for sign in signs:
-                    scales[sign] = _scale(partial(of_one, sign), scales[sign], max_kl, at_most)
+                    scales[sign] = _scale(partial(of_one, sign), scales[sign], max_kl, at_most, tolerance)
                 if scales == last:
                     break
             if signs:
@@ -169,7 +175,7 @@ def scaled_to(
             raise
 
 
-def _scale(divergence: Callable[[float], float], start: float, wanted: float, at_most: bool) -> float:
+def _scale(divergence: Callable[[float], float], start: float, wanted: float, at_most: bool, tolerance: float) -> float:
     """The scale that has a divergence, or the largest known one below it; the first one if there is none below.
 
     Secants on logarithms, on which divergences are nearly straight, within an interval that also halves.
@@ -179,7 +185,7 @@ def _scale(divergence: Callable[[float], float], start: float, wanted: float, at
     scale = start
     for step in range(_STEPS):
         value = divergence(scale)
-        if abs(value / wanted - 1) <= _TOLERANCE or (at_most and step == 0 and value < wanted):
+        if abs(value / wanted - 1) <= tolerance or (at_most and step == 0 and value < wanted):
             return scale
         if value < wanted:
             grows = low is None or scale < 2 * low[0] or value > 1.01 * low[1]

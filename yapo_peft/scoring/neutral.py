@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .._utils import evaluating
 from ..errors import DatasetError
 from ..tuner import steering
 from ..tuner.blocks import base_of
@@ -27,6 +29,8 @@ from .upper_half import UpperHalf
 
 # Tokens of a row that are read.
 _ROW_LENGTH = 128
+# Rows that run together without steering, always the same ones.
+_BLOCK = 4
 
 
 def packaged_text() -> list[dict[str, Any]]:
@@ -36,7 +40,7 @@ def packaged_text() -> list[dict[str, Any]]:
 
 
 def neutral_rows(
-    dataset: Iterable[Any] | None, tokenizer: PreTrainedTokenizerBase, at_least: int = 1
+    dataset: Iterable[Any] | None, tokenizer: PreTrainedTokenizerBase, at_least: int = 1, at_most: int | None = None
 ) -> list[list[int]]:
     """Tokenizes neutral text, up to 128 tokens per row.
 
@@ -45,6 +49,7 @@ def neutral_rows(
             None for the text of the package.
         tokenizer: The model's tokenizer.
         at_least: Number of rows that are needed.
+        at_most: Number of rows that are read; None for all.
 
     Raises:
         DatasetError: The dataset has too few rows, or a row has neither column, or fewer than two tokens.
@@ -52,7 +57,7 @@ def neutral_rows(
     rows = packaged_text() if dataset is None else dataset
     if isinstance(rows, str | Mapping):
         raise DatasetError(f"The neutral text is a {type(rows).__name__}: pass a list of texts or a dataset.")
-    found = [_tokenize(row, tokenizer)[:_ROW_LENGTH] for row in rows]
+    found = [_tokenize(row, tokenizer)[:_ROW_LENGTH] for row in islice(rows, at_most)]
     if dataset is None:
         # A tokenizer of words may not know a language.
         found = [ids for ids in found if len(ids) > 1]
@@ -115,7 +120,7 @@ class NeutralText:
 
     What steering does not change is computed when a row is first used and kept in memory: the input of the LM head,
     from which the unsteered model's predictions are one product, and with `upper` the output of the lowest steered
-    layer. Each row is computed on its own, so that it does not depend on the others in its batch.
+    layer. Rounding in it does not depend on the batch in which a row is first used.
 
     Args:
         model: The PEFT model.
@@ -193,17 +198,24 @@ class NeutralText:
         with self._steering(0.0):
             found = self._logits(self.model, batch).float().log_softmax(-1)
         generator = torch.Generator(found.device).manual_seed(seed)
-        drawn = torch.multinomial(found.detach().exp(), 1, generator=generator)
+        # `multinomial` draws a number for each token of the vocabulary.
+        shares = found.detach().exp().cumsum(-1)
+        places = torch.rand(len(shares), 1, device=shares.device, generator=generator) * shares[:, -1:]
+        drawn = torch.searchsorted(shares, places, right=True).clamp(max=shares.shape[-1] - 1)
         parts = found.gather(-1, drawn).squeeze(-1).split(batch.lengths)
         return torch.stack([part.sum() / len(part) ** 0.5 for part in parts])
 
     def _batch(self, rows: Sequence[int]) -> _Batch:
         rows = [row % len(self._rows) for row in rows]
+        inputs, known = self._inputs(rows), [self._of(row) for row in rows]
+        predictors = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
+        return _Batch(inputs, predictors, [len(self._rows[row]) for row in rows], known)
+
+    def _inputs(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """What the model is called with, `(rows, seq)`."""
         ids = [torch.tensor(self._rows[row], device=self._device) for row in rows]
         mask = pad_sequence([torch.ones_like(part) for part in ids], batch_first=True)
-        inputs = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
-        known = [self._of(row) for row in rows]
-        return _Batch(inputs, mask.flatten().nonzero().squeeze(-1), [len(part) for part in ids], known)
+        return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
 
     def _steering(self, multiplier: float | Tensor) -> AbstractContextManager[None]:
         return steering(self.model, multiplier, self._adapter_name)
@@ -228,10 +240,14 @@ class NeutralText:
             labels = text_labels(self._base, **batch.inputs)
             return logits_at(self._base, call, batch.inputs | labels, batch.predictors).logits
 
-    @torch.no_grad()
     def _of(self, row: int) -> _Known:
-        if row in self._known or not self._keep:
-            return self._known.get(row, _Known(None, None, None))
+        if row not in self._known and self._keep:
+            first = row - row % _BLOCK
+            self._read(range(first, min(first + _BLOCK, len(self._rows))))
+        return self._known.get(row, _Known(None, None, None))
+
+    @torch.no_grad()
+    def _read(self, rows: range) -> None:
         finals: list[Tensor] = []
         forms: list[Any] = [None]
         hidden: list[Tensor] = []
@@ -242,13 +258,14 @@ class NeutralText:
                 finals.append(output["last_hidden_state"].detach())
                 forms[0] = type(output)(**dict.fromkeys(output))
 
-        ids = torch.tensor([self._rows[row]], device=self._device)
         one = torch.zeros(1, dtype=torch.long)
-        with self._steering(0.0), below, forward_hooks([(self._base.base_model, find)]), head_on(self._base, one):
-            self._base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        kept = (states[0][0].cpu() if states else None for states in (hidden, finals))
-        self._known[row] = _Known(*kept, *forms)
-        return self._known[row]
+        hooks = forward_hooks([(self._base.base_model, find)])
+        with evaluating(self.model), self._steering(0.0), below, hooks, head_on(self._base, one):
+            self.model(**self._inputs(rows), use_cache=False)
+        for place, row in enumerate(rows):
+            length = len(self._rows[row])
+            kept = (states[0][place, :length].cpu() if states else None for states in (hidden, finals))
+            self._known[row] = _Known(*kept, *forms)
 
     @contextmanager
     def _final_states(self, states: Tensor, form: Any) -> Generator[None]:

@@ -87,17 +87,16 @@ def select_features(
     chosen = torch.zeros(0, dtype=torch.long, device=gain.device)
     weights = torch.zeros(0, device=gain.device)
     decoder = gain.new_zeros(0, len(gain))
-    tried: set[int] = set()
+    energies = energies.clone()
     while len(chosen) < k:
         shift = weights @ decoder
         left = gain - metric.product(shift)
         scores = products(left) / energies.sqrt()
-        scores[list(tried)] = 0
         best = int(scores.argmax())
         # Half its square is what the feature adds; what follows would depend on rounding.
         if scores[best] <= 0 or scores[best] ** 2 <= _NEGLIGIBLE * (gain @ shift):
             break
-        tried.add(best)
+        energies[best] = torch.inf
         chosen = torch.cat([chosen, torch.tensor([best], device=chosen.device)])
         decoder = torch.cat([decoder, rows(chosen[-1:])])
         weights = _best_weights(gain, metric, decoder)

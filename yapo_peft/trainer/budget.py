@@ -15,7 +15,7 @@ from trl import DPOTrainer
 
 from .._utils import evaluating
 from ..errors import ConfigError
-from ..scoring.calibration import measured, scaled_to
+from ..scoring.calibration import TOLERANCE, measured, scaled_to
 from ..scoring.neutral import NeutralText, neutral_rows
 from ..scoring.upper_half import UpperHalf
 from ..tuner import YaPOLayer
@@ -31,8 +31,8 @@ _NAME, _FIRST = "DamageBound", 0.3
 _RATE = 0.1
 # How much of the average divergence is that of the last batch.
 _RECENT = 0.2
-# Tokens of a row that are read in training.
-_TOKENS = 64
+# Tokens of a row that are read before and in training.
+TRAINING_TOKENS = 64
 # Rows of the text on which the damage of a trained code is measured.
 _ROWS = 32
 
@@ -80,7 +80,7 @@ class DamageBudget:
     """
 
     def __init__(self, text: NeutralText, max_kl: float) -> None:
-        self._text, self._max_kl = text.cut(_TOKENS), max_kl
+        self._text, self._max_kl = text, max_kl
 
     def penalty(
         self, model: Callable[..., Any], number: int, state: dict[str, Any], accelerator: Accelerator
@@ -89,11 +89,11 @@ class DamageBudget:
 
         Args:
             model: The model as it is called in training.
-            number: Number of the global batch, which chooses two rows of the text, the same in all processes.
+            number: Number of the global batch, which chooses a row of the text, the same in all processes.
             state: What checkpoints keep, to which the numbers for the next batch are written.
             accelerator: The run's.
         """
-        divergences = self._text.divergence(model, [2 * number, 2 * number + 1], torch.tensor([1.0, -1.0]))
+        divergences = self._text.divergence(model, [number, number], torch.tensor([1.0, -1.0]))
         # Processes differ by rounding.
         found = cast(Tensor, accelerator.reduce(divergences.detach(), "mean")).tolist()
         ratios = [divergence / self._max_kl for divergence in found]
@@ -107,12 +107,16 @@ class DamageBudget:
         return divergences @ torch.tensor(weights, device=divergences.device), metrics
 
 
-def limit_damage(layers: list[YaPOLayer], text: NeutralText, max_kl: float) -> None:
+def limit_damage(layers: list[YaPOLayer], text: NeutralText, max_kl: float) -> bool:
     """Scales trained codes whose divergence exceeds the bound, and records each adapter's in its config.
 
     If other adapters are active too, it is the sum of all that is bounded.
+
+    Returns:
+        Whether a code has changed.
     """
     trained = trained_codes(layers)
+    before = [layer.code(name).detach().clone() for layer, name in trained]
     with evaluating(text.model):
         damage = limited(trained, text, max_kl)
         if not max(damage.values()) <= max_kl * 1.1:
@@ -127,13 +131,16 @@ def limit_damage(layers: list[YaPOLayer], text: NeutralText, max_kl: float) -> N
             own = damage if active == {name} else measured(text.start(_ROWS, name))
             steered = [layer for layer in layers if name in layer.yapo_code]
             record_damage(text.model, name, steered, broadcast_object_list([own])[0])
+    return not all(torch.equal(layer.code(name), code) for (layer, name), code in zip(trained, before, strict=True))
 
 
-def limited(codes: list[tuple[YaPOLayer, str]], text: NeutralText, max_kl: float) -> dict[str, float]:
+def limited(
+    codes: list[tuple[YaPOLayer, str]], text: NeutralText, max_kl: float, tolerance: float = TOLERANCE
+) -> dict[str, float]:
     """Scales codes in place, the same in all processes, until their divergence is within the bound; returns it."""
-    found = scaled_to(codes, text.start(_ROWS), max_kl, at_most=True)
+    found = scaled_to(codes, text.start(_ROWS), max_kl, at_most=True, tolerance=tolerance)
     # Processes differ by rounding; all take the codes of the first.
-    first: list[Any] = [[layer.code(name).detach() for layer, name in codes], found]
+    first: list[Any] = [[layer.code(name).detach().cpu() for layer, name in codes], found]
     broadcast_object_list(first)
     for (layer, name), code in zip(codes, first[0], strict=True):
         write_code(layer, name, code)

@@ -137,6 +137,10 @@ class Draws:
     def __init__(self, args: Any, rank: int) -> None:
         self._per, self._micro_batches, self._rank = args.direction, args.gradient_accumulation_steps, rank
         self._seed = args.data_seed if args.data_seed is not None else args.seed
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the last batch, which a run that failed may repeat."""
         self._step, self._micro_batch = -1, 0
 
     def next(self, pairs: int, step: int) -> list[Tensor]:

@@ -1,17 +1,19 @@
-"""Chooses the features of a code before training, and starts it on them."""
+"""Starts codes on chosen features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._utils import evaluating, mixed_seed
+from ..errors import NonFiniteLossError
 from ..scoring.neutral import NeutralText
 from ..steering.learning import ActiveFeatures
 from ..steering.selection import Metric, select_features
@@ -24,53 +26,73 @@ from .config import YaPOTrainingConfig
 from .units import trained_codes
 
 # Training examples that are read.
-_EXAMPLES = 256
+_EXAMPLES = 128
 # Rows of neutral text that the damage is estimated from, and how many run at once.
-_ROWS, _BATCH = 128, 2
+_ROWS, _BATCH = 128, 4
+# How close the divergence comes to the bound.
+_TOLERANCE = 0.1
 # Divergence at which codes start without a bound, in nats per token, and features without `max_features`.
 _START, _FEATURES = 0.1, 512
 # Rows of the decoder that are held at once.
 _CHUNK = 16384
 
 
-def start_on_features(
-    steered: list[YaPOLayer],
-    text: NeutralText | None,
-    dataset: Iterable[Any],
-    gradients: Callable[[list[Any], list[Tensor], AbstractContextManager[None]], list[Tensor]],
-    args: YaPOTrainingConfig,
-) -> None:
-    """Gives codes the entries that lower the loss most for their damage, by a linear model at zero.
+class StartOnFeatures(TrainerCallback):
+    """Gives codes that are zero when training begins the entries that lower the loss most for their damage.
 
-    The codes, the same in all processes, are within the bound of the damage. Features that are not active on any of the
-    examples get no entry. A dense vector gets the best shift, of which codes get the best approximation by
+    They are found by a linear model at zero, and are the same in all processes. Features that are not active on any of
+    the examples get no entry. A dense vector gets the best shift, of which codes get the best approximation by
     `max_features` features, or by 512. Codes and vectors that are trained together stay zero.
 
     Args:
-        steered: The steered layers.
+        layers: The steered layers.
         text: The neutral text that damage is measured on.
         dataset: The training set, of which the first examples are read.
         gradients: Computes the gradients of the losses of examples at multipliers +1 and -1 with respect to shifts,
             `(d,)` each, while only a context steers.
-        args: The training config.
     """
-    assert text is not None
-    text.model.train()
-    layers, bound = trained_codes(steered), args.max_kl or _START
-    are_dense = {layer.yapo_sae[name] is None for layer, name in layers}
-    if len(are_dense) > 1:
-        return
-    decoders, gains, metric, active = measure_directions(layers, text, dataset, gradients, args)
-    if are_dense == {True}:
-        shift = metric.solve(gains[0] - gains[1])
-        shift *= (2 * bound / metric.energies(shift).clamp(min=1e-12)) ** 0.5
-        codes = shift.split([decoder.d_in for decoder in decoders])
-    else:
-        codes = chosen_codes(decoders, gains, metric, active, args.max_features or _FEATURES, bound)
-    for (layer, name), code in zip(layers, codes, strict=True):
-        write_code(layer, name, code)
-    with evaluating(text.model):
-        limited(layers, text, bound)
+
+    def __init__(
+        self,
+        layers: list[YaPOLayer],
+        text: NeutralText,
+        dataset: Iterable[Any],
+        gradients: Callable[[list[Any], list[Tensor], AbstractContextManager[None]], list[Tensor]],
+    ) -> None:
+        self._layers, self._text, self._dataset, self._gradients = layers, text, dataset, gradients
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the codes, whose damage is at most a tenth above the bound.
+
+        Raises:
+            NonFiniteLossError: A gradient is not finite.
+        """
+        options, layers = cast(YaPOTrainingConfig, args), trained_codes(self._layers)
+        are_dense = {layer.yapo_sae[name] is None for layer, name in layers}
+        are_zero = not any(bool(layer.yapo_code[name].any()) for layer, name in layers)
+        if state.global_step > 0 or not are_zero or len(are_dense) > 1:
+            return
+        self._text.model.train()
+        bound = options.max_kl or _START
+        given = self._text, self._dataset, self._gradients, options
+        decoders, gains, metric, active = measure_directions(layers, *given)
+        if not (gains.isfinite().all() and metric.factor.isfinite().all()):
+            raise NonFiniteLossError(
+                "A gradient of the unsteered model is NaN or infinite, on a pair or on neutral text: train in float32 "
+                "or bfloat16 if the model overflows."
+            )
+        if are_dense == {True}:
+            shift = metric.solve(gains[0] - gains[1])
+            shift *= (2 * bound / metric.energies(shift).clamp(min=1e-12)) ** 0.5
+            codes = shift.split([decoder.d_in for decoder in decoders])
+        else:
+            codes = chosen_codes(decoders, gains, metric, active, options.max_features or _FEATURES, bound)
+        for (layer, name), code in zip(layers, codes, strict=True):
+            write_code(layer, name, code)
+        with evaluating(self._text.model):
+            limited(layers, self._text, bound, tolerance=_TOLERANCE)
 
 
 def measure_directions(
@@ -86,7 +108,7 @@ def measure_directions(
     codes = [layer.yapo_code[name] for layer, name in layers]
     device = codes[0].device
     decoders = [
-        Decoder(code.new_zeros(0, len(code)) if sae is None else sae.decoder(device, sae.dtype))
+        Decoder(code.new_zeros(0, len(code)) if sae is None else sae.decoder(device, text.model.dtype))
         for sae, code in zip(saes, codes, strict=True)
     ]
     widths = [decoder.d_in for decoder in decoders]
@@ -102,7 +124,8 @@ def measure_directions(
         for (layer, _), sae, seen in zip(layers, saes, active, strict=True):
             if sae is not None:
                 hidden = outputs[layer.index].detach()
-                seen[ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature] = True
+                found = ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature
+                seen[found.to(device)] = True
     return decoders, gains, damage_metric(layers, widths, text, args.seed), active
 
 
@@ -118,7 +141,7 @@ def gradients_of_both(losses: list[Tensor], log_probs: Tensor, shifts: list[Tens
         shifts: The shifts that those depend on, `(..., d_model)` each.
     """
     plus, minus = (torch.autograd.grad(loss, log_probs, retain_graph=True)[0] for loss in losses)
-    are_opposite = torch.allclose(plus, -minus, rtol=1e-3, atol=1e-6 * float(plus.abs().max()))
+    are_opposite = torch.allclose(plus, -minus, rtol=1e-3, atol=1e-6 * float(plus.abs().max().nan_to_num()))
     found: list[Tensor] = []
     for gradient in (plus,) if are_opposite else (plus, minus):
         parts = torch.autograd.grad(log_probs, shifts, gradient, retain_graph=True)
@@ -137,7 +160,8 @@ def shifted(layers: list[tuple[YaPOLayer, str]], shifts: list[Tensor]) -> Genera
 
     def change(layer: YaPOLayer, name: str, shift: Tensor, before: Tensor, after: Tensor) -> Tensor:
         mask = tokens_to_steer(layer.positions[name], after, layer.call)
-        return after + (shift if mask is None else shift * mask[..., None]).to(after)
+        shift = shift.to(after)
+        return after + (shift if mask is None else shift * mask[..., None])
 
     with changed_outputs(
         (layer, lambda before, after, of=(layer, name, shift): change(*of, before, after))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,27 +18,24 @@ _NAME = "Support"
 
 
 class KeepSupport(TrainerCallback):
-    """Gives the codes their first entries when training begins, and keeps all others at zero.
-
-    A run that starts from codes with entries keeps those, and a resumed one those of its checkpoint.
+    """Keeps the entries that codes have when training begins, or had in the checkpoint, and all others at zero.
 
     Args:
         layers: The steered layers.
         max_features: The maximum number of entries; None for any, which only checks that a checkpoint had none either.
-        start: Gives zero codes their entries; None to start from zero.
     """
 
-    def __init__(self, layers: list[YaPOLayer], max_features: int | None, start: Callable[[], None] | None) -> None:
-        self._layers, self._max_features, self._start = layers, max_features, start
+    def __init__(self, layers: list[YaPOLayer], max_features: int | None) -> None:
+        self._layers, self._max_features = layers, max_features
         self._handles: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Chooses the features, and masks the gradients of all others.
+        """Masks the gradients of all other entries.
 
         Raises:
-            ConfigError: The checkpoint was trained with another `max_features`.
+            ConfigError: The checkpoint was trained with another `max_features`, or the codes have no entry.
         """
         kept = cast(dict[str, Any], state.stateful_callbacks)
         was = kept.get(_NAME, {}).get("max_features")
@@ -48,14 +44,18 @@ class KeepSupport(TrainerCallback):
                 f"max_features={self._max_features}, and the checkpoint was trained with max_features={was}: resume "
                 "with that, or start a new run."
             )
-        codes = [layer.yapo_code[name] for layer, name in trained_codes(self._layers)]
-        if self._start and state.global_step == 0 and not any(bool(code.any()) for code in codes):
-            self._start()
         if self._max_features is None:
             return
+        codes = [layer.yapo_code[name] for layer, name in trained_codes(self._layers)]
         if _NAME not in kept:
             support = [code.detach().nonzero().squeeze(-1).tolist() for code in codes]
+            if not any(support):
+                raise ConfigError(
+                    f"max_features={self._max_features}: no feature that is active on the first pairs changes how much "
+                    "likelier the chosen answer is. Do the answers differ, and does the adapter steer tokens of them?"
+                )
             kept[_NAME] = {"max_features": self._max_features, "features": support}
+        self._release()  # of a run that failed
         for code, support in zip(codes, kept[_NAME]["features"], strict=True):
             outside = torch.ones_like(code, dtype=torch.bool)
             outside[support] = False
@@ -65,6 +65,9 @@ class KeepSupport(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Removes the masks."""
+        self._release()
+
+    def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

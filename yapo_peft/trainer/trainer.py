@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from ..tuner.adapters import steered_layers
 from ..tuner.blocks import decoder_blocks
 from ..tuner.hooks import require_single_hooks
 from ._trl import TRLSeams, no_reference_adapter
-from .budget import DamageBudget, limit_damage, neutral_text
+from .budget import TRAINING_TOKENS, DamageBudget, limit_damage, neutral_text
 from .checks import is_sharded, non_finite_loss, require_adapter, require_arguments
 from .config import YaPOTrainingConfig, output_dir_of
 from .data import prepared_pairs, require_context, require_preferences
@@ -35,7 +34,7 @@ from .objective import (
     pair_order,
     preference_margin,
 )
-from .selection import gradients_of_both, start_on_features
+from .selection import StartOnFeatures, gradients_of_both
 from .sparsity import KeepSupport, require_sparsifiable
 from .summary import training_card
 from .units import Units, gradients_in_units, in_units, measure_units, trained_codes
@@ -63,8 +62,8 @@ class YaPOTrainer(TRLSeams):
         args: The training config; its defaults if None.
         peft_config: Config of the adapter to attach.
         objective: A custom loss instead of `args.loss_type`: a function from `OrientedPairs` to losses, `(pairs,)`.
-        neutral_dataset: Text for `args.max_kl`: strings, or rows with a column `text` or `messages`; the package's own
-            if None, which is varied prose, chats, instructions, questions, code and text in ten languages.
+        neutral_dataset: Text for `max_kl` and `max_features`: strings, or rows with a column `text` or `messages`; the
+            package's own if None: varied prose, chats, instructions, questions, code and text in ten languages.
         **kwargs: As for `DPOTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
@@ -135,20 +134,26 @@ class YaPOTrainer(TRLSeams):
         if self.args.max_features is not None:
             require_sparsifiable(self, self._layers, self.args.max_features)
         self._text = neutral_text(self, self._layers, neutral_dataset, upper_only=self._cache is not None)
-        self._budget = DamageBudget(self._text, self.args.max_kl) if self._text and self.args.max_kl else None
-        start = None
-        if self._text is not None and not is_sharded(self):
-            given = (self._layers, self._text, self.train_dataset, self._gradients_of_shifts, self.args)
-            start = partial(start_on_features, *given)
-        self.add_callback(KeepSupport(self._layers, self.args.max_features, start))
+        text = None if self._text is None else self._text.cut(TRAINING_TOKENS)
+        self._budget = DamageBudget(text, self.args.max_kl) if text and self.args.max_kl else None
+        if text is not None and not is_sharded(self):
+            self.add_callback(StartOnFeatures(self._layers, text, self.train_dataset, self._gradients_of_shifts))
+        self.add_callback(KeepSupport(self._layers, self.args.max_features))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; with `max_kl`, scales codes at the end that exceed it, and records their damage."""
+        """As transformers'; with `max_kl`, scales codes at the end that exceed it, and records their damage.
+
+        Codes that are not those of the last evaluation are evaluated again.
+        """
+        self._draws.restart()
         for _, name in trained_codes(self._layers):
             cast(Any, self.model).peft_config[name].forget_damage()
         output = super().train(*args, **kwargs)
+        is_new = self.args.load_best_model_at_end and self.state.best_global_step != self.state.global_step
         if self._text is not None and self.args.max_kl is not None and not is_sharded(self):
-            limit_damage(self._layers, self._text, self.args.max_kl)
+            is_new |= limit_damage(self._layers, self._text, self.args.max_kl)
+        if is_new and self.args.eval_strategy != "no":
+            self.evaluate()
         return output
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -247,9 +252,10 @@ class YaPOTrainer(TRLSeams):
             self._log_each("code/tokens_moved", moved)
         losses = self._losses(scores, inputs, pair_order(directions))
         chosen, rejected = scores.log_probs.detach().sum(dim=1).chunk(2)
-        margin = preference_margin(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
-        for sign, name in _SIGN_NAMES.items():
-            self._log_each(f"margin/{name}", margin, where=directions.to(margin.device) == sign)
+        if self.args.ld_alpha is None:  # by which the reference is weighted
+            margin = preference_margin(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+            for sign, name in _SIGN_NAMES.items():
+                self._log_each(f"margin/{name}", margin, where=directions.to(margin.device) == sign)
         if self.args.direction != "example" or not self.model.training:
             self._log_each(f"loss/{_SIGN_NAMES[float(directions[0])]}", losses)
         return losses.mean(), (chosen, rejected)
@@ -294,7 +300,7 @@ class YaPOTrainer(TRLSeams):
         if losses.isfinite().all():
             return
         codes = [whole(code) for layer in self._layers for code in layer.yapo_code.values()]
-        good = torch.stack([code.isfinite().all() for code in codes]).all().to(losses.device)
+        good = torch.stack([code.isfinite().all().cpu() for code in codes]).all().to(losses.device)
         if self.state.global_step > 0 and cast(Tensor, self.accelerator.gather(good[None])).all():
             self._save_checkpoint_now()
         raise non_finite_loss(float(losses[~losses.isfinite()][0]), self.state, self.args)

@@ -84,7 +84,7 @@ def changed_outputs(changes: Iterable[tuple[YaPOLayer, Callable[[Tensor, Tensor]
         before[index] = hidden_states(output)
 
     def replace(index: int, change: Callable[[Tensor, Tensor], Tensor], output: Any) -> Any:
-        return with_hidden_states(output, change(before.pop(index), hidden_states(output)))
+        return with_hidden_states(output, change(before[index], hidden_states(output)))
 
     with (
         forward_hooks(((layer.block, partial(keep, layer.index)) for layer, _ in changes), prepend=True),
