@@ -63,8 +63,8 @@ def open_page(browser, address):
 
 def set_slider(page, name, value):
     box = page.locator(f"#multiplier-{name} input[type=number]")
-    box.fill(str(value))
     with page.expect_response("**/gradio_api/run/**"):
+        box.fill(str(value))
         box.press("Enter")
 
 

@@ -88,7 +88,8 @@ class Script(TrainerCallback):
         assert self.metric in metrics
         metrics[self.metric] = self.values[state.global_step - 1]
         (layer,) = steered_layers(model)
-        self.codes[state.global_step] = layer.yapo_code[layer.active_adapters[0]].detach().clone()
+        # The best codes are evaluated again after the last step.
+        self.codes.setdefault(state.global_step, layer.yapo_code[layer.active_adapters[0]].detach().clone())
 
 
 def evaluated_every_step(build, pairs, script, *callbacks, model="llama"):
