@@ -135,16 +135,16 @@ MUTANTS = (
     ),
     _mutant(
         "position-shifted",
-        "tuner/call.py",
-        "predicts[:, :-1] = scored[:, 1:]",
-        "predicts[:, :] = scored",
+        "tuner/positions.py",
+        "torch.where(scored, place - begun, place - ends)",
+        "torch.where(scored, place - begun + 1, place - ends)",
         "tests/tuner/test_positions.py",
     ),
     _mutant(
         "prompt-off-by-one",
-        "tuner/call.py",
-        "index >= call.prompt_length",
-        "index > call.prompt_length",
+        "tuner/positions.py",
+        "index >= prompt_length",
+        "index > prompt_length",
         "tests/tuner/test_positions.py",
     ),
     _mutant(
@@ -171,8 +171,8 @@ MUTANTS = (
     _mutant(
         "multiplier-left-behind",
         "tuner/adapters.py",
-        "            layer.multiplier.update(",
-        "            dict().update(",
+        "        layer.multiplier.update(",
+        "        dict().update(",
         "tests/tuner/test_multiplier.py",
     ),
     _mutant(
@@ -212,9 +212,16 @@ MUTANTS = (
     _mutant(
         "damaged-cache",
         "scoring/store.py",
-        'if hash_tensors("", tensors) != (file.metadata() or {}).get(_HASH):',
+        "if self._hash(part, tensors) != (file.metadata() or {}).get(_HASH):",
         "if False:",
         "tests/trainer/test_cache_on_disk.py",
+    ),
+    _mutant(
+        "start-steers-everything",
+        "scoring/lm_head.py",
+        "for name in layer.used_adapters if name in layer.positions",
+        "for name in layer.steering_adapters",
+        "tests/trainer/test_sparsity.py",
     ),
     _mutant(
         "direction-of-examples",
