@@ -219,7 +219,7 @@ MUTANTS = (
     _mutant(
         "start-steers-everything",
         "scoring/lm_head.py",
-        "for name in layer.used_adapters if name in layer.positions",
+        "for name in layer.enabled_adapters",
         "for name in layer.steering_adapters",
         "tests/trainer/test_sparsity.py",
     ),

@@ -89,7 +89,7 @@ def convert_to_jumprelu(
         config.sae_identity = [identities[index] for index in config.layer_indices()]
         config.self_contained, config.conversion = True, found
         if config.damage is not None:
-            neutral = neutral_rows(None, tokenizer)[:_CALIBRATED]
+            neutral = neutral_rows(None, tokenizer, at_most=_CALIBRATED)
             text = NeutralText(model, neutral, device_of(model), None, adapter_name=name)
             record_damage(model, name, layers, measured(text))
     return found

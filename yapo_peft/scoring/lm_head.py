@@ -205,5 +205,4 @@ def text_labels(model: Any, input_ids: Tensor, attention_mask: Tensor | None = N
 def _positions_of(model: Any) -> set[str]:
     module: nn.Module = model if isinstance(model, nn.Module) else model.model
     # Also those at multiplier 0, in whose place the start of training steers.
-    layers = [layer for layer in steered_layers(module) if not (layer.disable_adapters or layer.merged)]
-    return {layer.positions[name] for layer in layers for name in layer.used_adapters if name in layer.positions}
+    return {layer.positions[name] for layer in steered_layers(module) for name in layer.enabled_adapters}

@@ -57,10 +57,11 @@ def neutral_rows(
     rows = packaged_text() if dataset is None else dataset
     if isinstance(rows, str | Mapping):
         raise DatasetError(f"The neutral text is a {type(rows).__name__}: pass a list of texts or a dataset.")
-    found = [_tokenize(row, tokenizer)[:_ROW_LENGTH] for row in islice(rows, at_most)]
+    tokenized = (_tokenize(row, tokenizer)[:_ROW_LENGTH] for row in rows)
     if dataset is None:
         # A tokenizer of words may not know a language.
-        found = [ids for ids in found if len(ids) > 1]
+        tokenized = (ids for ids in tokenized if len(ids) > 1)
+    found = list(islice(tokenized, at_most))
     if not found:
         raise DatasetError("The neutral text is empty: it has no rows.")
     if len(found) < at_least:

@@ -124,8 +124,8 @@ def measure_directions(
         for (layer, _), sae, seen in zip(layers, saes, active, strict=True):
             if sae is not None:
                 hidden = outputs[layer.index].detach()
-                found = ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype)).feature
-                seen[found.to(device)] = True
+                on = ActiveFeatures.of(hidden, sae.weights(hidden.device, hidden.dtype))
+                seen[on.feature.to(device)] = True
     return decoders, gains, damage_metric(layers, widths, text, args.seed), active
 
 

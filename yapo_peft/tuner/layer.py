@@ -177,11 +177,16 @@ class YaPOLayer(nn.Module, BaseTunerLayer):
         return sorted(set(self.call.adapter_names))
 
     @property
-    def steering_adapters(self) -> list[str]:
-        """The adapters in use whose multiplier is not 0; none if adapters are disabled or merged."""
+    def enabled_adapters(self) -> list[str]:
+        """The adapters in use at this layer, whatever their multiplier; none if adapters are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
-        return [name for name in self.used_adapters if name in self.yapo_code and not self._is_off(name)]
+        return [name for name in self.used_adapters if name in self.yapo_code]
+
+    @property
+    def steering_adapters(self) -> list[str]:
+        """The enabled adapters whose multiplier is not 0."""
+        return [name for name in self.enabled_adapters if not self._is_off(name)]
 
     def code(self, adapter_name: str) -> Tensor:
         """Returns the code of an adapter, `(d_sae,)`; a copy if accelerate has offloaded it."""
